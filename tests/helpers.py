@@ -1,0 +1,126 @@
+"""What several tests share."""
+
+import dataclasses
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import rvedit
+from mllm import QwenConfig, VisionConfig
+from model import DiTConfig
+from vae import VAEConfig, WanVAE
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|video_pad|>",
+]
+
+
+def randomise(module, seed=0, scale=0.3):
+    """Draw every parameter anew, those that start at zero or one included, so that no branch can hide."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim > 1:
+                p.copy_(noise * scale / p[0].numel() ** 0.5 * 3)
+            else:
+                p.copy_(scale * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+    return module
+
+
+def relative_error(actual, expected):
+    """max |actual - expected| / max |expected|."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def make_clip(frames, height, width, seed=0):
+    """A uint8 (T, H, W, 3) clip of a bright square drifting over a gradient, with a little noise."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = torch.linspace(0, 200, height).view(1, -1, 1), torch.linspace(0, 100, width).view(1, 1, -1)
+    clip = (rows + columns / 2).expand(frames, -1, -1).unsqueeze(-1) * torch.tensor([1.0, 0.6, 0.3])
+    clip = clip + torch.randint(0, 9, clip.shape, generator=generator)
+    for i in range(frames):
+        left = i % max(1, width - 8)
+        clip[i, height // 4 : height // 2, left : left + 8] = torch.tensor([250.0, 250.0, 40.0])
+    return clip.clamp(0, 255).to(torch.uint8)
+
+
+def tiny_tokenizer():
+    """A byte-level tokenizer without merges, with Qwen's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return tokenizer
+
+
+def tiny_config(**changes):
+    """Every structural switch of the full preset at a few thousand parameters."""
+    tokenizer = tiny_tokenizer()
+    config = rvedit.RVEDiTConfig(
+        dit=DiTConfig(
+            dim=24,
+            ffn_dim=40,
+            num_heads=2,
+            num_blocks=3,
+            in_channels=8,
+            out_channels=8,
+            patch_size=(1, 2, 2),
+            freq_dim=16,
+        ),
+        vae=VAEConfig(
+            dim=4,
+            dec_dim=4,
+            z_dim=8,
+            dim_mult=(1, 2, 2, 2),
+            num_res_blocks=2,
+            temporal_downsample=(False, True, True),
+            latents_mean=tuple(0.1 * i for i in range(8)),
+            latents_std=tuple(1 + 0.1 * i for i in range(8)),
+        ),
+        qwen=QwenConfig(
+            vision=VisionConfig(
+                depth=2,
+                hidden_size=16,
+                intermediate_size=24,
+                num_heads=2,
+                patch_size=4,
+                window_size=16,
+                fullatt_block_indexes=(1,),
+            ),
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=600,
+            mrope_section=(2, 2, 2),
+            video_token_id=tokenizer.token_to_id("<|video_pad|>"),
+            query_token_id=tokenizer.token_to_id("<|object_ref_start|>"),
+        ),
+        routing_depth=1,
+        num_editing_tokens=5,
+        lora_rank=2,
+        max_mllm_frames=4,
+        min_mllm_pixels=4 * 8**2,
+        max_mllm_pixels=32**2,
+        max_pixels=64**2,
+        max_frames=17,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def tiny_model(**changes):
+    """A model and a VAE of `tiny_config`, every parameter random."""
+    config = tiny_config(**changes)
+    model, vae = rvedit.RVEDiT(config, tiny_tokenizer()), WanVAE(config.vae)
+    return randomise(model).eval(), randomise(vae).eval().requires_grad_(False)

@@ -1,0 +1,162 @@
+"""The DiT against diffusers' Wan transformer on the same random weights, and what Eq. 3 and 4 ask of it."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from helpers import randomise, relative_error
+
+import weights
+from model import DiTConfig, WanDiT
+
+CONFIG = DiTConfig(
+    dim=48, ffn_dim=80, num_heads=2, num_blocks=3, in_channels=6, out_channels=6, patch_size=(1, 2, 2), freq_dim=32
+)
+
+
+def build_pair(dtype=torch.float32):
+    """Diffusers' transformer with random weights, and ours with the same ones, through our own key map."""
+    peer = WanTransformer3DModel(
+        patch_size=CONFIG.patch_size,
+        num_attention_heads=CONFIG.num_heads,
+        attention_head_dim=CONFIG.dim // CONFIG.num_heads,
+        in_channels=CONFIG.in_channels,
+        out_channels=CONFIG.out_channels,
+        text_dim=20,
+        freq_dim=CONFIG.freq_dim,
+        ffn_dim=CONFIG.ffn_dim,
+        num_layers=CONFIG.num_blocks,
+        cross_attn_norm=True,
+    )
+    randomise(peer)
+    ours = WanDiT(CONFIG)
+    state = {weights.wan_transformer_key(key): value for key, value in peer.state_dict().items()}
+    state = {key: value for key, value in state.items() if not key.startswith("text_embedding.")}
+    missing, unexpected = ours.load_state_dict(state, strict=False)
+    assert sorted(missing) == ["source_embedding.bias", "source_embedding.weight"] and not unexpected
+    return peer.to(dtype).eval(), ours.to(dtype).eval()
+
+
+SHAPES = {  # (B, C, T', H', W'), context tokens
+    "one frame": ((1, 6, 1, 4, 6), 5),
+    "portrait": ((1, 6, 3, 10, 4), 1),
+    "landscape, batch 3": ((3, 6, 2, 4, 14), 9),
+    "odd grid": ((2, 6, 5, 6, 10), 7),
+}
+
+
+@torch.no_grad()
+def compare(dtype, shape, tokens):
+    peer, ours = build_pair(dtype)
+    z_t, t, text = torch.randn(shape), torch.rand(shape[0]), torch.randn(shape[0], tokens, 20)
+    z_t, text = z_t.to(dtype), text.to(dtype)
+    expected = peer(z_t, 1000 * t, text, return_dict=False)[0]
+    context = peer.condition_embedder.text_embedder(text)  # our contexts arrive in the transformer's width
+    return relative_error(ours(z_t, t, [context] * CONFIG.num_blocks), expected)
+
+
+@pytest.mark.parametrize("shape, tokens", SHAPES.values(), ids=SHAPES)
+def test_float32_equals_diffusers(shape, tokens):
+    """The same weights give the same velocity as diffusers.WanTransformer3DModel."""
+    assert compare(torch.float32, shape, tokens) < 1e-5
+
+
+@pytest.mark.parametrize("shape, tokens", SHAPES.values(), ids=SHAPES)
+def test_bfloat16_equals_diffusers(shape, tokens):
+    """In bf16 too, up to bf16's rounding."""
+    assert compare(torch.bfloat16, shape, tokens) < 2e-2
+
+
+def random_dit():
+    dit = WanDiT(CONFIG).eval()
+    randomise(dit)  # source_embedding included, which starts at zero
+    return dit
+
+
+def random_inputs(batch=2, tokens=(4, 7, 7)):
+    z_t, source = torch.randn(2, batch, 6, 2, 4, 6)
+    return z_t, torch.rand(batch), [torch.randn(batch, n, CONFIG.dim) for n in tokens], source
+
+
+@torch.no_grad()
+def test_each_block_reads_its_own_context():
+    """Fed through hooks, diffusers' blocks with three different contexts give what ours gives with a list of three."""
+    peer, ours = build_pair()
+    z_t, t, contexts, _ = random_inputs()
+    for block, context in zip(peer.blocks, contexts, strict=True):
+        block.register_forward_pre_hook(lambda _, args, context=context: (args[0], context, *args[2:]))
+    expected = peer(z_t, 1000 * t, torch.randn(2, 3, 20), return_dict=False)[0]
+    assert relative_error(ours(z_t, t, contexts), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_masked_tokens_do_not_exist():
+    """A context with masked rows gives what the shorter context gives, each sample of a batch on its own."""
+    dit, (z_t, t, _, source) = random_dit(), random_inputs()
+    context = torch.randn(2, 7, CONFIG.dim)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0, 1]], dtype=torch.bool)
+    together = dit(z_t, t, [(context, mask)] * 3, source)
+    for i in range(2):
+        alone = dit(z_t[i : i + 1], t[i : i + 1], [context[i : i + 1, mask[i]]] * 3, source[i : i + 1])
+        assert relative_error(together[i : i + 1], alone) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_features_are_the_cross_attention_output_bit_for_bit(block):
+    """A^(l) is what cross_attn of block l returns; stopping there or running to the end gives the same bits."""
+    dit, (z_t, t, contexts, source) = random_dit(), random_inputs()
+    seen = {}
+    for number, module in enumerate(dit.blocks, start=1):
+        module.cross_attn.register_forward_hook(lambda _, __, out, number=number: seen.update({number: out}))
+    velocity, captured = dit(z_t, t, contexts, source, capture=block)
+    assert torch.equal(captured, seen[block])
+    seen.clear()
+    assert torch.equal(dit.features(z_t, t, contexts, source, block), captured)
+    assert max(seen) == block  # the pass really ended there
+    assert torch.equal(dit(z_t, t, contexts, source), velocity)
+
+
+@torch.no_grad()
+def test_source_latents_enter_scaled_by_t():
+    """patch_embed(z_t) + t · source_embed(v), written the naive way, token by token."""
+    dit, (z_t, t, contexts, source) = random_dit(), random_inputs()
+    received = []
+    dit.blocks[0].register_forward_pre_hook(lambda _, args: received.append(args[0]))
+    dit(z_t, t, contexts, source)
+    for b, i, j in [(0, 0, 0), (1, 1, 2)]:  # sample, row and column of a token in the second latent frame
+        patch, source_patch = (x[b, :, 1, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten() for x in (z_t, source))
+        token = dit.patch_embedding.weight.flatten(1) @ patch + dit.patch_embedding.bias
+        token += t[b] * (dit.source_embedding.weight.flatten(1) @ source_patch + dit.source_embedding.bias)
+        assert relative_error(received[0][b, 6 + 3 * i + j], token) < 1e-5
+
+
+@torch.no_grad()
+def test_a_new_source_embedding_changes_nothing():
+    """Before training, the backbone with a source clip is the backbone without one."""
+    dit, (z_t, t, contexts, source) = WanDiT(CONFIG), random_inputs()
+    assert torch.equal(dit(z_t, t, contexts, source), dit(z_t, t, contexts))
+
+
+def test_a_sampling_pass_does_not_spoil_training():
+    """RoPE tables first made under inference_mode can be differentiated through later."""
+    dit, (z_t, t, contexts, _) = random_dit(), random_inputs()
+    z_t = torch.cat((z_t, z_t), dim=3)  # a grid of its own, so that this test makes the table
+    with torch.inference_mode():
+        dit(z_t, t, contexts)
+    dit(z_t, t, contexts).sum().backward()
+    assert dit.blocks[0].self_attn.q.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(contexts=[torch.zeros(2, 1, 48)] * 2), "2 contexts for 3 blocks"),
+        (dict(z_t=torch.zeros(2, 6, 2, 5, 6)), "do not divide into patches"),
+        (dict(source_latents=torch.zeros(2, 6, 1, 4, 6)), "beside z_t"),
+    ],
+)
+def test_wrong_shapes_are_named(change, message):
+    z_t, t, contexts, source = random_inputs()
+    arguments = dict(z_t=z_t, t=t, contexts=contexts, source_latents=source) | change
+    with pytest.raises(ValueError, match=message):
+        WanDiT(CONFIG)(**arguments)
