@@ -1,0 +1,186 @@
+"""Eq. 3 block by block, the two presets, and what a condition's padding may not change."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_clip, randomise, relative_error, tiny_model
+
+import rvedit
+import weights
+from mllm import Condition
+
+MANIFESTS = Path(__file__).parent / "manifests"
+FULL = rvedit.preset("wan2.2-ti2v-5b")
+
+
+def random_condition(dim, lengths=(4, 6, 3), batch=1):
+    return Condition(*(torch.randn(batch, n, dim) for n in lengths), None, None, None)
+
+
+@pytest.mark.parametrize("routing_depth", range(4))
+def test_eq_3_shows_each_block_its_tokens(routing_depth):
+    """X_e up to block L_s, [X_e; X_v; X_l] behind it, for every L_s from 0 to L."""
+    condition = random_condition(8)
+    for block in range(1, 4):
+        context, mask = rvedit.route_context(condition, block, routing_depth)
+        expected = [condition.editing] if block <= routing_depth else [*condition[:3]]
+        assert torch.equal(context, torch.cat(expected, dim=1)) and mask is None
+
+
+def test_eq_3_routes_the_masks_along():
+    condition = random_condition(8, batch=2)
+    masks = [torch.rand(2, n) > 0.5 for n in (4, 6, 3)]
+    condition = Condition(*condition[:3], *masks)
+    assert torch.equal(rvedit.route_context(condition, 2, 2)[1], masks[0])
+    assert torch.equal(rvedit.route_context(condition, 3, 2)[1], torch.cat(masks, dim=1))
+
+
+def trace(model, condition, routing_depth):
+    """The residual stream behind each block."""
+    streams = []
+    hooks = [block.register_forward_hook(lambda _, __, out: streams.append(out[0])) for block in model.dit.blocks]
+    torch.manual_seed(1)
+    z_t, source = torch.randn(2, 1, model.config.dit.in_channels, 2, 4, 4)
+    model.dit(z_t, torch.tensor([0.6]), model.contexts(condition, routing_depth), source)
+    for hook in hooks:
+        hook.remove()
+    return streams
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("routing_depth", range(4))
+def test_native_tokens_reach_only_the_deep_blocks(routing_depth):
+    """Other visual and textual tokens leave every shallow block's output as it was, and change every deep one's."""
+    model, _ = tiny_model()
+    condition = random_condition(model.config.dit.dim)
+    changed = condition._replace(visual=torch.randn_like(condition.visual), textual=torch.randn_like(condition.textual))
+    pairs = zip(trace(model, condition, routing_depth), trace(model, changed, routing_depth), strict=True)
+    same = [torch.equal(a, b) for a, b in pairs]
+    assert same == [block <= routing_depth for block in range(1, model.config.dit.num_blocks + 1)]
+
+
+@torch.no_grad()
+def test_full_routing_depth_is_the_model_with_editing_tokens_alone():
+    """L_s = L gives, bit for bit, what the DiT gives for the editing tokens: Kiwi-Edit's conditioning."""
+    model, _ = tiny_model()
+    config, condition = model.config.dit, random_condition(model.config.dit.dim)
+    z_t, source, t = *torch.randn(2, 1, config.in_channels, 2, 4, 4), torch.tensor([0.3])
+    routed = model.dit(z_t, t, model.contexts(condition, config.num_blocks), source)
+    assert torch.equal(routed, model.dit(z_t, t, [condition.editing] * config.num_blocks, source))
+
+
+@torch.no_grad()
+def test_a_clip_does_not_depend_on_its_batch():
+    """Three clips of different sizes and instructions of different lengths, together and one by one."""
+    model, _ = tiny_model()
+    clips = [make_clip(5, 32, 48), make_clip(1, 64, 32), make_clip(9, 48, 48)]
+    texts = ["remove it", "make the small red circle in the corner green", "add snow"]
+    z_t, source, t = *torch.randn(2, 3, model.config.dit.in_channels, 2, 4, 4), torch.rand(3)
+    together = model.dit(z_t, t, model.contexts(model.encoder(clips, texts)), source)
+    for i in range(3):
+        contexts = model.contexts(model.encoder(clips[i : i + 1], texts[i : i + 1]))
+        alone = model.dit(z_t[i : i + 1], t[i : i + 1], contexts, source[i : i + 1])
+        assert relative_error(together[i : i + 1], alone) < 1e-5
+
+
+def stored(manifest, part=None):
+    """A manifest as if its file had been opened: names and shapes, and nothing to read."""
+    content = json.loads((MANIFESTS / manifest).read_text())
+    content = content[part] if part else content
+    return {key: weights.Stored(Path(manifest), tuple(entry["shape"]), None) for key, entry in content.items()}
+
+
+def full_size():
+    with torch.device("meta"):
+        return rvedit.RVEDiT(FULL), rvedit.WanVAE(FULL.vae)
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_the_full_preset_fits_wan_and_qwen(layout):
+    """On the meta device it has every key and shape of the official files, and the numbers of parameters they have."""
+    model, vae = full_size()
+    transformer = weights.renamed(
+        stored(f"wan2.2_ti2v_5b_transformer_{layout}.json"), weights.wan_transformer_key, "dit."
+    )
+    qwen = weights.renamed(stored("qwen2.5_vl_3b_hub.json"), weights.qwen_key, "encoder.qwen.")
+    fresh = weights.match(model, transformer | qwen, "manifest", rvedit.NEW_TO_WAN_AND_QWEN)
+    assert len(fresh) == 2 + 1 + 12 + 288  # source embedding, queries, connectors, LoRA
+    weights.match(
+        vae, weights.renamed(stored(f"wan2.2_vae_{layout}.json"), lambda key: weights.wan_vae_key(key, 2)), "manifest"
+    )
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    assert (count(model.dit), count(vae)) == (4_978_354_368, 704_688_668)
+    assert count(model.encoder.qwen) - lora == 3_754_622_976
+
+
+def test_the_full_preset_fits_kiwi_edits_release():
+    model, vae = full_size()
+    parts = {part: stored("kiwi_edit_5b_diffusers.json", part) for part in ("transformer", "mllm_encoder", "vae")}
+    tensors = weights.kiwi_release_names(
+        transformer=parts["transformer"],
+        source_embedder=stored("kiwi_edit_5b_diffusers.json", "source_embedder"),
+        mllm_encoder=parts["mllm_encoder"],
+    )
+    fresh = weights.match(model, rvedit.with_native_connectors(tensors), "manifest", rvedit.NEW_TO_KIWI)
+    assert len(fresh) == 288 and all("lora_" in name for name in fresh)
+    weights.match(vae, parts["vae"], "manifest")
+
+
+def test_the_full_preset_fits_kiwi_edits_training_states():
+    """Stages 2 and 3 laid over Wan and Qwen fill everything; stage 1 knows images only and is refused."""
+    model, _ = full_size()
+    base = weights.renamed(
+        stored("wan2.2_ti2v_5b_transformer_original.json"), weights.wan_transformer_key, "dit."
+    ) | weights.renamed(stored("qwen2.5_vl_3b_hub.json"), weights.qwen_key, "encoder.qwen.")
+    for stage in ("stage2_image_video", "stage3_reference"):
+        tensors = base | weights.renamed(stored("kiwi_edit_5b_training.json", stage), weights.kiwi_training_key)
+        assert weights.match(model, rvedit.with_native_connectors(tensors), "manifest") == []
+    tensors = base | weights.renamed(stored("kiwi_edit_5b_training.json", "stage1_image"), weights.kiwi_training_key)
+    with pytest.raises(ValueError, match=r"3 missing \(dit.source_embedding.bias, .*, encoder.queries\)"):
+        weights.match(model, rvedit.with_native_connectors(tensors), "manifest")
+
+
+@pytest.mark.parametrize("name", ["toy", "wan2.2-ti2v-5b"])
+def test_a_config_survives_json(name):
+    config = rvedit.preset(name)
+    assert rvedit.RVEDiTConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_unknown_presets_and_depths_are_refused():
+    with pytest.raises(ValueError, match="'wan2.2-ti2v-5b' and 'toy'"):
+        rvedit.preset("14b")
+    with pytest.raises(ValueError, match="routing depth 31 is not between 0 and the 30 blocks"):
+        dataclasses.replace(FULL, routing_depth=31)
+
+
+def test_initial_weights_depend_on_seed_and_name_alone():
+    """Drawing some parameters or all, in this order or that, gives the same values; another seed others."""
+    first, second = (rvedit.WanDiT(tiny_model()[0].config.dit) for _ in range(2))
+    names = [name for name, _ in first.named_parameters()]
+    rvedit.initialise(first, seed=3)
+    randomise(second)
+    rvedit.initialise(second, seed=3, names=reversed(names))
+    for name, p in first.named_parameters():
+        assert torch.equal(p, second.get_parameter(name)), name
+    rvedit.initialise(second, seed=4)
+    assert not torch.equal(first.blocks[0].ffn[0].weight, second.blocks[0].ffn[0].weight)
+
+
+@torch.no_grad()
+def test_initial_weights_keep_activations_in_scale_and_new_parts_silent():
+    """Behind the last block the stream is neither vanishing nor exploding; connectors and velocity are zero."""
+    model, _ = tiny_model()
+    rvedit.initialise(model)
+    condition = model.encoder([make_clip(5, 32, 32)], ["add snow"])
+    assert all(torch.equal(stream, torch.zeros_like(stream)) for stream in condition[:3])
+    streams = trace(model, condition._replace(editing=torch.randn_like(condition.editing)), 1)
+    assert 0.3 < streams[-1].std() < 10
+    z_t = torch.randn(1, model.config.dit.in_channels, 2, 4, 4)
+    assert torch.equal(model.dit(z_t, torch.ones(1), model.contexts(condition)), torch.zeros_like(z_t))
