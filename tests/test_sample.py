@@ -1,0 +1,437 @@
+"""Algorithm 2, the way from clip to clip, and the command line with all that can go wrong in it."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from helpers import make_clip, relative_error, tiny_model
+from test_video import encode
+
+import rvedit
+import sample
+
+ROOT = Path(__file__).parents[1]
+REAL_CLIPS = ("bigbuckbunny_1280x720_audio.mp4", "monkey_1280x720_20fps_101f.mp4", "monkey_832x480_16fps_81f.mp4")
+NTSC = Fraction(30000, 1001)
+
+
+# --- The sampler ------------------------------------------------------------------------------------------------------
+
+
+def test_the_schedule_is_the_shifted_line():
+    ts = sample.timesteps(4, 5.0)
+    u = [1, 0.75, 0.5, 0.25, 0]
+    assert torch.allclose(ts, torch.tensor([5 * x / (1 + 4 * x) for x in u]), atol=1e-7, rtol=0)
+    assert torch.equal(sample.timesteps(4, 1.0), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
+
+
+def test_euler_equals_diffusers():
+    """Given our sigmas, FlowMatchEulerDiscreteScheduler takes the same steps through a nonlinear field."""
+    ts, noise = sample.timesteps(7, 5.0), torch.randn(1, 4, 3, 2, 2)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=ts[:-1].tolist())
+    expected = noise
+    for t in scheduler.timesteps:
+        expected = scheduler.step(torch.tanh(expected) * t / 1000, t, expected, return_dict=False)[0]
+    assert relative_error(sample.denoise(lambda z, t: torch.tanh(z) * t, noise, 7, 5.0), expected) < 1e-5
+
+
+def test_euler_finds_the_clean_latents():
+    """With the exact velocity of a straight path, any number of steps ends at its clean end."""
+    clean, noise = torch.randn(2, 1, 4, 3, 2, 2)
+    for steps in (1, 3):
+        assert relative_error(sample.denoise(lambda z, t: noise - clean, noise, steps, 5.0), clean) < 1e-5
+
+
+def test_noise_depends_on_the_seed_alone():
+    assert torch.equal(sample.initial_noise((1, 2, 3), 5), sample.initial_noise((1, 2, 3), 5))
+    assert not torch.equal(sample.initial_noise((1, 2, 3), 5), sample.initial_noise((1, 2, 3), 6))
+
+
+# --- Windows ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length, size", [(1, 21), (21, 21), (22, 21), (38, 21), (251, 21), (7, 5), (6, 1), (9, 3)])
+def test_windows_cover_the_clip_and_leave_no_seam(length, size):
+    """Every frame lies in a window of the right size, and windows of one constant blend into that constant."""
+    slices = sample.windows(length, size)
+    assert all(s.stop - s.start == min(size, length) for s in slices)
+    assert slices[0].start == 0 and slices[-1].stop == length
+    assert all(
+        0 < b.start - a.start and a.stop - b.start >= size // 4 for a, b in zip(slices, slices[1:], strict=False)
+    )
+    parts = [torch.full((1, 2, s.stop - s.start, 1, 1), 3.7) for s in slices]
+    assert torch.allclose(sample.blend(parts, slices, length), torch.tensor(3.7), atol=1e-6, rtol=0)
+
+
+def test_neighbouring_windows_cross_over_linearly():
+    """From one window to the next, the weight moves in equal steps."""
+    slices = sample.windows(13, 8)  # [0, 8) and [5, 13): the last is moved back, and three frames are shared
+    parts = [torch.full((1, 1, 8, 1, 1), float(i)) for i in range(2)]
+    expected = torch.tensor([0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
+    assert torch.allclose(sample.blend(parts, slices, 13).flatten(), expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_long_clips_are_denoised_in_windows_of_their_own():
+    """What the DiT is given for 33 frames at windows of 17: latents, source latents and condition of each window."""
+    model, vae = tiny_model()
+    frames, calls, seen = make_clip(33, 32, 32), [], []
+    velocity = model.dit.forward
+    model.dit.forward = lambda z, t, contexts, source: calls.append((z, source)) or velocity(z, t, contexts, source)
+    prepare = model.encoder.prepare
+    model.encoder.prepare = lambda clips, texts: seen.extend(clips) or prepare(clips, texts)
+    sample.edit_video(model, vae, frames, "add snow", steps=1)
+    latents = vae.encode(frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1)
+    for (z, source), where in zip(calls, (slice(0, 5), slice(4, 9)), strict=True):
+        assert torch.equal(z, sample.initial_noise(latents.shape, 0)[:, :, where])
+        assert relative_error(source, latents[:, :, where]) < 1e-5
+    assert torch.equal(seen[0], frames[:17]) and torch.equal(seen[1], frames[13:33])
+
+
+# --- From clip to clip ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "height, width, max_pixels, factor, expected",
+    [
+        (720, 1280, 704 * 1280, 32, (704, 1280)),  # the paper's 720p
+        (1280, 720, 704 * 1280, 32, (1280, 704)),
+        (480, 832, 704 * 1280, 32, (480, 832)),  # never scaled up
+        (2160, 3840, 704 * 1280, 32, (704, 1280)),
+        (1, 1, 704 * 1280, 32, (32, 32)),
+        (479, 833, 704 * 1280, 32, (480, 832)),
+        (100, 5000, 128**2, 16, (16, 912)),
+        (50, 50, 48 * 48, 32, (32, 64)),  # 64 x 64 is nearest and does not fit: one side gives way
+    ],
+)
+def test_the_model_works_at_the_nearest_size_that_fits(height, width, max_pixels, factor, expected):
+    assert sample.model_size(height, width, max_pixels, factor) == expected
+
+
+@torch.no_grad()
+def test_edit_video_is_algorithm_2():
+    """The whole path again, line by line, on a clip that needs no resizing and no window."""
+    model, vae = tiny_model()
+    frames, text = make_clip(7, 32, 64), "remove the square"
+    padded = torch.cat((frames, frames[-1:].expand(2, -1, -1, -1)))  # to 4k + 1
+    contexts = model.contexts(model.encoder([padded], [text]))
+    source = vae.encode(padded.permute(3, 0, 1, 2)[None].float() / 127.5 - 1)
+    z, ts = torch.randn(source.shape, generator=torch.Generator().manual_seed(3)), [1, 1.5 / 2, 0.0]
+    for t, following in zip(ts, ts[1:], strict=False):
+        z = z - (t - following) * model.dit(z, torch.tensor([t]), contexts, source)
+    expected = ((vae.decode(z)[0].permute(1, 2, 3, 0) + 1) * 127.5).round()[:7]
+    edited = sample.edit_video(model, vae, frames, text, steps=2, shift=3.0, seed=3)
+    assert edited.dtype == torch.uint8 and edited.shape == frames.shape
+    assert (edited.float() - expected).abs().max() <= 1  # one level where rounding falls the other way
+    assert edited.float().std() > 5  # a random VAE's picture, not a constant
+
+
+def test_the_same_seed_gives_the_same_frames_offloaded_or_not():
+    model, vae = tiny_model()
+    frames = make_clip(5, 40, 30)
+    first = sample.edit_video(model, vae, frames, "add snow", steps=2, seed=1)
+    assert torch.equal(first, sample.edit_video(model, vae, frames, "add snow", steps=2, seed=1))
+    offloaded = sample.edit_video(model, vae, frames, "add snow", steps=2, seed=1, device=torch.device("cpu"))
+    assert torch.equal(first, offloaded)
+    assert not torch.equal(first, sample.edit_video(model, vae, frames, "add snow", steps=2, seed=2))
+
+
+@torch.no_grad()
+def test_offloading_keeps_only_the_network_in_use_on_the_device():
+    """Each network runs only after it was moved there, with none but the ones it needs beside it, and goes back."""
+    model, vae = tiny_model()
+    networks = {"encoder": model.encoder, "dit": model.dit}
+    networks |= {f"vae.{name}": getattr(vae, name) for name in ("encoder", "conv1", "conv2", "decoder")}
+    present, seen = set(), {}
+    for name, module in networks.items():
+        module.to = lambda device, name=name: present.add(name)
+        module.cpu = lambda name=name: present.discard(name)
+        module.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: set(present)}))
+    sample.edit_video(model, vae, make_clip(5, 32, 32), "add snow", steps=1, device=torch.device("cpu"))
+    encode, decode = {"vae.encoder", "vae.conv1"}, {"vae.decoder", "vae.conv2"}
+    expected = {"encoder": {"encoder"}, "dit": {"dit"}} | dict.fromkeys(encode, encode) | dict.fromkeys(decode, decode)
+    assert seen == expected and not present
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    rvedit.save(folder, *tiny_model())
+    return folder
+
+
+def contents(path):
+    """What a player sees, through PyAV alone: timestamps in seconds, (width, height), rate, and the audio packets."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = [(frame.pts * frame.time_base, (frame.width, frame.height)) for frame in container.decode(stream)]
+        rate, codec, pixels = stream.average_rate, stream.codec_context.name, stream.codec_context.pix_fmt
+    with av.open(str(path)) as container:
+        audio = (
+            [bytes(p) for p in container.demux(container.streams.audio) if p.size] if container.streams.audio else []
+        )
+    assert (codec, pixels) == ("h264", "yuv420p")
+    return [time for time, _ in frames], {size for _, size in frames}, rate, audio
+
+
+def source_times(path):
+    with av.open(str(path)) as container:
+        return [frame.pts * frame.time_base for frame in container.decode(container.streams.video[0])]
+
+
+def run(checkpoint, clip, out, *options):
+    command = ["--video", clip, "--out", out, "--prompt", "add snow", "--checkpoint", checkpoint, "--steps", "2"]
+    sample.main([*map(str, command), "--device", "cpu", *options])
+    return contents(out)
+
+
+def images(frames, height=48, width=64):
+    return make_clip(frames, height, width).numpy()
+
+
+CLIPS = {  # what it is: (how to encode it, the width and height expected)
+    "1 frame": (dict(images=images(1)), (64, 48)),
+    "2 frames": (dict(images=images(2)), (64, 48)),
+    "5 frames": (dict(images=images(5)), (64, 48)),
+    "81 frames, 29.97 fps, audio": (dict(images=images(81), rate=NTSC, audio="aac"), (64, 48)),
+    "82 frames": (dict(images=images(82)), (64, 48)),
+    "200 frames": (dict(images=images(200)), (64, 48)),
+    "portrait": (dict(images=images(5, 90, 50)), (50, 90)),
+    "odd sides": (dict(images=images(5, 45, 61), pix_fmt="yuv444p"), (60, 44)),
+    "larger than max_pixels": (dict(images=images(5, 120, 200), audio="aac"), (200, 120)),
+    "variable rate": (dict(images=images(6), pts=[0, 40, 90, 300, 310, 700], time_base=Fraction(1, 1000)), (64, 48)),
+    "rotated by 90 degrees": (dict(images=images(5), rotation=(90, False)), (48, 64)),
+}
+
+
+@pytest.mark.parametrize("how, size", CLIPS.values(), ids=CLIPS)
+def test_the_edit_has_the_sources_length_timing_size_and_sound(how, size, checkpoint, tmp_path):
+    clip = encode(tmp_path / "in.mp4", **how)
+    times, sizes, rate, audio = run(checkpoint, clip, tmp_path / "out.mp4")
+    assert times == source_times(clip)
+    assert sizes == {size}
+    if how.get("rate"):
+        assert rate == how["rate"]
+    with av.open(str(clip)) as container:
+        packets = (
+            [bytes(p) for p in container.demux(container.streams.audio) if p.size] if container.streams.audio else []
+        )
+    assert audio == packets and bool(audio) == ("audio" in how)
+
+
+@pytest.mark.parametrize("name", REAL_CLIPS)
+def test_real_clips(name, checkpoint, tmp_path):
+    clip = ROOT.parent / "shared" / "data" / name
+    if not clip.is_file():
+        pytest.skip(f"{clip.name} is not in ../shared/data")
+    times, sizes, rate, audio = run(checkpoint, clip, tmp_path / "out.mp4")
+    with av.open(str(clip)) as container:
+        stream = container.streams.video[0]
+        assert sizes == {(stream.width, stream.height)} and rate == stream.average_rate
+        assert bool(audio) == bool(container.streams.audio)
+    assert times == source_times(clip)
+
+
+@pytest.mark.slow
+def test_a_thousand_frames(checkpoint, tmp_path):
+    clip = encode(tmp_path / "in.mp4", images=images(1000))
+    times, *_ = run(checkpoint, clip, tmp_path / "out.mp4")
+    assert times == source_times(clip) and len(times) == 1000
+
+
+def test_compare_puts_source_and_edit_side_by_side(checkpoint, tmp_path):
+    """The left half is the source, the right half the edit, up to H.264's losses."""
+    clip = encode(tmp_path / "in.mp4", images=images(5))
+    run(checkpoint, clip, tmp_path / "out.mp4", "--compare")
+    left, right, both = (sample.video.read_video(tmp_path / name).frames.float() for name in NAMES)
+    assert both.shape == (5, 48, 128, 3)
+    assert (both[:, :, :64] - left).abs().mean() < 4 and (both[:, :, 64:] - right).abs().mean() < 4
+
+
+NAMES = ("in.mp4", "out.mp4", "out_compare.mp4")
+
+
+def test_options_reach_the_model(checkpoint, tmp_path):
+    """Each option that changes the frames does change them, and repeating one does not."""
+    clip = encode(tmp_path / "in.mp4", images=images(5))
+
+    def frames(*options):
+        run(checkpoint, clip, tmp_path / "out.mp4", *options)
+        return sample.video.read_video(tmp_path / "out.mp4").frames
+
+    plain = frames()
+    assert torch.equal(plain, frames())
+    for options in (
+        ("--seed", "1"),
+        ("--shift", "1"),
+        ("--steps", "3"),
+        ("--max-pixels", "1024"),
+        ("--routing-depth", "0"),
+        ("--dtype", "bfloat16"),
+    ):
+        assert not torch.equal(plain, frames(*options)), options
+    assert torch.equal(plain, frames("--offload"))
+
+
+def damaged(tmp_path, how):
+    """Paths of things that are not a video."""
+    path = tmp_path / f"{how}.mp4"
+    if how == "folder":
+        path.mkdir()
+    elif how == "empty":
+        path.touch()
+    elif how == "text":
+        path.write_text("not a video")
+    elif how in ("truncated", "audio"):
+        encode(path, images=images(60), audio="aac", container={"movflags": "+faststart"})
+        if how == "truncated":
+            os.truncate(path, path.stat().st_size // 2)
+        else:
+            whole, path = path, tmp_path / "audio.m4a"
+            with av.open(str(whole)) as source, av.open(str(path), "w", format="mp4") as out:
+                stream = out.add_stream_from_template(source.streams.audio[0])
+                for packet in source.demux(audio=0):
+                    if packet.dts is not None:
+                        packet.stream = stream
+                        out.mux(packet)
+    return path
+
+
+def expect_error(capsys, *options):
+    """Run the command line, expect exit code 2 and one line on stderr, and return that line."""
+    with pytest.raises(SystemExit) as exit:
+        sample.main([str(option) for option in options])
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("missing", "missing.mp4: no such file"),
+        ("folder", "folder.mp4: is a folder"),
+        ("empty", "empty.mp4: the file is empty"),
+        ("text", "text.mp4: not a video"),
+        ("truncated", "truncated.mp4: the file is cut short"),
+        ("audio", "audio.m4a: has no video, only audio"),
+    ],
+)
+def test_bad_videos_are_named(how, message, checkpoint, tmp_path, capsys):
+    clip, out = damaged(tmp_path, how), tmp_path / "out.mp4"
+    options = ["--video", clip, "--prompt", "add snow", "--checkpoint", checkpoint, "--out", out]
+    assert message in expect_error(capsys, *options)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--prompt", " "], "--prompt is empty: say what to change"),
+        (["--prompt", "x" * 900], "the instruction makes 1091 tokens, the model takes 600"),
+        (["--out", "nowhere/out.mp4"], "nowhere"),
+        (["--out", "."], "is a folder"),
+        (["--out", "out.avi"], "must end in .mp4 or .mov"),
+        (["--out", "in.mp4"], "--out in.mp4 is the source itself"),
+        (["--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
+        (["--checkpoint", "."], "is neither a checkpoint of ours nor Kiwi-Edit's release"),
+        (["--wan", "."], "leave out --wan and --qwen"),
+        (["--steps", "0"], "--steps: '0' is not a whole number at least 1"),
+        (["--steps", "many"], "--steps: 'many' is not a whole number at least 1"),
+        (["--shift", "-1"], "--shift: '-1' is not a number at least 0.01"),
+        (["--shift", "nan"], "--shift: 'nan' is not a number at least 0.01"),
+        (["--seed", "-3"], "--seed: '-3' is not a whole number from 0 to"),
+        (["--max-pixels", "0"], "--max-pixels: '0' is not a whole number at least 1"),
+        (["--routing-depth", "4"], "--routing-depth 4: the model has only 3 blocks"),
+        (["--dtype", "float16"], "--dtype: invalid choice: 'float16'"),
+        (["--device", "warp"], "--device: this machine and this PyTorch have no 'warp'"),
+        (["--frames", "9"], "unrecognized arguments: --frames 9"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_bad_options_are_named(options, message, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encode(tmp_path / "in.mp4", images=images(2))
+    defaults = {"--video": "in.mp4", "--prompt": "add snow", "--checkpoint": checkpoint}
+    defaults |= dict(zip(options[::2], options[1::2], strict=True))
+    assert message in expect_error(capsys, *(word for pair in defaults.items() for word in pair))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
+
+
+def test_a_read_only_output_folder_is_named_before_any_work(checkpoint, tmp_path, capsys, monkeypatch):
+    encode(tmp_path / "in.mp4", images=images(2))
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: not mode & os.W_OK)  # root may write anywhere
+    out = tmp_path / "out.mp4"
+    error = expect_error(
+        capsys, "--video", tmp_path / "in.mp4", "--prompt", "x", "--checkpoint", checkpoint, "--out", out
+    )
+    assert str(tmp_path) in error and not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_an_absent_gpu_is_named(tmp_path, capsys):
+    assert "--device: this machine and this PyTorch have no 'cuda'" in expect_error(
+        capsys, "--video", "in.mp4", "--prompt", "x", "--device", "cuda"
+    )
+
+
+def test_wan_and_qwen_alone_cannot_edit(tmp_path, capsys):
+    encode(tmp_path / "in.mp4", images=images(2))
+    options = ["--video", tmp_path / "in.mp4", "--prompt", "x", "--wan", tmp_path, "--qwen", tmp_path]
+    assert "cannot edit yet" in expect_error(capsys, *options, "--out", tmp_path / "out.mp4")
+
+
+def test_the_command_runs_as_the_readme_says(checkpoint, tmp_path):
+    """As a process of its own: exit code 0 and one line on stdout; exit code 2 and one line on stderr."""
+    encode(tmp_path / "in.mp4", images=images(5))
+    command = [sys.executable, ROOT / "sample.py", "--checkpoint", checkpoint, "--prompt", "add snow", "--steps", "2"]
+    good = subprocess.run([*command, "--video", "in.mp4"], cwd=tmp_path, capture_output=True, text=True)
+    assert good.returncode == 0 and good.stderr == "", good.stderr
+    assert good.stdout.startswith("in_edited.mp4: 5 frames of 64x48 (") and good.stdout.count("\n") == 1
+    assert (tmp_path / "in_edited.mp4").is_file()
+    bad = subprocess.run([*command, "--video", "out.mp4"], cwd=tmp_path, capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "error: out.mp4: no such file\n")
+
+
+def test_the_built_in_checkpoint_edits_the_sample_clip(tmp_path, monkeypatch):
+    """The README's first command, in two steps instead of fifty, needs nothing but the repository."""
+    monkeypatch.chdir(tmp_path)
+    clip = ROOT / "assets" / "shapes.mp4"
+    sample.main(["--video", str(clip), "--prompt", "remove the red circle", "--steps", "2", "--device", "cpu"])
+    times, sizes, rate, _ = contents(tmp_path / "shapes_edited.mp4")
+    assert times == source_times(clip) and sizes == {(96, 96)} and rate == 8
+
+
+def test_a_kiwi_edit_checkpoint_keeps_its_routing_depth(checkpoint, monkeypatch, tmp_path, capsys):
+    """Its blocks never saw native tokens: a smaller L_s is refused, L_s = L is fine."""
+    encode(tmp_path / "in.mp4", images=images(2))
+    monkeypatch.setattr(rvedit, "layout", lambda path: "kiwi-edit")
+    model, vae = tiny_model()
+    model.config = dataclasses.replace(model.config, routing_depth=3)
+    monkeypatch.setattr(rvedit, "load", lambda *args: (model, vae))
+    options = [
+        "--video",
+        tmp_path / "in.mp4",
+        "--prompt",
+        "x",
+        "--checkpoint",
+        checkpoint,
+        "--out",
+        tmp_path / "out.mp4",
+    ]
+    assert "never shown visual and textual tokens" in expect_error(capsys, *options, "--routing-depth", "2")
+    sample.main([*map(str, options), "--routing-depth", "3", "--steps", "1"])
+    assert np.isfinite(len(contents(tmp_path / "out.mp4")[0]))

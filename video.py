@@ -1,0 +1,374 @@
+"""Reading and writing video with PyAV: whatever FFmpeg decodes comes in as RGB frames, H.264 goes out.
+
+An edited clip has the length, resolution, timing and audio of its source (Eq. 1 of the paper). Beside the
+frames, `read_video` therefore keeps what `write_video` needs to put edited frames in their place:
+
+- time: each frame's own timestamp, exactly: 29.97 fps stays 30000/1001, a variable rate stays variable;
+- sound: every audio track, copied packet by packet; codecs that players do not expect in an .mp4 become AAC;
+- shape: rotation metadata is applied to the frames and not written; the aspect of the pixels is kept;
+- colour: read by the stream's own matrix and range tags; written as BT.709, limited range, tagged so.
+
+Frames are uint8 (T, H, W, 3) RGB: T frames, H height, W width. 10-bit and HDR sources are rounded to 8 bits
+without tone mapping; alpha, interlacing flags, subtitles, chapters and metadata are dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import torch
+import torch.nn.functional as F
+from av import Packet, VideoFrame
+from av.container import InputContainer, OutputContainer
+from av.stream import Disposition, Stream
+from av.video import reformatter as sws
+from torch import Tensor
+
+# Audio codecs that players expect in a file of this name, and that are therefore copied.
+COPIED_AUDIO = {
+    ".mp4": ("aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"),
+    ".mov": ("aac", "mp3", "ac3", "eac3", "alac", "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be"),
+}
+
+# Formats made to be joined and left at any moment (MPEG-TS and the like): any start time, no declared length.
+BROADCAST = av.format.Flags.ts_discont.value
+
+# swscale's defaults trade accuracy for speed: colours off by 3 levels instead of 1, chroma not interpolated.
+FULL_CHROMA = sws.Interpolation.FULL_CHR_H_INT | sws.Interpolation.FULL_CHR_H_INP
+SCALING = sws.Interpolation.BICUBIC | sws.Interpolation.ACCURATE_RND | FULL_CHROMA
+
+
+@dataclass
+class Video:
+    """A clip in memory, and what it takes to write it, or an edit of it, back."""
+
+    frames: Tensor  # uint8 (T, H, W, 3), RGB, upright, in display order
+    timestamps: list[int]  # T presentation times, strictly increasing, in units of `time_base`
+    last_duration: int  # how long the last frame is shown, in units of `time_base`
+    time_base: Fraction  # seconds; the coarsest that is exact, so a constant rate counts 0, 1, 2, ...
+    start: Fraction  # seconds on the file's own clock that are time 0 here
+    pixel_aspect: Fraction  # width : height of one pixel
+    path: Path  # the file it came from, where the audio still is
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames per second, on average."""
+        ticks = self.timestamps[-1] + self.last_duration - self.timestamps[0]
+        return len(self.timestamps) / (ticks * self.time_base)
+
+
+def _open(path: Path) -> InputContainer:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, not a video file")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    # "file:" keeps a name such as "a:b.mp4" from being taken for a protocol. Tags need not be valid UTF-8.
+    return av.open(f"file:{path}", metadata_errors="replace")
+
+
+def _video_stream(container: InputContainer, path: Path) -> Stream:
+    """The first video stream that is not a cover picture."""
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        raise ValueError(f"{path}: has no video" + (", only audio" if container.streams.audio else ""))
+    if streams[0].codec_context is None:
+        raise ValueError(f"{path}: FFmpeg cannot decode its video; convert it first")
+    return streams[0]
+
+
+def _demux(container: InputContainer, *streams: Stream) -> Iterator[Packet]:
+    # When a stream shows up midway PyAV ends with an IndexError, after the last packet of the others.
+    with contextlib.suppress(IndexError):
+        yield from container.demux(*streams)
+
+
+def _declared_end(path: Path, kind: str) -> int:
+    """Where an MP4, AVI or Matroska file ends by the sizes of its outermost chunks, in bytes; 0: unknown."""
+    end = position = 0
+    with path.open("rb") as file:
+        if kind == "avi":  # "RIFF" and a size
+            end = 8 + int.from_bytes(file.read(8)[4:], "little")
+        elif kind.startswith("matroska"):
+            # The Segment is the rest of the file: an id, then n - 1 zero bits, a one bit and the size in 7n
+            # bits, which are all ones in a live recording.
+            head = file.read(4096)
+            start = head.find(b"\x18\x53\x80\x67") + 4
+            n = 9 - head[start].bit_length()
+            size = int.from_bytes(head[start : start + n], "big") - (1 << 7 * n)
+            end = start + n + size if start > 3 and size < (1 << 7 * n) - 1 else 0
+        elif kind.startswith("mov"):  # boxes: a size and a name; or 1, a name and a 64-bit size
+            while len(header := file.read(16)) >= 8:
+                size = int.from_bytes(header[8:] if header[:4] == b"\0\0\0\1" else header[:4], "big")
+                if not 8 <= size < 1 << 60:  # 0 is the rest of the file; others are not a box
+                    break
+                position += size
+                if header[4:8] in (b"moov", b"mdat", b"moof"):  # any bytes may be appended behind them
+                    end = position
+                file.seek(position)
+    return end
+
+
+def _count_packets(path: Path) -> int:
+    """Number of video packets, a bound on that of frames; ValueError if the end of the file is missing.
+
+    FFmpeg plays a file that was cut short up to the cut without an error: we look for the signs ourselves.
+    """
+    with _open(path) as container:
+        video, kind = _video_stream(container, path), container.format
+        count = 0
+        partial = _declared_end(path, kind.name) > path.stat().st_size
+        for packet in _demux(container):
+            count += packet.stream.index == video.index and packet.size > 0
+            partial |= packet.is_corrupt and not kind.flags & BROADCAST
+    if partial:
+        raise ValueError(f"{path}: the file is cut short, its last part is missing; copy it again")
+    return count
+
+
+def _decode(container: InputContainer, stream: Stream) -> Iterator[VideoFrame]:
+    """Frames in display order. Packets may fail before the first (a recording joined midway), not after."""
+    stream.thread_type = "AUTO"
+    started = False
+    for packet in _demux(container, stream):
+        try:
+            for frame in packet.decode():
+                started = True
+                yield frame
+        except av.FFmpegError:
+            if started:
+                raise
+
+
+def _orientation(frame: VideoFrame) -> tuple[bool, int, int]:
+    """How to turn an image upright: whether to swap its axes, then the step (-1: flip) along H and W."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, 1, 1
+    # Nine int32, of which the first two rows, (a b .) and (c d .), take (x, y) to (a·x + c·y, b·x + d·y).
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+    swap = abs(b) > abs(a)  # displayed x comes from stored y
+    x, y = (c, b) if swap else (a, d)
+    return swap, -1 if y < 0 else 1, -1 if x < 0 else 1
+
+
+def _clock(container: InputContainer, stream: Stream, times: list[int | None], last: int) -> dict:
+    """Video's fields of time, from the decoder's timestamps and the last frame's duration."""
+    base, rate = stream.time_base, stream.average_rate or stream.guessed_rate or Fraction(25)
+    shift = min(0, times[0] or 0)  # players show nothing before time 0
+    if container.format.flags & BROADCAST and container.start_time is not None:
+        shift = round(Fraction(container.start_time, av.time_base) / base)
+    last = last or max(1, round(1 / (rate * base)))
+    if None in times or any(b <= a for a, b in itertools.pairwise(times)):
+        # Raw streams and some AVI files have no usable timestamps, only a constant duration.
+        times = [shift + i * last for i in range(len(times))]
+    unit = math.gcd(last, *(time - shift for time in times))  # 512, 1024, ... / 12800 s are 1, 2, ... / 25 s
+    times = [(time - shift) // unit for time in times]
+    return dict(timestamps=times, last_duration=last // unit, time_base=base * unit, start=shift * base)
+
+
+def _read_frames(path: Path, capacity: int) -> Video:
+    frames, times = None, []
+    with _open(path) as container:
+        stream, reformatter = _video_stream(container, path), sws.VideoReformatter()
+        for frame in _decode(container, stream):
+            if frames is None:
+                height, width = frame.height, frame.width
+                swap, down, right = _orientation(frame)
+                # Once, at full length: stacking a list of frames would take the memory twice.
+                shape = (width, height, 3) if swap else (height, width, 3)
+                frames = torch.empty((capacity, *shape), dtype=torch.uint8)
+            elif len(times) == len(frames):  # a codec that puts several frames into a packet
+                frames = torch.cat([frames, torch.empty_like(frames)])
+
+            matrix = None  # the one that the frame is tagged with
+            if frame.colorspace in (0, 2, 3) and not frame.format.is_rgb:  # no tag, or one without a meaning
+                matrix = sws.Colorspace.ITU709 if width >= 1280 or height > 576 else sws.Colorspace.ITU601
+            # A stream that changes its size midway is scaled to that of its first frame, as FFmpeg does.
+            options = dict(src_colorspace=matrix, dst_color_range=sws.ColorRange.JPEG, interpolation=SCALING)
+            image = reformatter.reformat(frame, width, height, "rgb24", **options).to_ndarray()  # as stored
+            frames.numpy()[len(times)] = (image.swapaxes(0, 1) if swap else image)[::down, ::right]
+            times.append(frame.pts)
+        if frames is None:
+            raise ValueError(f"{path}: damaged, not one frame can be decoded")
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        clock = _clock(container, stream, times, frame.duration)
+    return Video(frames[: len(times)], **clock, pixel_aspect=1 / aspect if swap else aspect, path=path)
+
+
+def read_video(path: str | Path) -> Video:
+    """Read a whole clip, of any container and codec that FFmpeg decodes.
+
+    Raises OSError or ValueError, in one line that names the file, if no video or not all of it is there.
+    """
+    path = Path(path)
+    try:
+        return _read_frames(path, _count_packets(path))
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: not a video file, or cut short or damaged ({error.strerror})") from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError or ValueError, in one line, if `path` cannot be written. For use before long work."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name a file in it, such as {path / 'edited.mp4'}")
+    if path.suffix.lower() not in COPIED_AUDIO:
+        raise ValueError(f"{path}: the name of a video to write must end in {' or '.join(COPIED_AUDIO)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise PermissionError(f"{path}: it or its folder is read-only; choose another place")
+
+
+def _add_video(out: OutputContainer, height: int, width: int, time_base: Fraction, rate: Fraction) -> Stream:
+    """An H.264 track of the kind that every player and browser shows."""
+    # Without B-frames, decoding order is display order: each frame's duration in the file is its own, so that
+    # a variable rate survives down to the last frame, and no edit list is needed to start at 0.
+    options = {"crf": "18", "profile": "high", "bf": "0"}
+    # The rate is a hint to the rate control. The limit fits it into 32 bits and leaves 30000/1001 as it is.
+    track = out.add_stream("libx264", rate.limit_denominator(100_000), options, width=width, height=height)
+    context = track.codec_context
+    context.pix_fmt, context.time_base = "yuv420p", time_base
+    context.flags |= av.codec.context.Flags.frame_duration  # or the last frame gets the average
+    context.colorspace, context.color_range = sws.Colorspace.ITU709, sws.ColorRange.MPEG
+    context.color_primaries, context.color_trc = sws.ColorPrimaries.BT709, sws.ColorTrc.BT709
+    return track
+
+
+def _video_packets(track: Stream, timed: Iterable[tuple[Tensor, int, int]]) -> Iterator[Packet]:
+    """Encode ((H, W, 3) image, timestamp, duration) one after another."""
+    context, reformatter = track.codec_context, sws.VideoReformatter()
+    # The encoder only passes the colour tags on; the conversion has to be told to do as they say.
+    colour = dict(dst_colorspace=sws.Colorspace.ITU709, dst_color_range=sws.ColorRange.MPEG)
+    for image, timestamp, duration in timed:
+        image = image[: context.height, : context.width].contiguous().cpu()
+        frame = VideoFrame.from_ndarray(image.numpy(), "rgb24")
+        frame = reformatter.reformat(frame, format="yuv420p", interpolation=SCALING, **colour)
+        frame.pts, frame.duration, frame.time_base = timestamp, duration, context.time_base
+        yield from track.encode(frame)
+    yield from track.encode(None)
+
+
+def _add_audio(out: OutputContainer, source: InputContainer, copied: tuple[str, ...]) -> dict[int, Stream]:
+    """A track for each audio stream of `source`, by its index: a copy of codecs in `copied`, else AAC."""
+    tracks = {}
+    for stream in source.streams.audio:
+        context = stream.codec_context
+        if context is None:  # a codec that FFmpeg does not know can be neither copied nor decoded
+            continue
+        if stream.codec.canonical_name in copied:
+            track = out.add_stream_from_template(stream)
+        else:
+            rate = context.sample_rate if context.sample_rate in av.Codec("aac", "w").audio_rates else 48_000
+            layout = {1: "mono", 6: "5.1", 8: "7.1"}.get(context.layout.nb_channels, "stereo")
+            track = out.add_stream("aac", rate, layout=layout)
+            track.codec_context.bit_rate = 96_000 * track.codec_context.layout.nb_channels
+        tracks[stream.index] = track
+    return tracks
+
+
+def _audio_packets(source: InputContainer, tracks: dict[int, Stream], start: Fraction) -> Iterator[Packet]:
+    """Packets for `tracks` from the streams of `source`, whose time `start` becomes 0."""
+    last = dict.fromkeys(tracks, -math.inf)
+    for packet in _demux(source):
+        index, timed = packet.stream.index, packet.dts is not None
+        if index not in tracks:
+            continue
+        if timed:
+            time = packet.dts - round(start / packet.time_base)
+            if time < last[index]:  # joined recordings: the clock of the first goes on
+                time = last[index] + packet.duration
+            packet.pts = packet.dts = last[index] = time  # audio is not reordered
+        if tracks[index].codec_context.is_encoder:
+            with contextlib.suppress(av.InvalidDataError):  # a damaged packet is a moment of silence
+                for frame in packet.decode():
+                    yield from tracks[index].encode(frame)
+        elif timed:
+            packet.stream = tracks[index]
+            yield packet
+    for track in tracks.values():
+        if track.codec_context.is_encoder:
+            yield from track.encode(None)
+
+
+def write_video(
+    path: str | Path, frames: Tensor | Iterable[Tensor], like: Video | None = None, fps: Fraction | int = 24
+) -> tuple[int, int]:
+    """Write a clip as H.264 to an .mp4 or .mov file, which takes its name only when it is complete.
+
+    frames: uint8 (T, H, W, 3), or an iterable of such blocks, for clips that are too long to be held twice.
+    like: the clip of T frames whose timing, pixel aspect and audio this one gets. Without it: `fps`, silent.
+    Returns (height, width) as written: 4:2:0 has no odd sides, so an odd one loses its last row or column.
+    Raises OSError or ValueError if the file cannot be written.
+    """
+    check_writable(path)
+    path = Path(path)
+    images = (image for block in ([frames] if isinstance(frames, Tensor) else frames) for image in block)
+    first = next(images, None)
+    if first is None or min(first.shape[:2]) < 2:
+        raise ValueError(f"{path}: nothing to write, a video needs one frame and two pixels a side")
+    images = itertools.chain([first], images)
+    height, width = first.shape[0] // 2 * 2, first.shape[1] // 2 * 2
+    time_base = like.time_base if like else 1 / Fraction(fps)
+
+    with contextlib.ExitStack() as stack:
+        # A folder beside the output: the rename stays on one disk, and whatever happens nothing is left over.
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent))
+        temporary = Path(folder, path.name)
+        # The index in front, so that browsers play at once; a timescale that holds the clip's start exactly.
+        scale = time_base.denominator * (1 + 10**6 // time_base.denominator)
+        options = {"movflags": "faststart", "movie_timescale": str(scale)}
+        with av.open(f"file:{temporary}", "w", container_options=options) as out:
+            track = _add_video(out, height, width, time_base, like.rate if like else 1 / time_base)
+            if like is None:
+                timed, audio = ((image, i, 1) for i, image in enumerate(images)), iter(())
+            else:
+                track.codec_context.sample_aspect_ratio = like.pixel_aspect
+                ends = [*like.timestamps[1:], like.timestamps[-1] + like.last_duration]
+                durations = [end - begin for begin, end in zip(like.timestamps, ends, strict=True)]
+                timed = zip(images, like.timestamps, durations, strict=True)
+                source = stack.enter_context(_open(like.path))
+                tracks = _add_audio(out, source, COPIED_AUDIO[path.suffix.lower()])
+                audio = _audio_packets(source, tracks, like.start)
+            # In order of time, so that the sound is stored near its picture.
+            for packet in heapq.merge(_video_packets(track, timed), audio, key=lambda p: p.dts * p.time_base):
+                out.mux(packet)
+        os.replace(temporary, path)
+    return height, width
+
+
+# ----------------------------------------------------------------------------------------------- frames as numbers
+
+
+def to_float(frames: Tensor) -> Tensor:
+    """uint8 (..., T, H, W, 3) -> what the networks take: float32 (..., 3, T, H, W) in [-1, 1]."""
+    return frames.movedim(-1, -4).float() / 127.5 - 1
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """The inverse of `to_float`, rounded to whole levels, on the CPU."""
+    return ((video + 1) * 127.5).round().to(torch.uint8).movedim(-4, -1).cpu()
+
+
+def resize(frames: Tensor, height: int, width: int) -> Tensor:
+    """Resize uint8 (T, H, W, 3) to (T, height, width, 3) by antialiased bicubic interpolation, as Pillow does it."""
+    if frames.shape[1:3] == (height, width):
+        return frames
+    resized = torch.empty(len(frames), height, width, 3, dtype=torch.uint8)
+    for frame, target in zip(frames, resized, strict=True):  # one by one: PyTorch would copy the whole clip
+        image = frame.permute(2, 0, 1).unsqueeze(0)
+        target.copy_(F.interpolate(image, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0))
+    return resized
