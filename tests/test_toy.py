@@ -1,0 +1,159 @@
+"""How the small checkpoint is made and judged."""
+
+import math
+
+import pytest
+import torch
+from helpers import make_clip, relative_error, tiny_model
+from tokenizers import Tokenizer
+
+import rvedit
+import sample
+import toy
+from data import ShapesDataset
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_str(toy.train_tokenizer().to_str())
+
+
+def test_the_tokenizer_fits_the_preset(tokenizer):
+    qwen = rvedit.preset("toy").qwen
+    assert tokenizer.token_to_id("<|video_pad|>") == qwen.video_token_id
+    assert tokenizer.token_to_id("<|object_ref_start|>") == qwen.query_token_id
+    assert tokenizer.get_vocab_size() <= qwen.vocab_size
+
+
+@pytest.mark.parametrize("text", ["Remove the circle.", "add  snow ☃ to 日本\n\t🙂", "<|im_end|>", "\x00\x7f\u200b"])
+def test_the_tokenizer_encodes_any_text(tokenizer, text):
+    """Bytes are its alphabet, so that every text comes back as it was."""
+    tokenizer.encode_special_tokens = True
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_words_of_the_instructions_are_tokens(tokenizer):
+    """Clips that it was not trained on: hardly more tokens than words and signs."""
+    shapes = ShapesDataset(11, 20, 5, 32, 32, toy.EVERYTHING)
+    for clip in map(shapes.__getitem__, range(20)):
+        for text in (clip["instruction"], clip["caption"]):
+            words = text.replace(",", " ,").replace(".", " .").split()
+            assert len(tokenizer.encode(text).ids) <= len(words) + 2, tokenizer.encode(text).tokens
+
+
+def test_reconstruction_without_noise_is_encoding_and_decoding():
+    _, vae = tiny_model()
+    video = torch.rand(2, 3, 9, 16, 32) * 2 - 1
+    with torch.no_grad():
+        decoded, _ = toy.reconstruct(vae, video, torch.zeros(2))
+        assert relative_error(decoded.clamp(-1, 1), vae.decode(vae.encode(video))) < 1e-5
+
+
+def test_an_interrupted_vae_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    """Stopped before step 3 of 5 and begun again: the same weights, bit for bit."""
+    monkeypatch.setattr(toy, "CLIPS", ((2, 5, 32, 16), (1, 5, 32, 32)))
+    monkeypatch.setattr(toy, "SAVE_SECONDS", 0)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = toy.train_vae(tmp_path / "a", 5)
+
+    class Stops(toy.Crops):
+        def __getitem__(self, step):
+            if step == 3:
+                raise KeyboardInterrupt
+            return super().__getitem__(step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(toy, "Crops", Stops)
+        toy.train_vae(tmp_path / "b", 5)
+    resumed = toy.train_vae(tmp_path / "b", 5)
+    start = toy.untrained_vae().state_dict()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+        assert torch.equal(start[name].bfloat16().float(), value) == (".middle.1." in name), name  # the attention
+
+
+def test_clips_are_edited_together_as_alone():
+    """Three clips with instructions of different lengths give the frames of `edit_video`, up to a rounding."""
+    model, vae = tiny_model()
+    clips = torch.stack([make_clip(5, 32, 64, seed) for seed in range(3)])
+    texts = ["remove it", "make the small red circle in the corner green", "add snow"]
+    together = toy.edit_clips(model, vae, clips, texts, steps=3)
+    for clip, text, edit in zip(clips, texts, together, strict=True):
+        alone = sample.edit_video(model, vae, clip, text, steps=3)
+        assert (edit.int() - alone.int()).abs().max() <= 1
+    assert (together[0].int() - together[1].int()).abs().max() > 20  # the comparison is not of gray with gray
+
+
+def synthetic_clip():
+    source = torch.full((3, 4, 4, 3), 100, dtype=torch.uint8)
+    mask = torch.zeros(3, 4, 4, dtype=torch.bool)
+    mask[:, :2] = True
+    target = torch.where(mask[..., None], 200, source).to(torch.uint8)
+    return dict(source=source, target=target, mask=mask)
+
+
+def test_scores_of_the_bounds():
+    """The target is perfect; the source is right outside only, and is no edit."""
+    clip = synthetic_clip()
+    assert toy.score(clip["target"], clip, clip["target"]) == toy.Score(math.inf, math.inf, 0, True)
+    inside = 10 * math.log10(255**2 / 100**2)
+    assert toy.score(clip["source"], clip, clip["target"]) == pytest.approx((inside, math.inf, 0, False))
+
+
+@pytest.mark.parametrize(("done", "edited"), [(0.6, False), (0.66, False), (0.67, True), (1.0, True)])
+def test_an_edit_counts_from_two_thirds_of_the_way(done, edited):
+    """A quarter of the squared error is half of the error: (1 - x) <= x / 2."""
+    clip = synthetic_clip()
+    output = torch.where(clip["mask"][..., None], 100 + round(100 * done), clip["source"]).to(torch.uint8)
+    assert toy.score(output, clip, clip["target"]).edited is edited
+
+
+@pytest.mark.parametrize(
+    ("levels", "ceiling_levels", "edited"), [(9, 0, True), (11, 0, False), (11, 8, True), (20, 8, False)]
+)
+def test_an_edit_counts_only_if_the_rest_stays(levels, ceiling_levels, edited):
+    """28 dB are 10.15 levels; where the VAE itself is off, 3 dB more than it."""
+    clip = synthetic_clip()
+
+    def off(by):
+        return torch.where(clip["mask"][..., None], clip["target"], clip["target"] + by)
+
+    result = toy.score(off(levels), clip, off(ceiling_levels))
+    assert result.edited is edited and result.outside == pytest.approx(20 * math.log10(255 / levels))
+
+
+def test_temporal_error_is_of_the_changes():
+    """An offset that stays costs nothing; a flicker of 10 levels in one of 3 frames is 10 levels in each of 2 steps."""
+    clip = synthetic_clip()
+    steady, flicker = clip["target"] + 10, clip["target"].clone()
+    flicker[1] += 10
+    assert toy.score(steady, clip, clip["target"]).temporal == 0
+    assert toy.score(flicker, clip, clip["target"]).temporal == pytest.approx(10)
+
+
+def test_a_mask_of_everything_has_no_outside():
+    clip = synthetic_clip() | dict(mask=torch.ones(3, 4, 4, dtype=torch.bool))
+    result = toy.score(clip["target"], clip, clip["source"])
+    assert math.isnan(result.outside) and result.edited
+
+
+@pytest.mark.slow
+def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkeypatch, capsys):
+    """All steps with hardly any training; a second call goes on from the first, with nothing left to do."""
+    monkeypatch.setattr(rvedit, "TOY", tmp_path / "assets")
+    monkeypatch.setattr(toy, "CLIPS", ((1, 5, 32, 16),))
+    run = ["--run", str(tmp_path / "run")]
+    options = ["--steps", "1", "--batch", "2", "--size", "9", "32", "32", "--workers", "0"]
+    toy.main([*run, "--vae-steps", "1", "vae"])
+    toy.main([*run, "editor", *options])
+    toy.main(run)
+    size = sum(file.stat().st_size for file in (tmp_path / "assets").iterdir())
+    assert size < 18e6
+    stored = {file.name: file.read_bytes() for file in (tmp_path / "assets").iterdir()}
+    toy.main(run)
+    assert stored == {file.name: file.read_bytes() for file in (tmp_path / "assets").iterdir()}
+    capsys.readouterr()
+    toy.main(["evaluate", "--clips", "1", "--size", "32"])
+    table = capsys.readouterr().out
+    assert [table.count(name) for name in ("Local Add", "source unchanged", "target through the VAE")] == [3, 5, 5]
