@@ -36,6 +36,7 @@ import sample
 import train
 from data import CATEGORIES, COMPOSITION, ShapesDataset
 from mllm import CHAT_START
+from muon import Muon
 from vae import WanVAE, patchify, split_time, unpatchify
 from video import to_float, to_uint8
 
@@ -102,53 +103,44 @@ def untrained_vae() -> WanVAE:
 
 
 def train_vae(run: Path, steps: int) -> WanVAE:
-    """Train the toy preset's VAE, from the last saved step if there is one; in bfloat16, the weights kept in float32.
+    """Train the toy preset's VAE, from the last saved step if there is one; on a GPU the forward pass is in bfloat16.
 
     An autoencoder for the squared error, with noise in the latents in the place of a prior: it makes them smooth, and
-    spends their one scale on what counts in the picture instead of whitening them. Muon (arXiv 2502.16982) for the
-    matrices: after 150 steps the pictures are at 18.4 dB, with AdamW alone at 15.6.
+    spends their one scale on what counts in the picture instead of whitening them. Muon makes the pictures 18.4 dB
+    after 150 steps, AdamW 15.6.
     """
     run.mkdir(parents=True, exist_ok=True)
-    vae, state, step = untrained_vae().to(DEVICE, torch.bfloat16), run / "vae.pt", 0
+    vae, state, step = untrained_vae().to(DEVICE), run / "vae.pt", 0
     weights = [p for p in vae.parameters() if p.requires_grad]
-    masters = [p.detach().float().flatten(1 if p.ndim > 3 and p[0].numel() > 1 else 0) for p in weights]
-    views = [master.view_as(p) for master, p in zip(masters, weights, strict=True)]
-    optimizers = [
-        torch.optim.Muon([m for m in masters if m.ndim == 2], weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([m for m in masters if m.ndim == 1], betas=(0.9, 0.95), weight_decay=0),
-    ]
+    matrices = [p for p in weights if p.ndim > 3 and p[0].numel() > 1]
+    optimizer = Muon(weights, matrices, rate=1.0, betas=(0.9, 0.95), weight_decay=0)
     if state.exists():
         stored = torch.load(state, map_location=DEVICE, weights_only=True)
         step = stored["step"]
-        torch._foreach_copy_(masters, stored["masters"])
-        for optimizer, value in zip(optimizers, stored["optimizers"], strict=True):
-            optimizer.load_state_dict(value)
+        vae.load_state_dict(stored["weights"])
+        optimizer.load_state_dict(stored["optimizer"])
     recent, saved = deque(maxlen=50), time.monotonic()
     for video in DataLoader(Crops(), None, sampler=range(step, steps), num_workers=8 if DEVICE == "cuda" else 0):
-        torch._foreach_copy_([p.data for p in weights], views)
         torch.manual_seed(step)
         video = video.to(DEVICE)
-        decoded, scale = reconstruct(vae, video.bfloat16(), NOISE * torch.rand(len(video), device=DEVICE))
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            decoded, scale = reconstruct(vae, video, NOISE * torch.rand(len(video), device=DEVICE))
         loss = F.mse_loss(decoded.float(), video)
+        optimizer.zero_grad()
         loss.backward()
-        for master, p in zip(masters, weights, strict=True):
-            master.grad, p.grad = p.grad.float().view_as(master), None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        for optimizer in optimizers:
-            rate = VAE_RATE * min(1, (step + 1) / 30) * (1 + math.cos(math.pi * step / steps)) / 2
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        rate = VAE_RATE * min(1, (step + 1) / 30) * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
         step += 1
         recent.append(10 * math.log10(4 / loss.item()))
         if step % 50 == 0:
             print(f"VAE step {step}/{steps}: {sum(recent) / len(recent):.2f} dB, latents {scale:.1f}", flush=True)
         if time.monotonic() - saved > SAVE_SECONDS or step == steps:
-            stored = {"step": step, "masters": masters, "optimizers": [o.state_dict() for o in optimizers]}
+            stored = {"step": step, "weights": vae.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(stored, f"{state}.partial")
             os.replace(f"{state}.partial", state)
             saved = time.monotonic()
-    vae.float()
-    torch._foreach_copy_([p.data for p in weights], views)
     return vae
 
 

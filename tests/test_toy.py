@@ -70,7 +70,7 @@ def test_an_interrupted_vae_training_ends_as_an_uninterrupted_one(tmp_path, monk
     start = toy.untrained_vae().state_dict()
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
-        assert torch.equal(start[name].bfloat16().float(), value) == (".middle.1." in name), name  # the attention
+        assert torch.equal(start[name], value) == (".middle.1." in name), name  # the attention
 
 
 def test_clips_are_edited_together_as_alone():
