@@ -39,9 +39,9 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> None:
-        """All gradients must be there; those of the matrices are used up."""
+        """The gradients of the matrices are used up; parameters without one stay as they are."""
         group = self.param_groups[0]
-        for p in self.matrices:
+        for p in (p for p in self.matrices if p.grad is not None):
             momentum = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
             update = p.grad.lerp(momentum, 0.95)
             full = update.full_tensor() if isinstance(update, DTensor) else update
