@@ -26,7 +26,10 @@ class Refused(RuntimeError):
 
 def image_parts(frames: torch.Tensor, number: int) -> list[dict]:
     """`number` evenly spaced frames of uint8 (T, H, W, 3), or all T if fewer, as JPEG parts of a message."""
-    from PIL import Image  # an optional dependency: pip install pillow
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise Refused(f"{error}, which turns frames into JPEG: pip install pillow") from None
 
     parts = []
     for frame in frames[torch.linspace(0, len(frames) - 1, min(number, len(frames))).round().long()].numpy():
@@ -39,10 +42,7 @@ def image_parts(frames: torch.Tensor, number: int) -> list[dict]:
 
 
 def ask(url: str, model: str, content: str | list, system: str = "", key: str = "OPENAI_API_KEY") -> str:
-    """One chat turn at a server such as http://localhost:8000/v1; the environment variable `key` holds the API key.
-
-    Raises ValueError if it gets no answer, Refused if no question would.
-    """
+    """One chat turn; the environment variable `key` holds the API key. Without an answer: ValueError, or Refused."""
     messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": content}]
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get(key, 'none')}"}
     body, url = json.dumps({"model": model, "messages": messages}).encode(), f"{url.rstrip('/')}/chat/completions"
