@@ -73,18 +73,17 @@ def run(path: Path, jobs: dict[str, object], work: Callable[[object], dict], wor
     Returns, by key, why jobs failed (ValueError, OSError): the next run tries them again. Other exceptions end the run.
     """
 
-    def attempt(key: str) -> tuple[str, dict | str]:
+    def attempt(key: str) -> None:
         try:
-            return key, work(jobs[key])
+            line = json.dumps({"key": key, **work(jobs[key])}) + "\n"
         except (ValueError, OSError, HTTPException) as error:
-            return key, str(error)
+            failed[key] = str(error)
+        else:
+            file.write(line.encode())  # at once and unbuffered: lines of several threads do not mix
 
     todo, failed = sorted(jobs.keys() - results(path).keys()), {}
     with open(path, "ab", buffering=0) as file, ThreadPool(workers) as pool:  # daemons: Ctrl-C does not wait for them
         file.truncate(path.read_bytes().rfind(b"\n") + 1)
-        for key, result in tqdm(pool.imap_unordered(attempt, todo), total=len(todo), disable=None):
-            if isinstance(result, str):
-                failed[key] = result
-            else:
-                file.write(json.dumps({"key": key, **result}).encode() + b"\n")
+        for _ in tqdm(pool.imap_unordered(attempt, todo), total=len(todo), disable=None):
+            pass
     return failed
