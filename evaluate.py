@@ -67,7 +67,9 @@ def read_table(path: Path, bench: Path, categories: list[str]) -> dict[str, dict
         if rows.setdefault(Path(row["original_video"]).stem, row) is not row:
             raise ValueError(f"{path}, line {line}: {row['original_video']} is there twice")
         row["source"] = locate(row["original_video"], bench, bench.parent, bench / "videos")
-    return {key: row for key, row in rows.items() if row["edited_type"] in categories}
+    if chosen := {key: row for key, row in rows.items() if row["edited_type"] in categories}:
+        return chosen
+    raise ValueError(f"{path}: no row has one of the edited_types {', '.join(categories)}")
 
 
 def save(path: Path, text: str) -> None:
@@ -125,7 +127,7 @@ def parse_scores(answer: str) -> list[int] | None:
     for label in AXES.values():
         name = rf"(?i)\b{label}(?: score)?(?: ?\([^()\n]*\))?"
         number = r"[ :=|({\[–—-]*(?<![−-])([−-]?\d+(?:\.\d+)?)"
-        whole = r"(?!\w|[.,]?\d| ?(?:[-–—~→>]+|to|or) ?\d| ?(?:/|out of) ?(?!100\b))"
+        whole = r"(?!\w|[.,]?\d| ?(?:[-–—~→>]+|to|or) ?\d| ?(?:/|out of)(?! ?100\b))"
         found = {float(match.replace("−", "-")) for match in re.findall(name + number + whole, text)}
         if len(found) != 1 or not 1 <= max(found) <= 100:
             return None
@@ -270,8 +272,7 @@ def rate(output: Tensor, clip: dict, ceiling: Tensor) -> list[float]:
         rest = x - torch.where(nearer, source, target)
         return torch.cat([rest, rest.diff(dim=0)]).norm()
 
-    scores = done, kept, (error(ceiling) + 1e-6) / (error(output) + 1e-6)
-    return [1 + 99 * min(1.0, max(0.0, x.item())) for x in scores]
+    return [1 + 99 * x.clamp(0, 1).item() for x in (done, kept, (error(ceiling) + 1e-6) / (error(output) + 1e-6))]
 
 
 @torch.no_grad()
@@ -281,7 +282,7 @@ def shapes(args: Namespace) -> None:
 
     model, vae = rvedit.load(args.checkpoint, device=toy.DEVICE)
     dataset = data.ShapesDataset(2026, args.clips * len(CATEGORIES), 9, 96, 96)
-    rows: list[dict] = []
+    rows, about = [], {"judge": "exact targets", "rubrics": "none"}
     for first in tqdm(range(0, len(dataset), 20), desc="editing", unit="batch", disable=None):
         clips = [dataset[i] for i in range(first, min(first + 20, len(dataset)))]
         sources, targets = (torch.stack([clip[key] for clip in clips]) for key in ("source", "target"))
@@ -290,8 +291,7 @@ def shapes(args: Namespace) -> None:
         outputs = {"edit": edits, "source unchanged": sources, "target through the VAE": ceilings}
         for method, videos in outputs.items():
             for clip, scores in zip(clips, map(rate, videos, clips, ceilings), strict=True):
-                about = {"method": method, "category": clip["category"], "judge": "exact targets", "rubrics": "none"}
-                rows.append(about | {"scores": scores})
+                rows.append(about | {"method": method, "category": clip["category"], "scores": scores})
     print_table(make_table(rows, layout=3))
 
 
