@@ -167,7 +167,7 @@ def judge(args: Namespace) -> None:
         print(f"{path}: {sum(scored)} scored, {scored.count(False)} dropped, {len(problems)} failed", flush=True)
         failed += problems.values()
     if failed:
-        raise ValueError(f"{len(failed)} edits were not judged, run the command again; the first: {failed[0]}")
+        raise ValueError(f"no scores for {len(failed)} edits, run the command again; the first: {failed[0]}")
 
 
 def rubrics(args: Namespace) -> None:
@@ -221,7 +221,7 @@ def make_table(rows: list[dict], layout: int) -> list[list[str]]:
     lines = [["Rubrics", "Judge", "Method" if layout == 1 else "Variant", *about, *(names[i] for i in shown)]]
     for key, mean in sorted(means.items(), key=lambda item: (item[0][0], item[0][1] == "average", item[0][1])):
         texts = ["-" if np.isnan(x) else f"{x:.2f}" for x in mean[:-2]] + [f"{x:.0f}" for x in mean[-2:]]
-        editor = [groups.get(key, [{}])[0].get(name, "-") for name in about.values()]
+        editor = [next(row for row in rows if row["method"] == key[2]).get(name, "-") for name in about.values()]
         lines.append([*key, *editor, *(texts[i] for i in shown)])
     return lines
 
@@ -236,11 +236,11 @@ def table(args: Namespace) -> None:
         raise ValueError("two folders have the same name, which is the method's in the table; rename one")
     for folder in args.results:
         about, files = folder / "editor.json", sorted(folder.glob("scores_*.jsonl"))
-        if not files:
+        found = [row for path in files for row in chat.results(path).values()]
+        if not found:
             raise ValueError(f"{folder}: no scores; `evaluate.py judge` asks for them")
         editor = json.loads(about.read_text("utf-8")) if about.exists() else {}
-        editor["method"] = folder.resolve().name
-        rows += [row | editor for path in files for row in chat.results(path).values()]
+        rows += [row | editor | {"method": folder.resolve().name} for row in found]
     lines = make_table(rows, args.layout)
     csv.writer(sys.stdout, lineterminator="\n").writerows(lines) if args.csv else print_table(lines)
 

@@ -384,6 +384,7 @@ def write_scores(folder, *rows, name="scores_x.jsonl", **editor):
 def test_folders_become_a_table(tmp_path, capsys):
     full = {category: [[50, 60, 70]] for category in CATEGORIES}
     write_scores(tmp_path / "vace", *scores("", "p", **full), params="14B", resolution="1280x720")
+    write_scores(tmp_path / "vace", *scores("", "q", **full), name="scores_y.jsonl")
     write_scores(tmp_path / "our editor", *scores("", "p", **full, rubrics="ours"), *scores("", "p", local_add=[None]))
     write_scores(tmp_path / "our editor", *scores("", "q", **full), name="scores_y.jsonl")
     folders = [str(tmp_path / "vace"), str(tmp_path / "our editor")]
@@ -401,7 +402,9 @@ def test_folders_become_a_table(tmp_path, capsys):
     assert [(*line[:7], *line[-2:]) for line in found[1:]] == [
         ("ours", "p", "vace", "14B", "1280x720", "60.00", "60.00", "4", "0"),
         ("ours", "p", "our editor", "-", "-", "60.00", "60.00", "4", "1"),
+        ("ours", "q", "vace", "14B", "1280x720", "60.00", "60.00", "4", "0"),
         ("ours", "q", "our editor", "-", "-", "60.00", "60.00", "4", "0"),
+        ("ours", "average", "vace", "14B", "1280x720", "60.00", "60.00", "8", "0"),
         ("ours", "average", "our editor", "-", "-", "60.00", "60.00", "8", "1"),
     ]
 
@@ -409,7 +412,7 @@ def test_folders_become_a_table(tmp_path, capsys):
 def test_folders_that_make_no_table_are_named(tmp_path, capsys):
     write_scores(tmp_path / "a" / "x", *scores("", "p", local_add=[None]))
     write_scores(tmp_path / "b" / "x", *scores("", "p", local_add=[None]))
-    (tmp_path / "empty").mkdir()
+    write_scores(tmp_path / "empty")
     assert "same name" in fails(capsys, "table", tmp_path / "a" / "x", tmp_path / "b" / "x")
     assert "empty: no scores" in fails(capsys, "table", tmp_path / "a" / "x", tmp_path / "empty")
 
@@ -494,7 +497,7 @@ def test_good_failing_and_lying_judges_are_counted(tmp_path, capsys):
 
     with loopback(reply) as (url, _):
         error = fails(capsys, "judge", results, "--bench", bench, "--url", url, "--model", "m")
-        assert error.startswith("error: 1 edits were not judged, run the command again; the first: http://127.0.0.1")
+        assert error.startswith("error: no scores for 1 edits, run the command again; the first: http://127.0.0.1")
         path = next(results.glob("scores_*.jsonl"))
         assert tries == {i: {2: 3, 7: 3, 5: 3, 8: 3, 10: 5, 13: 6}.get(i, 1) for i in range(20) if i % 5 != 4}
         by_number = {int(key[:4]): row["scores"] for key, row in chat.results(path).items()}
@@ -544,15 +547,42 @@ def test_after_a_kill_nothing_is_judged_twice(tmp_path):
     assert sorted(int(row["key"][:4]) for row in lines(path)) == sorted(everything)
 
 
-def test_results_of_other_editors_are_found(tmp_path):
-    """By a table with paths that start in its folder, elsewhere, or nowhere any more; rows may lack in it."""
+@pytest.mark.parametrize("there", ["bench/a/x.mp4", "a/x.mp4", "bench/videos/a/x.mp4", "bench/videos/x.mp4"])
+def test_sources_are_found_wherever_their_paths_start(there, tmp_path):
+    (tmp_path / there).parent.mkdir(parents=True)
+    (tmp_path / "bench").mkdir(exist_ok=True)
+    (tmp_path / there).touch()
+    table = tmp_path / "bench" / "benchmark_videos.csv"
+    table.write_text("edited_type,prompt,original_video\nlocal_add,Add,a/x.mp4\n")
+    assert evaluate.read_table(table, tmp_path / "bench", ["local_add"])["x"]["source"] == tmp_path / there
+
+
+def test_other_rubrics_are_other_scores(tmp_path):
+    bench, rubrics = make_bench(tmp_path / "bench", 2), tmp_path / "mine"
+    results = make_results(bench, tmp_path / "ours")
+    shutil.copytree(ROOT / "rubrics", rubrics)
+    with loopback(lambda body: form(85)) as (url, asked):
+        for number in (2, 4, 6, 6):
+            judged(bench, results, url=url, options=[] if number == 2 else ["--rubrics", rubrics])
+            assert len(asked) == number
+            if number == 4:
+                (rubrics / "local_add.txt").write_text("{edit_prompt}")
+    names = sorted(path.name for path in results.glob("*.jsonl"))
+    assert [name.rpartition("-")[0] for name in names] == ["scores_Qwen-judge-1_mine"] * 2 + [
+        "scores_Qwen-judge-1_ours"
+    ]
+
+
+def test_results_of_other_editors_are_found(tmp_path, monkeypatch):
+    """By a table with paths that start in its folder, in this one, or nowhere any more; rows may lack in it."""
     bench = make_bench(tmp_path / "bench", 5, prefix="bench/videos/")
     results = tmp_path / "icve"
     (results / "clips").mkdir(parents=True)
     for path in ("clips/a.mp4", "c.mp4", "0003_global_style_Do_edited.mp4"):
         shutil.copy(bench / "clip.mp4", results / path)
     shutil.copy(bench / "clip.mp4", tmp_path / "b.mp4")
-    edits = {"local_change": "clips/a.mp4", "local_remove": tmp_path / "b.mp4", "local_add": "/gone/long/ago/c.mp4"}
+    edits = {"local_change": "clips/a.mp4", "local_remove": "b.mp4", "local_add": "/gone/long/ago/c.mp4"}
+    monkeypatch.chdir(tmp_path)
     with open(results / "results.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["edited_type", "prompt", "original_video", "edited_result_path"])
@@ -571,7 +601,7 @@ def test_edits_that_lack_are_named_and_the_others_judged(tmp_path, capsys):
     (results / "0003_global_style_Do_edited.mp4").write_bytes(b"no video")
     with loopback(lambda body: form(85)) as (url, asked):
         error = fails(capsys, "judge", results, "--bench", bench, "--url", url, "--model", "m")
-    assert "2 edits were not judged" in error and "000" in error and len(asked) == 2
+    assert "no scores for 2 edits" in error and "000" in error and len(asked) == 2
 
 
 @pytest.mark.parametrize("status, message", [(401, "401.*OPENAI_API_KEY"), (404, "404.*model"), (None, "refused")])
