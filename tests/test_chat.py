@@ -124,9 +124,10 @@ def test_a_busy_server_is_asked_again():
 
 
 BODIES = [b"", b"\xff", b"[]", b"{}", b'{"choices": []}', b'{"choices": null}', b'{"choices": [{"text": "yes"}]}']
+NO_TEXTS = [b'{"choices": [{"message": {"content": %s}}]}' % content for content in (b"7", b'["yes"]', b'{"a": 1}')]
 
 
-@pytest.mark.parametrize("answer", [CUT, 429, 500, *BODIES])
+@pytest.mark.parametrize("answer", [CUT, 429, 500, *BODIES, *NO_TEXTS])
 def test_what_stays_unanswered_is_given_up(answer):
     with loopback(lambda body: answer) as (url, asked), pytest.raises(ValueError, match="127.0.0.1.*/v1"):
         chat.ask(url, "m", "?")
