@@ -1,7 +1,6 @@
 """A synthetic data set without files: clips of moving shapes, an edit in words, and the exact clip after it.
 
 The edits are of the paper's four categories (§5), or two of them in one instruction; every clip is drawn anew.
-
 The words fix the target, by these rules of the shapes' world: an object has one of 8 forms, 8 colours and 3 sizes; it
 stands still or moves in one of 8 directions, all at one speed, and bounces off the margins; of overlapping objects the
 later is on top, and an added one is the last. It is named by attributes that no other object shares all of; "on the
@@ -104,7 +103,6 @@ MIN_CONTRAST = 100  # RGB distance of a shape from the background
 MIN_GAP = 0.15  # "on the left" is further left by so much
 
 # --- Scenes and how they are drawn -----------------------------------------------------------------------------------
-
 
 Extent = tuple[int, int, int]  # of a clip: T, H, W
 
