@@ -49,8 +49,8 @@ def ask(url: str, model: str, content: str | list, system: str = "", key: str = 
     for tries, pause in enumerate(PAUSES, 1):
         try:
             with urlopen(Request(url, body, headers), timeout=TIMEOUT) as reply:
-                return json.load(reply)["choices"][0]["message"]["content"] or ""
-        except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:  # also of a body cut off
+                return "" + (json.load(reply)["choices"][0]["message"]["content"] or "")
+        except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:  # cut off, or no text
             code = getattr(error, "code", 500)  # of HTTP
             failure = f"{url}: {error!r} {error.read(300) if hasattr(error, 'read') else ''}"
             if code in (401, 403, 404) or (type(error) is URLError and tries == 3):

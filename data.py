@@ -149,7 +149,7 @@ def stratified_sample(folders: dict[str, list[Path]], count: int, seed: int) -> 
     """At most `count` triplets of each category from each set in `folders`, as JSON lines; prints a table of them.
 
     Those with the smallest hash of (seed, paths, instruction) are taken: the order of files and rows does not matter,
-    and equal rows count once. "Not found" are those that would have been taken, but for a clip that is not there.
+    and equal rows count once. "Not found" are those that might have been taken, but for a clip that is not there.
     """
     lines, table = [], [("data set", "category", "asked", "available", "not found", "taken")]
     for dataset, places in folders.items():
@@ -237,7 +237,7 @@ def check(dataset: TripletDataset, count: int, workers: int) -> None:
 
     def decode(index: int) -> str:
         try:
-            return "{} frames of {} x {}".format(*dataset[index]["target"].shape)
+            return "{0} frames of {2}x{1}".format(*dataset[index]["target"].shape)
         except (ValueError, OSError) as error:
             return f"bad: triplet {index + 1}: {error}"
 

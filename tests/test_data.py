@@ -446,7 +446,7 @@ def test_check_reports_what_training_would_meet(clips: Path, capsys):
     output = capsys.readouterr().out.splitlines()
     assert output[-1] == "5 triplets, 4 of them without a caption; 5 decoded, 40.0% of them bad"
     found = sorted(" ".join(line.split()) for line in output[:-1])
-    assert found[0] == "1 9 frames of 16 x 32" and found[3] == "2 5 frames of 16 x 32" and len(found) == 4
+    assert found[0] == "1 9 frames of 32x16" and found[3] == "2 5 frames of 32x16" and len(found) == 4
     assert found[1] == f"1 bad: triplet 3: {clips}/videos/none.mkv: no such file"
     assert found[2].startswith(f"1 bad: triplet 4: {clips}/videos/a.mkv: its 7 frames at 8 fps are not in step")
     data.main(["check", str(clips / "t.csv"), "--clips", "2", "--workers", "1"])
