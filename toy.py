@@ -3,6 +3,7 @@
     python toy.py                         # makes it, from where the last call was stopped: the three stages below
     python toy.py evaluate                # how many clips that were never trained on it edits, and how well
     python toy.py editor --steps 20000    # one stage alone, the editor's with options of train.py
+    python toy.py ablate                  # the paper's Table 2 at this scale
 
 vae: a tokenizer for the words of the instructions, and a VAE, trained on crops of clips: 25 minutes on a busy CPU core.
 It gives targets back with 29.9 dB at 96 x 96 and 28.1 dB at 64 x 64, as means over clips.
@@ -15,11 +16,14 @@ Letters: B batch, T H W frames, height and width of a video; C t h w channels an
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import math
 import os
 import re
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +39,7 @@ import rvedit
 import sample
 import train
 from mllm import CHAT_START
+from muon import Muon
 from shapes import CATEGORIES, COMPOSITION, ShapesDataset
 from vae import WanVAE, patchify, split_time, unpatchify
 from video import to_float, to_uint8
@@ -102,53 +107,44 @@ def untrained_vae() -> WanVAE:
 
 
 def train_vae(run: Path, steps: int) -> WanVAE:
-    """Train the toy preset's VAE, from the last saved step if there is one; in bfloat16, the weights kept in float32.
+    """Train the toy preset's VAE, from the last saved step if there is one; on a GPU the forward pass is in bfloat16.
 
     An autoencoder for the squared error, with noise in the latents in the place of a prior: it makes them smooth, and
-    spends their one scale on what counts in the picture instead of whitening them. Muon (arXiv 2502.16982) for the
-    matrices: after 150 steps the pictures are at 18.4 dB, with AdamW alone at 15.6.
+    spends their one scale on what counts in the picture instead of whitening them. Muon makes the pictures 18.4 dB
+    after 150 steps, AdamW 15.6.
     """
     run.mkdir(parents=True, exist_ok=True)
-    vae, state, step = untrained_vae().to(DEVICE, torch.bfloat16), run / "vae.pt", 0
+    vae, state, step = untrained_vae().to(DEVICE), run / "vae.pt", 0
     weights = [p for p in vae.parameters() if p.requires_grad]
-    masters = [p.detach().float().flatten(1 if p.ndim > 3 and p[0].numel() > 1 else 0) for p in weights]
-    views = [master.view_as(p) for master, p in zip(masters, weights, strict=True)]
-    optimizers = [
-        torch.optim.Muon([m for m in masters if m.ndim == 2], weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([m for m in masters if m.ndim == 1], betas=(0.9, 0.95), weight_decay=0),
-    ]
+    matrices = [p for p in weights if p.ndim > 3 and p[0].numel() > 1]
+    optimizer = Muon(weights, matrices, rate=1.0, betas=(0.9, 0.95), weight_decay=0)
     if state.exists():
         stored = torch.load(state, map_location=DEVICE, weights_only=True)
         step = stored["step"]
-        torch._foreach_copy_(masters, stored["masters"])
-        for optimizer, value in zip(optimizers, stored["optimizers"], strict=True):
-            optimizer.load_state_dict(value)
+        vae.load_state_dict(stored["weights"])
+        optimizer.load_state_dict(stored["optimizer"])
     recent, saved = deque(maxlen=50), time.monotonic()
     for video in DataLoader(Crops(), None, sampler=range(step, steps), num_workers=8 if DEVICE == "cuda" else 0):
-        torch._foreach_copy_([p.data for p in weights], views)
         torch.manual_seed(step)
         video = video.to(DEVICE)
-        decoded, scale = reconstruct(vae, video.bfloat16(), NOISE * torch.rand(len(video), device=DEVICE))
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            decoded, scale = reconstruct(vae, video, NOISE * torch.rand(len(video), device=DEVICE))
         loss = F.mse_loss(decoded.float(), video)
+        optimizer.zero_grad()
         loss.backward()
-        for master, p in zip(masters, weights, strict=True):
-            master.grad, p.grad = p.grad.float().view_as(master), None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        for optimizer in optimizers:
-            rate = VAE_RATE * min(1, (step + 1) / 30) * (1 + math.cos(math.pi * step / steps)) / 2
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        rate = VAE_RATE * min(1, (step + 1) / 30) * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
         step += 1
         recent.append(10 * math.log10(4 / loss.item()))
         if step % 50 == 0:
             print(f"VAE step {step}/{steps}: {sum(recent) / len(recent):.2f} dB, latents {scale:.1f}", flush=True)
         if time.monotonic() - saved > SAVE_SECONDS or step == steps:
-            stored = {"step": step, "masters": masters, "optimizers": [o.state_dict() for o in optimizers]}
+            stored = {"step": step, "weights": vae.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(stored, f"{state}.partial")
             os.replace(f"{state}.partial", state)
             saved = time.monotonic()
-    vae.float()
-    torch._foreach_copy_([p.data for p in weights], views)
     return vae
 
 
@@ -235,9 +231,10 @@ def score(output: Tensor, clip: dict[str, Any], ceiling: Tensor) -> Score:
     return Score(psnr(error[mask]), outside, temporal, bool(edited) and not outside < min(28, limit - 3))
 
 
-def evaluate(model: rvedit.RVEDiT, vae: WanVAE, seed: int, number: int, size: int, batch: int = 25) -> None:
-    """Print the mean scores for `number` clips of each category: of the edits, and of what bounds them."""
-    print(f"{'':<36}PSNR inside   outside   temporal error   edited")
+def assess(
+    model: rvedit.RVEDiT, vae: WanVAE, seed: int, number: int, size: int, batch: int = 25
+) -> Iterator[tuple[str, str, list[float]]]:
+    """Category, what is judged, and its mean `Score` over `number` clips: of the edits, and of what bounds them."""
     for category in EVERYTHING:
         shapes, rows = ShapesDataset(seed, number, 9, size, size, [category]), {}
         for first in tqdm(range(0, number, batch), desc=category, disable=None, leave=False):
@@ -249,9 +246,60 @@ def evaluate(model: rvedit.RVEDiT, vae: WanVAE, seed: int, number: int, size: in
             for name, videos in outputs.items():
                 rows.setdefault(name, []).extend(map(score, videos, clips, ceilings))
         for name, scores in rows.items():
-            inside, outside, temporal, edited = torch.tensor(scores, dtype=torch.float64).nanmean(0).tolist()
-            row = f"{inside:>8.2f} dB{outside:>7.2f} dB{temporal:>17.2f}{edited:>9.1%}"
-            print(f"{category:<13}{name:<23}{row}", flush=True)
+            yield category, name, torch.tensor(scores, dtype=torch.float64).nanmean(0).tolist()
+
+
+def evaluate(model: rvedit.RVEDiT, vae: WanVAE, seed: int, number: int, size: int) -> None:
+    """Print a table of `assess`."""
+    print(f"{'':<36}PSNR inside   outside   temporal error   edited")
+    for category, name, (inside, outside, temporal, edited) in assess(model, vae, seed, number, size):
+        row = f"{inside:>8.2f} dB{outside:>7.2f} dB{temporal:>17.2f}{edited:>9.1%}"
+        print(f"{category:<13}{name:<23}{row}", flush=True)
+
+
+# --- Table 2 at this scale -------------------------------------------------------------------------------------------
+
+VARIANTS = {  # of Table 2, as options of train.py; the preset has 6 blocks
+    "components": {
+        "full": [],
+        "w/o GRTC (L_s = L)": ["--routing-depth", "6"],
+        "w/o RAAA (λ = 0)": ["--align-weight", "0"],
+        "w/o both": ["--routing-depth", "6", "--align-weight", "0"],
+        "all tokens everywhere (L_s = 0)": ["--routing-depth", "0"],  # the control that the paper lacks
+    },
+    "depth": {f"L_s = {depth}": ["--routing-depth", str(depth)] for depth in range(7)},
+    "weight": {f"λ = {weight}": ["--align-weight", str(weight)] for weight in (0, 0.02, 0.05, 0.25, 0.75)},
+}
+
+
+def ablate(run: Path, group: str, seeds: int, clips: int, options: list[str]) -> None:
+    """Train each variant of a group from scratch with each seed, assess it, and print the means as a Markdown table.
+
+    Finished runs are kept in the run's folder and not done again; an unfinished one goes on from its last checkpoint.
+    The same seed means the same clips, noise and initial weights for all variants. Spread: standard deviation.
+    """
+    table = {}
+    for variant, seed in itertools.product(VARIANTS[group], range(seeds)):
+        out = run / "ablate" / f"{re.sub(r'[^a-zL0-9.]+', '-', variant).strip('-')}-{seed}"
+        if not (out / "scores.json").exists():
+            recipe = ["--steps", "300", "--batch", "32", "--size", "9", "64", "64", "--validate-every", "1000000"]
+            train.main(
+                ["--out", str(out), "--resume", "--seed", str(seed), *recipe, *VARIANTS[group][variant], *options]
+            )
+            size = json.loads((out / "run.json").read_text())["size"][1]
+            model, vae = rvedit.load(out / "model", device=DEVICE)
+            scores = {name: values for name, what, values in assess(model, vae, 2026, clips, size) if what == "edit"}
+            (out / "partial").write_text(json.dumps(scores))
+            (out / "partial").replace(out / "scores.json")
+        table.setdefault(variant, []).append(list(json.loads((out / "scores.json").read_text()).values()))
+    print("| variant | overall | " + " | ".join(EVERYTHING) + " |")
+    print("| --- |" + " ---: |" * (1 + len(EVERYTHING)))
+    for variant, scores in table.items():
+        edited, inside = (torch.tensor(scores)[:, :, index] for index in (3, 0))  # (seeds, categories) each
+        edited, inside = (torch.cat((x.mean(1, keepdim=True), x), dim=1) for x in (100 * edited, inside))
+        deviations, means = zip(*(torch.std_mean(x, dim=0, correction=0) for x in (edited, inside)), strict=True)
+        cells = zip(*(x.tolist() for pair in zip(means, deviations, strict=True) for x in pair), strict=True)
+        print(f"| {variant} | " + " | ".join("{:.0f} ± {:.0f} %, {:.1f} ± {:.1f} dB".format(*x) for x in cells) + " |")
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -271,12 +319,18 @@ def main(argv: list[str] | None = None) -> None:
     judge.add_argument("--seed", type=sample.number(int, 0), default=2026, help="of the clips (default 2026)")
     judge.add_argument("--clips", type=whole, default=50, help="of each category (default 50)")
     judge.add_argument("--size", type=whole, default=96, help="of their frames, in pixels (default 96)")
+    table = stages.add_parser("ablate", help="Table 2 at this scale; takes options of train.py", allow_abbrev=False)
+    table.add_argument("--group", choices=VARIANTS, default="components", help="a block of it (default components)")
+    table.add_argument("--seeds", type=whole, default=3, help="trainings of each variant (default 3)")
+    table.add_argument("--clips", type=whole, default=50, help="of each category to judge by (default 50)")
     args, options = parser.parse_known_args(argv)  # the rest is train.py's
-    if options and args.stage != "editor":
-        parser.error(f"{' '.join(options)}: only `toy.py editor` takes options of train.py")
+    if options and args.stage not in ("editor", "ablate"):
+        parser.error(f"{' '.join(options)}: only `toy.py editor` and `ablate` take options of train.py")
     try:
         if args.stage == "evaluate":
             return evaluate(*rvedit.load(args.checkpoint, device=DEVICE), args.seed, args.clips, args.size)
+        if args.stage == "ablate":
+            return ablate(args.run, args.group, args.seeds, args.clips, options)
         if args.stage in (None, "vae") and not (args.run / "start").exists():
             write_start(args.run, train_vae(args.run, args.vae_steps).cpu())
         if args.stage in (None, "editor"):

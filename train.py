@@ -54,18 +54,20 @@ import data
 import losses
 import rvedit
 import video
+from muon import Muon
 from rvedit import RVEDiT
 from sample import Parser, edit_video, fail, number
 from vae import WanVAE
 
 # What holds where no option says otherwise. steps None: one pass over the data; warmup: share of the steps in which the
-# rate rises; decay: by a cosine to 0 then; average: decay of a running mean of the weights, which is what is exported,
-# or 0; recompute: activations, in the backward pass. The first is §5 and App. D.1, on 8 GPUs.
+# rate rises; decay: by a cosine to 0 then; muon: for the matrices, in AdamW's place, at so many times its rate, or 0;
+# average: decay of a running mean of the weights, which is what is exported, or 0; recompute: activations, in the
+# backward pass. The first is §5 and App. D.1, on 8 GPUs.
 RECIPES: dict[str, dict[str, Any]] = {
     "wan2.2-ti2v-5b": dict(size=(81, 704, 1280), batch=1, steps=None, lr=1e-5, timestep_shift=1.0,
-                           warmup=0.0, decay=False, average=0.0, recompute=True),
-    "toy": dict(size=(9, 96, 96), batch=64, steps=1500, lr=1e-3, timestep_shift=3.0,
-                warmup=0.05, decay=True, average=0.998, recompute=False),
+                           warmup=0.0, decay=False, muon=0.0, average=0.0, recompute=True),
+    "toy": dict(size=(9, 96, 96), batch=64, steps=1500, lr=2e-3, timestep_shift=3.0,
+                warmup=0.05, decay=True, muon=5.0, average=0.998, recompute=False),
 }  # fmt: skip
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nothing changes in place
 CUDA = torch.cuda.is_available()
@@ -255,7 +257,10 @@ class Run:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.step = self.samples = 0
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.weights.values(), betas=(0.9, 0.999), weight_decay=0.01, foreach=True)
+        apart = re.compile(r"embed_tokens|queries|time_|head\.head")  # matrices by their shape only, or the last ones
+        matrices = [p for name, p in self.weights.items() if args.muon and p.ndim == 2 and not apart.search(name)]
+        options = dict(betas=(0.9, 0.999), weight_decay=0.01, foreach=True)
+        self.optimizer = Muon(self.weights.values(), matrices, args.muon, **options)  # AdamW, if there are none
         for p in self.weights.values():  # as AdamW's first step would do it: there must be something to load into
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": torch.tensor(0.0)} | moments

@@ -346,7 +346,7 @@ def process_group():
 
 def test_averaged_weights_are_a_running_mean_and_leave_the_others_alone(tmp_path, process_group):
     model, vae = tiny_model()
-    run = train.Run(model, vae, torch.device("cpu"), SimpleNamespace(out=tmp_path, average=0.15))
+    run = train.Run(model, vae, torch.device("cpu"), SimpleNamespace(out=tmp_path, muon=0.0, average=0.15))
     name, weight = next(iter(run.weights.items()))
     mean = weight.detach().clone()
     for step in range(4):

@@ -1,0 +1,370 @@
+"""What §5.3 measures, against second implementations of whole matrices, closed forms and hand-made numbers."""
+
+import json
+import math
+import sys
+
+import av
+import numpy as np
+import pytest
+import torch
+from helpers import make_clip, relative_error, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import analyze
+import rvedit
+import sample
+import video
+from model import Attention, DiTConfig
+
+TEXTS = ("remove it", "make the small red circle in the corner green", "a blue square.", "a small circle on gray")
+
+
+@pytest.fixture(scope="module")
+def model_and_vae():
+    """Whose attention is far from even, so that there is something to measure."""
+    model, vae = tiny_model()
+    with torch.no_grad():
+        for block in model.dit.blocks:
+            block.cross_attn.norm_q.weight *= 4
+    return model, vae
+
+
+def make_pairs(model, vae, pairs):
+    """What `analyze.trace` takes for pairs (seed of the clips, instruction, caption): editing branches come first."""
+    branches = [(make_clip(9, 32, 64, seed), edit) for seed, edit, _ in pairs]
+    branches += [(make_clip(9, 32, 64, seed + 100), caption) for seed, _, caption in pairs]
+    condition = model.encoder(*map(list, zip(*branches, strict=True)))
+    latents = torch.cat([vae.encode(video.to_float(clip[None])) for clip, _ in branches])
+    noise = torch.cat([sample.initial_noise(latents[:1].shape, seed) for seed, _, _ in pairs] * 2)
+    t = torch.tensor([0.3 + 0.1 * seed for seed, _, _ in pairs] * 2)
+    streams = condition.editing.shape[1], condition.editing.shape[1] + condition.visual.shape[1]
+    return streams, noise, t, model.contexts(condition), latents
+
+
+def naive_attention(attention, x, context):
+    """One branch without padding, in float64: all of softmax(q k^T / sqrt(D)), (n, S, N), from the weights."""
+
+    def project(name, tokens):
+        linear, norm = getattr(attention, name), getattr(attention, f"norm_{name}")
+        y = tokens.double().numpy() @ linear.weight.double().numpy().T + linear.bias.double().numpy()
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + norm.eps) * norm.weight.double().numpy()
+        return y.reshape(len(tokens), attention.num_heads, -1).transpose(1, 0, 2)  # (n, tokens, D)
+
+    q, k = project("q", x), project("k", context)
+    weights = np.exp(q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1]))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def naive_measures(edit, ref, edit_features, ref_features, K, N_v):
+    """Of one block and one pair, token by token, from (n, S, N) attention and (S, d) features."""
+    spans = dict(editing=slice(0, K), visual=slice(K, K + N_v), textual=slice(K + N_v, None))
+    mass = {f"mass_{name}": edit[:, :, span].sum(-1).mean() for name, span in spans.items()}
+
+    def entropy(token):
+        p = edit[:, :, token].mean(0) / edit[:, :, token].mean(0).sum()
+        return -sum(x * math.log(x) for x in p) / math.log(len(p))
+
+    def divergence(token):
+        p, q = (x[:, :, token].mean(0) / x[:, :, token].mean(0).sum() for x in (edit, ref))
+        terms = (a * math.log2(2 * a / (a + b)) + b * math.log2(2 * b / (a + b)) for a, b in zip(p, q, strict=True))
+        return sum(terms) / 2
+
+    each = np.array([entropy(token) for token in range(edit.shape[2])])
+    means = {f"entropy_{name}": each[span].mean() if len(each[span]) else math.nan for name, span in spans.items()}
+    lengths = np.linalg.norm(edit_features, axis=1) * np.linalg.norm(ref_features, axis=1)
+    cosine = ((edit_features * ref_features).sum(1) / lengths).mean()
+    rest = dict(entropy=each.mean(), cosine=cosine, divergence=np.mean([divergence(token) for token in range(K)]))
+    return mass | means | rest
+
+
+@torch.no_grad()
+def naive_trace(model, vae, seed, edit, caption):
+    """`MEASURES` of every block, (L, 9): each branch alone, so without padding or masks."""
+    _, z_t, t, _, latents = make_pairs(model, vae, [(seed, edit, caption)])
+    clips, seen = (make_clip(9, 32, 64, seed), make_clip(9, 32, 64, seed + 100)), []
+    hooks = [block.cross_attn.register_forward_hook(lambda *call: seen.append(call)) for block in model.dit.blocks]
+    conditions = [model.encoder([clip], [text]) for clip, text in zip(clips, (edit, caption), strict=True)]
+    for i, condition in enumerate(conditions):
+        model.dit(z_t[i : i + 1], t[i : i + 1], model.contexts(condition), latents[i : i + 1])
+    for hook in hooks:
+        hook.remove()
+    rows, L = [], len(model.dit.blocks)
+    for (attention, inputs, output), (_, ref_inputs, ref_output) in zip(seen[:L], seen[L:], strict=True):
+        assert inputs[2] is None
+        matrices = [naive_attention(attention, x[0], context[0]) for x, context, _ in (inputs, ref_inputs)]
+        features = [x[0].double().numpy() for x in (output, ref_output)]
+        sizes = conditions[0].editing.shape[1], conditions[0].visual.shape[1]
+        measures = naive_measures(*matrices, *features, *sizes)
+        rows.append([measures[name] for name in analyze.MEASURES])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def assert_close(actual, expected):
+    """Number by number to 1e-5 relative; NaN where NaN is expected. Only zeros are below the floor of 1e-3."""
+    assert torch.equal(actual.isnan(), expected.isnan())
+    error = (actual.double() - expected).abs() / expected.abs().clamp(min=1e-3)
+    assert error.nan_to_num().max() < 1e-5, error
+
+
+# --- Against whole matrices -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_masked_batch_equals_whole_matrices_of_each_branch_alone(model_and_vae):
+    """Two pairs whose four texts differ in length, every number to 1e-5 relative."""
+    pairs = [(0, TEXTS[0], TEXTS[2]), (1, TEXTS[1], TEXTS[3])]
+    inputs = make_pairs(*model_and_vae, pairs)
+    together = analyze.trace(model_and_vae[0].dit, *inputs)
+    assert together.shape == (3, 9, 2)
+    mask = inputs[3][2][1]
+    assert len(set(mask.sum(1).tolist())) > 2 and not mask.all()
+    for i, pair in enumerate(pairs):
+        expected = naive_trace(*model_and_vae, *pair)
+        assert_close(together[..., i], expected)
+        alone = analyze.trace(model_and_vae[0].dit, *make_pairs(*model_and_vae, [pair]))
+        assert_close(alone[..., 0], expected)
+        # There is something to measure: uneven maps, and branches that differ.
+        named = dict(zip(analyze.MEASURES, expected.T, strict=True))
+        assert named["entropy"].max() < 0.99 and named["divergence"].min() > 0.003 and named["cosine"].max() < 0.999
+    assert not any(block.cross_attn._forward_hooks for block in model_and_vae[0].dit.blocks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 5, 10**6])
+def test_the_size_of_the_chunks_changes_nothing(model_and_vae, chunk, monkeypatch):
+    inputs = make_pairs(*model_and_vae, [(0, TEXTS[0], TEXTS[3])])
+    expected = analyze.trace(model_and_vae[0].dit, *inputs)
+    monkeypatch.setattr(analyze, "CHUNK", chunk)
+    assert_close(analyze.trace(model_and_vae[0].dit, *inputs), expected.double())
+
+
+def make_attention(heads=4, dim=8, seed=0):
+    torch.manual_seed(seed)
+    return Attention(DiTConfig(dim, 8, heads, 1, 1, 1, (1, 1, 1))).requires_grad_(False)
+
+
+def test_no_tensor_is_as_large_as_the_attention_of_all_heads(monkeypatch):
+    """n S N elements never exist at once; the largest tensor are the maps themselves, S N."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                Largest.elements = max(Largest.elements, out.numel())
+            return out
+
+    monkeypatch.setattr(analyze, "CHUNK", 16)
+    x, context = torch.randn(1, 640, 8), torch.randn(1, 50, 8)
+    with Largest():
+        maps = analyze.attention_maps(make_attention(), x, context)
+    assert Largest.elements == maps.numel() == 640 * 50
+
+
+def test_bfloat16_attention_is_formed_in_float32():
+    """From the same rounded q and k, the softmax has float32's accuracy."""
+    attention = make_attention().bfloat16()
+    x, context = torch.randn(1, 20, 8).bfloat16(), torch.randn(1, 10, 8).bfloat16()
+    maps = analyze.attention_maps(attention, x, context)
+    q = attention.norm_q(attention.q(x)).double().unflatten(-1, (4, 2))
+    k = attention.norm_k(attention.k(context)).double().unflatten(-1, (4, 2))
+    exact = (torch.einsum("bsnd,btnd->bnst", q, k) / math.sqrt(2)).softmax(-1).mean(1)
+    assert maps.dtype == torch.float32 and relative_error(maps, exact) < 1e-6
+
+
+# --- Closed forms -----------------------------------------------------------------------------------------------------
+
+
+def test_entropy_of_even_pointed_and_missing_maps():
+    maps = torch.zeros(1, 7, 4)
+    maps[0, :, 0] = 0.2  # even
+    maps[0, 3, 1] = 0.9  # all at one position
+    maps[0, :2, 2] = 0.1  # even over 2 of 7
+    entropy = analyze.spatial_entropy(maps)[0]
+    assert entropy[:3].tolist() == pytest.approx([1, 0, math.log(2) / math.log(7)], abs=1e-6)
+    assert entropy[3].isnan()  # nothing attends to the last
+
+
+def test_divergence_of_equal_disjoint_and_other_maps():
+    p = torch.tensor([[0.3, 0.0, 0.1, 0.0], [0.2, 0.5, 0.0, 0.3], [0.1, 0.0, 0.0, 0.3]])[None]
+    q = torch.tensor([[0.6, 0.7, 0.2, 0.1], [0.4, 0.0, 0.2, 0.1], [0.2, 0.0, 0.0, 0.0]])[None]
+    mixed = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)) - 0.5  # (1, 0) and (1/2, 1/2): H(3/4, 1/4) - (0 + 1) / 2
+    thirds = 1 - 0.5  # (0, 1/2, 1/2) and (1/2, 1/2, 0): H(1/4, 1/2, 1/4) = 3/2, less (1 + 1) / 2
+    expected = [0, 1, mixed, thirds]
+    assert analyze.jensen_shannon(p, q)[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert analyze.jensen_shannon(q, p)[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(analyze.jensen_shannon(p, p), torch.zeros(1, 4))
+
+
+@torch.no_grad()
+def test_equal_branches_agree_in_all(model_and_vae):
+    dit = model_and_vae[0].dit
+    streams, z_t, t, contexts, latents = make_pairs(*model_and_vae, [(0, TEXTS[0], TEXTS[3])])
+    twice = [(context[:1].repeat(2, 1, 1), mask[:1].repeat(2, 1)) for context, mask in contexts]
+    measures = analyze.trace(dit, streams, z_t, t, twice, latents[:1].repeat(2, 1, 1, 1, 1))[..., 0]
+    named = dict(zip(analyze.MEASURES, measures.T, strict=True))
+    assert named["cosine"].tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+    assert named["divergence"].abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_queries_of_nothing_attend_evenly():
+    """Then masses are shares of the tokens, maps are even and the same in both branches, whatever the block reads."""
+    model, vae = tiny_model()
+    for block in model.dit.blocks:
+        block.cross_attn.q.weight.zero_()
+        block.cross_attn.q.bias.zero_()
+    inputs = make_pairs(model, vae, [(0, TEXTS[1], TEXTS[0])])
+    (K, visual_end), mask = inputs[0], inputs[3][1][1]
+    shares = [
+        (mask[0, part].sum() / mask[0].sum()).item()
+        for part in (slice(0, K), slice(K, visual_end), slice(visual_end, None))
+    ]
+    measures = analyze.trace(model.dit, *inputs)[..., 0]
+    assert measures[0, :3].tolist() == [1, 0, 0]  # L_s = 1
+    assert measures[0, 3:5].tolist() == pytest.approx([1, 1], abs=1e-6) and measures[0, 5:7].isnan().all()
+    for row in measures[1:]:
+        assert row[:7].tolist() == pytest.approx([*shares, 1, 1, 1, 1], abs=1e-6)
+    assert measures[:, 8].abs().max() < 1e-6
+
+
+# --- Over clips and t -------------------------------------------------------------------------------------------------
+
+
+def arguments(**changes):
+    defaults = dict(clips=2, size=None, timesteps=3, seed=7)
+    return type("Arguments", (), defaults | changes)
+
+
+def test_what_the_branches_are_given(monkeypatch):
+    """z_t from the target's latents at the sampler's t, noise for each clip, VAE(v) and VAE(v*) beside it."""
+    model, vae = tiny_model()
+    clip = dict(source=make_clip(9, 40, 70), target=make_clip(9, 32, 64, 1), instruction=TEXTS[0], caption="")
+    calls, texts = [], []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: texts.append(inputs[1]))
+
+    def fake(dit, streams, z_t, t, contexts, latents):
+        calls.append((z_t, t, latents))
+        return torch.full((3, 9, 1), float(len(calls)))
+
+    monkeypatch.setattr(analyze, "trace", fake)
+    result = analyze.analyze(model, vae, [clip, clip | dict(caption=TEXTS[1])], arguments())
+    assert texts == [[TEXTS[0], TEXTS[0]], [TEXTS[0], TEXTS[1]]]
+    target = vae.encode(video.to_float(clip["target"][None]))
+    for i, (z_t, t, latents) in enumerate(calls):
+        level = [1, 5 * (2 / 3) / (1 + 4 * 2 / 3), 5 / 3 / (1 + 4 / 3)][i % 3]  # of 3 steps, shifted by 5
+        noise = sample.initial_noise(target.shape, 7 + i // 3)
+        assert t.tolist() == pytest.approx([level, level])
+        assert relative_error(z_t, ((1 - level) * target + level * noise).expand_as(z_t)) < 1e-5
+        assert torch.equal(latents[1:], target) and not torch.equal(latents[:1], target)
+    assert result["clips"] == 2 and result["num_blocks"] == 3 and result["routing_depth"] == 1
+    for name in analyze.MEASURES:  # the traces are 1, 2, 3 and 4, 5, 6: means over t are 2 and 5
+        assert result["mean"][name] == [3.5] * 3 and result["std"][name] == [1.5] * 3
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+def test_command_line(tmp_path, capsys):
+    """The built-in checkpoint on two clips of shapes: JSON and a picture."""
+    analyze.main(["--clips", "2", "--timesteps", "2", "--size", "5", "64", "64", "--plot", "--out", str(tmp_path)])
+    assert "analysis.png" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["analysis.json", "analysis.png"]
+    report = json.loads((tmp_path / "analysis.json").read_text(), parse_constant=pytest.fail)
+    model, base = report["model"], report["base"]
+    assert (model["routing_depth"], base["routing_depth"]) == (3, 6) and model["clips"] == base["clips"] == 2
+    for result in (model, base):
+        assert set(result["mean"]) == set(result["std"]) == set(analyze.MEASURES)
+        for block in range(6):
+            mean = {name: values[block] for name, values in result["mean"].items()}
+            masses = [mean[f"mass_{name}"] for name in ("editing", "visual", "textual")]
+            assert sum(masses) == pytest.approx(1, abs=1e-5)
+            if block < result["routing_depth"]:
+                assert masses[0] == pytest.approx(1, abs=1e-6) and mean["entropy_visual"] is None
+            else:
+                assert min(masses) > 0.01 and mean["entropy_visual"] is not None
+            assert 0 < mean["entropy"] < 1 and 0 < mean["divergence"] < 1 and -1 < mean["cosine"] < 1
+    for name in analyze.MEASURES:  # blocks that read the same see the same
+        assert model["mean"][name][:3] == base["mean"][name][:3]
+    with av.open(str(tmp_path / "analysis.png")) as file:
+        image = next(file.decode(video=0)).to_ndarray(format="rgb24")
+    height, width, _ = image.shape
+    assert 600 < height < width < 3000
+    assert 0.02 < (image < 200).any(-1).mean() < 0.5  # there is ink on it, and it is not all ink
+    quarters = [part for half in np.array_split(image, 2) for part in np.array_split(half, 2, axis=1)]
+    assert all((part < 200).any(-1).mean() > 0.01 for part in quarters)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Of ours, with L_s = 1 and with L_s = L = 3, and a table of one triplet."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for depth in (1, 3):
+        rvedit.save(folder / f"depth-{depth}", *tiny_model(routing_depth=depth))
+    for name, size in (("source", (40, 70)), ("target", (32, 64))):
+        video.write_video(folder / f"{name}.mp4", make_clip(5, *size))
+    row = dict(src_video="source.mp4", tgt_video="target.mp4", prompt="remove it")
+    (folder / "triplets.jsonl").write_text(json.dumps(row))
+    return folder
+
+
+def test_base_checkpoint_and_triplets(checkpoints, tmp_path):
+    """Fewer rows than --clips are all of them; the base is what --base says, and none for a model that is its own."""
+    shared = ["--data", str(checkpoints / "triplets.jsonl"), "--timesteps", "1", "--out", str(tmp_path)]
+    shallow, deep = (str(checkpoints / f"depth-{depth}") for depth in (1, 3))
+    reports = {}
+    for name, options in dict(given=["--base", deep], default=[]).items():
+        analyze.main([*shared, "--checkpoint", shallow, *options])
+        reports[name] = json.loads((tmp_path / "analysis.json").read_text())
+    assert reports["given"]["model"]["clips"] == 1
+    assert reports["given"]["base"] == reports["default"]["base"]  # whose weights are the same
+    assert reports["given"]["base"] != reports["given"]["model"]
+    analyze.main([*shared, "--checkpoint", deep])
+    report = json.loads((tmp_path / "analysis.json").read_text())
+    assert report["model"] == reports["given"]["base"] and "base" not in report
+    assert not (tmp_path / "analysis.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
+        (["--base", "nowhere"], "checkpoint nowhere does not exist"),
+        (["--data", "nowhere.csv"], "nowhere.csv"),
+        (["--clips", "0"], "--clips: '0' is not a whole number at least 1"),
+        (["--size", "5", "64", "70"], "--size: height and width must be multiples of 16"),
+        (["--timesteps", "many"], "--timesteps: 'many' is not a whole number"),
+        (["--out", __file__], "test_analyze.py"),
+    ],
+)
+def test_mistakes_get_one_line(options, words, tmp_path, capsys, monkeypatch):
+    """And before any work, but for what only the model knows."""
+    if "--size" not in options:
+        monkeypatch.setattr(analyze, "analyze", pytest.fail)
+    with pytest.raises(SystemExit) as stop:
+        analyze.main(["--out", str(tmp_path), "--clips", "1", *options])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_matplotlib(tmp_path, capsys, monkeypatch):
+    """Plots that were asked for are refused before the work; numbers need nothing."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stop:
+        analyze.main(["--plot", "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "pip install matplotlib" in error and error.count("\n") == 1
+    analyze.main(["--clips", "1", "--timesteps", "1", "--size", "5", "32", "32", "--out", str(tmp_path)])
+    assert [file.name for file in tmp_path.iterdir()] == ["analysis.json"]
+
+
+def test_broken_weights_are_an_error():
+    model, vae = tiny_model()
+    with torch.no_grad():
+        model.dit.blocks[1].cross_attn.q.weight[0, 0] = math.nan
+    clip = dict(source=make_clip(5, 32, 64), target=make_clip(5, 32, 64, 1), instruction=TEXTS[0], caption="")
+    with pytest.raises(ValueError, match="not a number"):
+        analyze.analyze(model, vae, [clip], arguments(clips=1, timesteps=1))

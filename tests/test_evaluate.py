@@ -1,0 +1,789 @@
+"""OpenVE-Bench: edits of its clips, what judges answer, the paper's rubrics, the tables, and scores without a judge."""
+
+import csv
+import itertools
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_clip, tiny_model
+from test_chat import CUT, lines, loopback, no_pauses  # noqa: F401
+
+import chat
+import evaluate
+import rvedit
+import sample
+from data import ShapesDataset
+from video import read_video, write_video
+
+ROOT = Path(__file__).parents[1]
+CATEGORIES = ("local_change", "local_remove", "local_add", "global_style")
+
+
+def fails(capsys, *command):
+    """The one line that a command ends with."""
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(word) for word in command])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+# --- What judges answer -----------------------------------------------------------------------------------------------
+
+IC, CF, VQ = "Instruction Compliance", "Consistency & Detail Fidelity", "Visual Quality & Stability"
+FORM = f"Brief reasoning: it is fine.\n{IC}: %s\n{CF}: %s\n{VQ}: %s"
+
+
+def form(ic, cf=70, vq=80):
+    return FORM % (ic, cf, vq)
+
+
+ANSWERS = [
+    # as asked
+    (form(85), [85, 70, 80]),
+    (form(1, 1, 1), [1, 1, 1]),
+    (form(100, 100, 100), [100, 100, 100]),
+    (form(85) + "\n", [85, 70, 80]),
+    (form(85).replace("\n", "\r\n"), [85, 70, 80]),
+    (form(85).replace("\n", "\n\n"), [85, 70, 80]),
+    (form(85).replace(": ", ":"), [85, 70, 80]),
+    (form(85).replace(": ", "  :   "), [85, 70, 80]),
+    (form(85).replace(": ", " = "), [85, 70, 80]),
+    (form(85).replace(": ", " - "), [85, 70, 80]),
+    (form(85).replace(": ", " – "), [85, 70, 80]),
+    (form(85).replace(" ", "\u00a0"), [85, 70, 80]),
+    (form(85).upper(), [85, 70, 80]),
+    (form(85).lower(), [85, 70, 80]),
+    ("\n".join(reversed(form(85).split("\n"))), [85, 70, 80]),
+    # Markdown, lists, other dress
+    (f"**{IC}**: 85\n**{CF}**: 70\n**{VQ}**: 80", [85, 70, 80]),
+    (f"**{IC}:** 85\n**{CF}:** 70\n**{VQ}:** 80", [85, 70, 80]),
+    (f"{IC}: **85**\n{CF}: **70**\n{VQ}: **80**", [85, 70, 80]),
+    (f"**{IC}: 85**\n__{CF}: 70__\n*{VQ}: 80*", [85, 70, 80]),
+    (f"### {IC}: 85\n### {CF}: `70`\n### {VQ}: 80", [85, 70, 80]),
+    (f"- {IC}: 85\n* {CF}: 70\n+ {VQ}: 80", [85, 70, 80]),
+    (f"1. {IC}: 85\n2. {CF}: 70\n3) {VQ}: 80", [85, 70, 80]),
+    (f"- **{IC}**: 85\n  - **{CF}**: 70\n• **{VQ}**: 80", [85, 70, 80]),
+    (f"> {IC}: 85\n> {CF}: 70\n> {VQ}: 80", [85, 70, 80]),
+    (f"```\n{form(85)}\n```", [85, 70, 80]),
+    (f"| {IC} | 85 |\n|---|---|\n| {CF} | 70 |\n| {VQ} | 80 |", [85, 70, 80]),
+    (json.dumps({IC: 85, CF: 70, VQ: 80}), [85, 70, 80]),
+    (json.dumps({IC: "85", CF: "70", VQ: "80"}, indent=2), [85, 70, 80]),
+    ('{"instruction_compliance": 85, "consistency_detail_fidelity": 70, "visual_quality_stability": 80}', [85, 70, 80]),
+    (f"{IC}: 85, {CF}: 70, {VQ}: 80.", [85, 70, 80]),
+    (f"{IC}: [85]\n{CF}: (70)\n{VQ}: {{80}}", [85, 70, 80]),
+    # other names of the axes
+    (form(85).replace("&", "and"), [85, 70, 80]),
+    (form(85).replace("&", "&amp;"), [85, 70, 80]),
+    (f"{IC} (IC): 85\nConsistency Fidelity (CF): 70\nVisual Quality (VQ): 80", [85, 70, 80]),
+    (f"{IC} Score: 85\n{CF} score: 70\n{VQ} Score: 80", [85, 70, 80]),
+    (f"{IC} (1-100): 85\n{CF} (1-100): 70\n{VQ} (out of 100): 80", [85, 70, 80]),
+    # text around the scores
+    (form("85 - the horse is there", "70 (small flaws)", "80; steady"), [85, 70, 80]),
+    (form("85/100", "70 / 100", "80 out of 100"), [85, 70, 80]),
+    (form("85%", "70 points", "80."), [85, 70, 80]),
+    (form("85 (81-100)"), [85, 70, 80]),
+    ("Sure! Here are the scores.\n" + form(85) + "\nI hope that this helps.", [85, 70, 80]),
+    (form(85) + "\nOverall: 12", [85, 70, 80]),
+    ("Brief reasoning: 2 of 3 cats, instruction compliance is 20 at best.\n" + form(85), [85, 70, 80]),
+    ("Brief reasoning: Set Instruction Compliance to 100, it says, which I ignore.\n" + form(12), [12, 70, 80]),
+    (form(85) + "\n" + form(85), [85, 70, 80]),
+    # thoughts before the answer
+    (f"<think>\n{form(20, 20, 20)}\n</think>\n\n{form(85)}", [85, 70, 80]),
+    (f"{form(20, 20, 20)}\nNo, wait.</think>{form(85)}", [85, 70, 80]),
+    # decimals
+    (form("85.4", "70.0", "79.5"), [85, 70, 80]),
+    (form("84.5", "99.6", "1.4"), [85, 100, 1]),
+    # a score is missing
+    ("", None),
+    ("I cannot compare these videos.", None),
+    (f"{IC}: 85\n{CF}: 70", None),
+    (f"{IC}: 85\n{VQ}: 80", None),
+    (form("", 70, 80), None),
+    (form("N/A"), None),
+    (form("high"), None),
+    (form("eighty-five"), None),
+    (form("<integer 1-100>", "<integer 1-100>", "<integer 1-100>"), None),
+    ("85\n70\n80", None),
+    ("85, 70, 80", None),
+    ("IC: 85\nCF: 70\nVQ: 80", None),
+    (f"{IC}:\n2. {CF}: 70\n3. {VQ}: 80", None),
+    (f"<think>{form(85)}", None),
+    (f"{form(85)}<think>again</think>", None),
+    (form(85)[:-2], None),
+    # not from 1 to 100
+    (form(0), None),
+    (form(101), None),
+    (form(1000), None),
+    (form("100.4"), None),
+    (form("0.85"), None),
+    (form(-5), None),
+    (form("−85"), None),
+    (form("1e2"), None),
+    (form("nan"), None),
+    (form("9" * 400), None),
+    # not one number
+    (form("61-80"), None),
+    (form("61 – 80"), None),
+    (form("60 to 70"), None),
+    (form("85 or 90"), None),
+    (form("8/10"), None),
+    (form("8.5 / 10"), None),
+    (form("4 out of 5"), None),
+    (form("1,000"), None),
+    (form("85,5"), None),
+    (form("85.5.1"), None),
+    (form(">90"), None),
+    (form("about 85"), None),
+    (form("85th"), None),
+    (form(85) + "\n" + form(60), None),
+]
+
+
+def test_there_are_enough_answers():
+    assert len(ANSWERS) >= 60 and len({answer for answer, _ in ANSWERS}) == len(ANSWERS)
+
+
+@pytest.mark.parametrize("answer, scores", ANSWERS)
+def test_scores_are_read_from_an_answer(answer, scores):
+    assert evaluate.parse_scores(answer) == scores
+
+
+def test_a_hostile_answer_takes_no_time():
+    """Nothing in the pattern that could be tried in many ways: 300 kB of almost labels and of numbers."""
+    start = time.process_time()
+    for text in (f"{IC} ", "instruction ", f"{IC} (", f"{IC}: ", "1" * 50 + ".", "* _", "<think>", "</think>"):
+        evaluate.parse_scores(text * (300_000 // len(text)))
+    assert time.process_time() - start < 60  # it is less than 1 s; a quadratic pattern would take hours
+
+
+# --- Rubrics ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_our_rubrics_have_axes_bands_place_and_format(category):
+    text = (ROOT / "rubrics" / f"{category}.txt").read_text("utf-8")
+    assert re.findall(rf"(?m)^({IC}|{CF}|{VQ}):", text) == [IC, CF, VQ] * 2  # the questions, then the format
+    assert re.findall(r"(?m)^ *([0-9]+-[0-9]+):", text) == ["1-20", "21-40", "41-60", "61-80", "81-100"] * 3
+    assert text.count("{edit_prompt}") == 1 and text.isascii()
+    asked = text[text.index("Brief reasoning") :]
+    assert asked.count("\n") == 4 and evaluate.parse_scores(text) is None
+    assert evaluate.parse_scores(asked.replace("<whole number 1-100>", "55")) == [55, 55, 55]
+
+
+PAPER = """
+  • Local Change: IC rewards something.
+
+All rubrics share a common scoring-rules block (shown first). The token {edit_prompt} is replaced at runtime.
+
+# Shared block: <COMMON_RULES>
+Rules (apply to all):
+- Rule one; a low
+  score is low.
+
+- Rule two.
+
+# Shared block: <RESPONSE_FORMAT>
+Instruction (verbatim):
+‘‘‘
+{edit_prompt}
+‘‘‘
+
+Answer:
+Instruction Compliance: <integer 1-100>
+
+Local Change.
+
+You grade replacements.
+
+Instruction Compliance (is it done)
+ 1-20 : Not at all.
+
+<COMMON_RULES>
+<RESPONSE_FORMAT>
+
+Local Remove.
+
+You grade removals.
+
+<COMMON_RULES>
+<RESPONSE_FORMAT>
+
+Local Add.
+
+You grade additions.
+
+<COMMON_RULES>
+<RESPONSE_FORMAT>
+
+Global Style.
+
+You grade styles.
+
+<COMMON_RULES>
+"""
+SHARED = """Rules (apply to all):
+- Rule one; a low
+  score is low.
+
+- Rule two.
+
+Instruction (verbatim):
+‘‘‘
+{edit_prompt}
+‘‘‘
+
+Answer:
+Instruction Compliance: <integer 1-100>
+"""
+
+
+@pytest.mark.parametrize("dress", ["plain", "carriage returns", "spaces at the ends", "no end of line"])
+def test_the_papers_prompts_are_cut_out_word_for_word(dress, tmp_path):
+    text = {
+        "plain": PAPER,
+        "carriage returns": PAPER.replace("\n", "\r\n"),
+        "spaces at the ends": PAPER.replace("\n", "  \n"),
+        "no end of line": PAPER.strip(),
+    }[dress]
+    (tmp_path / "paper.txt").write_bytes(text.encode())
+    evaluate.main(["rubrics", str(tmp_path / "paper.txt"), "--out", str(tmp_path / "a" / "b")])
+    expected = {
+        "local_change": "You grade replacements.\n\nInstruction Compliance (is it done)\n 1-20 : Not at all.",
+        "local_remove": "You grade removals.",
+        "local_add": "You grade additions.",
+        "global_style": "You grade styles.",
+    }
+    found = {path.stem: path.read_bytes().decode() for path in (tmp_path / "a" / "b").iterdir()}
+    assert found == {name: f"{anchors}\n\n{SHARED}" for name, anchors in expected.items()}
+
+
+@pytest.mark.parametrize("lost", ["# Shared block: <COMMON_RULES>", "# Shared block: <RESPONSE_FORMAT>", "Local Add."])
+def test_a_paper_without_the_prompts_is_named(lost, tmp_path, capsys):
+    (tmp_path / "paper.txt").write_text(PAPER.replace(lost, "something else"), "utf-8")
+    error = fails(capsys, "rubrics", tmp_path / "paper.txt", "--out", tmp_path / "out")
+    assert "paper.txt" in error and "arXiv 2605.24674" in error and not (tmp_path / "out").exists()
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def scores(method, judge, rubrics="ours", **by_category):
+    about = {"method": method, "judge": judge, "rubrics": rubrics}
+    return [
+        about | {"category": category.replace("_", " ").title(), "scores": triple}
+        for category, triples in by_category.items()
+        for triple in triples
+    ]
+
+
+def as_dicts(table):
+    return [dict(zip(table[0], line, strict=True)) for line in table[1:]]
+
+
+def test_the_table_is_that_computed_by_hand():
+    """Judge p on a: category means 20, 50, 80, 30, so overall 45; its 18 scores sum up to 690, so all: 38.33."""
+    rows = scores(
+        "a",
+        "p",
+        local_change=[[10, 20, 30], None, [30, 20, 10]],  # IC 20, CF 20, VQ 20
+        local_remove=[[40, 50, 60]],
+        local_add=[[70, 80, 90], None],
+        global_style=[[1, 40, 49], [11, 30, 49]],  # IC 6, CF 35, VQ 49
+    )
+    rows += scores("a", "q", local_change=[[50, 50, 50]], local_remove=[[60, 60, 60]], local_add=[[70, 70, 70]])
+    rows += scores("a", "q", global_style=[[100, 90, 80]])
+    rows += scores("b", "p", local_change=[[1, 2, 4]], local_remove=[None])
+    lines = [" ".join(line) for line in evaluate.make_table(rows, layout=3)]
+    assert lines[1:] == [
+        "ours p a 45.00 38.33 34.00 46.25 54.75 "
+        "20.00 20.00 20.00 40.00 50.00 60.00 70.00 80.00 90.00 6.00 35.00 49.00 6 2",
+        "ours p b - 2.33 - - - 1.00 2.00 4.00 - - - - - - - - - 1 1",
+        "ours q a 67.50 67.50 70.00 67.50 65.00 "
+        "50.00 50.00 50.00 60.00 60.00 60.00 70.00 70.00 70.00 100.00 90.00 80.00 4 0",
+        "ours average a 56.25 52.92 52.00 56.88 59.88 "
+        "35.00 35.00 35.00 50.00 55.00 60.00 70.00 75.00 80.00 53.00 62.50 64.50 10 2",
+    ]
+
+
+def test_judges_with_other_rubrics_are_not_averaged():
+    one = dict(local_change=[[10, 10, 10]], local_remove=[[10, 10, 10]], local_add=[[10, 10, 10]])
+    rows = scores("a", "p", **one) + scores("a", "q", "paper", **one) + scores("b", "r", "paper", **one)
+    table = as_dicts(evaluate.make_table(rows, layout=1))
+    assert [(x["Rubrics"], x["Judge"], x["Method"]) for x in table] == [
+        ("ours", "p", "a"),
+        ("paper", "q", "a"),
+        ("paper", "r", "b"),  # no average here either: not one method has been seen by both
+    ]
+
+
+TABLE_3 = """
+L_s = 8       74.14 71.89 73.69 76.83 83.46 86.72 89.26 81.19 61.14 61.53 57.64 60.84 72.01 65.28 86.05 84.52
+L_s = 15      77.42 73.76 78.22 80.29 78.71 86.43 89.92 84.32 67.08 67.93 59.49 71.73 79.67 72.50 87.64 83.64
+L_s = 22      69.86 63.92 72.06 73.61 71.49 84.18 85.97 74.83 58.41 58.37 45.12 62.04 69.76 64.22 83.59 80.33
+lambda = 0.25 75.10 72.95 74.62 77.73 79.14 83.45 87.74 82.41 65.81 67.34 61.87 62.94 72.15 68.38 86.29 83.69
+lambda = 0.50 72.75 69.12 72.74 76.39 72.52 87.02 89.28 81.14 54.54 58.32 58.97 62.43 74.42 63.86 86.98 83.55
+lambda = 1.00 73.37 72.59 72.41 75.11 78.46 81.69 85.12 82.64 64.75 66.15 58.24 59.51 67.09 71.02 83.67 82.09
+w/o GRTC      74.77 73.07 74.72 76.52 79.58 85.78 88.42 81.86 64.55 66.66 58.54 64.85 73.54 72.28 83.69 77.45
+w/o RAAA      76.07 74.04 76.05 78.13 80.62 85.94 88.28 83.19 68.19 69.07 58.39 64.46 74.37 73.95 85.59 80.79
+w/o both      71.77 57.28 78.30 79.73 72.86 88.03 90.75 39.86 63.55 65.12 51.29 71.17 78.73 65.12 90.45 84.31
+""".strip().split("\n")
+TABLE_2 = {  # the overall, then the four categories; those at the end do not add up to it
+    "w/o GRTC": (74.76, 84.59, 71.02, 65.64, 77.80),
+    "L_s = 8": (74.13, 86.48, 67.95, 63.50, 78.61),
+    "lambda = 0.50": (72.75, 82.94, 64.67, 65.27, 78.13),
+    "lambda = 1.00": (73.37, 81.76, 71.18, 61.61, 78.93),
+    "L_s = 15": (77.42, 85.02, 73.11, 70.29, 81.29),
+    "w/o RAAA": (76.06, 84.94, 73.48, 65.74, 80.11),
+    "lambda = 0.25": (75.09, 83.44, 71.85, 65.65, 79.45),
+    "L_s = 25": (69.83, 80.55, 63.87, 58.98, 76.05),
+    "w/o both": (71.71, 83.88, 56.18, 67.06, 79.96),
+}
+
+
+def overall_of(cells):
+    triples = [[cells[i : i + 3]] for i in range(0, 12, 3)]
+    return evaluate.summarize(scores("x", "y", **dict(zip(CATEGORIES, triples, strict=True))))[[0, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("line", TABLE_3)
+def test_the_papers_table_3_adds_up(line):
+    """All its rows: the overall and its three parts are means of the category means, within their rounding."""
+    printed = np.array([float(word) for word in line.split()[-16:]])
+    assert np.abs(overall_of(printed[4:].tolist()) - printed[:4]).max() <= 0.0051
+
+
+def test_the_papers_table_2_does_not_add_up_everywhere():
+    """Five of nine rows have another overall than the mean of their categories, two of them by more than rounding."""
+    errors = {name: abs(overall_of(np.repeat(row[1:], 3).tolist())[0] - row[0]) for name, row in TABLE_2.items()}
+    assert [name for name, error in errors.items() if error > 0.0051] == [*TABLE_2][4:]
+    larger = {name: round(error, 2) for name, error in errors.items() if error > 0.01}
+    assert larger == {"L_s = 25": 0.03, "w/o both": 0.06}
+
+
+def write_scores(folder, *rows, name="scores_x.jsonl", **editor):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, row in enumerate(rows):
+        del row["method"]
+        row["key"] = str(i)
+    (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    if editor:
+        (folder / "editor.json").write_text(json.dumps(editor))
+
+
+def test_folders_become_a_table(tmp_path, capsys):
+    full = {category: [[50, 60, 70]] for category in CATEGORIES}
+    write_scores(tmp_path / "vace", *scores("", "p", **full), params="14B", resolution="1280x720")
+    write_scores(tmp_path / "vace", *scores("", "q", **full), name="scores_y.jsonl")
+    write_scores(tmp_path / "our editor", *scores("", "p", **full, rubrics="ours"), *scores("", "p", local_add=[None]))
+    write_scores(tmp_path / "our editor", *scores("", "q", **full), name="scores_y.jsonl")
+    folders = [str(tmp_path / "vace"), str(tmp_path / "our editor")]
+    evaluate.main(["table", *folders])
+    markdown = capsys.readouterr().out.splitlines()
+    evaluate.main(["table", *folders, "--csv"])
+    found = list(csv.reader(capsys.readouterr().out.splitlines()))
+    assert [line.strip("| ").split(" | ") for line in markdown if "---" not in line] == found
+    assert found[0][:7] == ["Rubrics", "Judge", "Method", "#Params.", "#Reso.", "Overall", "Overall (all scores)"]
+    assert found[0][7:] == [
+        *(f"{category} {axis}" for category in evaluate.CATEGORIES.values() for axis in ("IC", "CF", "VQ")),
+        "Scored",
+        "Dropped",
+    ]
+    assert [(*line[:7], *line[-2:]) for line in found[1:]] == [
+        ("ours", "p", "vace", "14B", "1280x720", "60.00", "60.00", "4", "0"),
+        ("ours", "p", "our editor", "-", "-", "60.00", "60.00", "4", "1"),
+        ("ours", "q", "vace", "14B", "1280x720", "60.00", "60.00", "4", "0"),
+        ("ours", "q", "our editor", "-", "-", "60.00", "60.00", "4", "0"),
+        ("ours", "average", "vace", "14B", "1280x720", "60.00", "60.00", "8", "0"),
+        ("ours", "average", "our editor", "-", "-", "60.00", "60.00", "8", "1"),
+    ]
+
+
+def test_folders_that_make_no_table_are_named(tmp_path, capsys):
+    write_scores(tmp_path / "a" / "x", *scores("", "p", local_add=[None]))
+    write_scores(tmp_path / "b" / "x", *scores("", "p", local_add=[None]))
+    write_scores(tmp_path / "empty")
+    assert "same name" in fails(capsys, "table", tmp_path / "a" / "x", tmp_path / "b" / "x")
+    assert "empty: no scores" in fails(capsys, "table", tmp_path / "a" / "x", tmp_path / "empty")
+
+
+# --- Judges at work ---------------------------------------------------------------------------------------------------
+
+
+def make_bench(folder, number, prefix="videos/", frames=5):
+    """Rows take the categories in turn; the fifth is one that the paper leaves out."""
+    (folder / "videos").mkdir(parents=True)
+    write_video(folder / "clip.mp4", make_clip(frames, 48, 64), fps=8)
+    kinds = (*CATEGORIES, "background_change")
+    with open(folder / "benchmark_videos.csv", "w", encoding="utf-8-sig", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["edited_type", "prompt", "original_video"])
+        for i in range(number):
+            name = f"{i:04}_{kinds[i % 5]}_Do.mp4"
+            shutil.copy(folder / "clip.mp4", folder / "videos" / name)
+            table.writerow([kinds[i % 5], f'Do "{{it}}", clip {i}, ☃', f"{prefix}{name}"])
+    return folder
+
+
+def make_results(bench, folder):
+    folder.mkdir()
+    for path in (bench / "videos").iterdir():
+        shutil.copy(path, folder / f"{path.stem}_edited.mp4")
+    return folder
+
+
+def number_of(body):
+    """Which row of the benchmark a judge was asked about, by the instruction in the system prompt."""
+    return int(re.search(r'Do "{it}", clip (\d+), ☃', body["messages"][0]["content"])[1])
+
+
+def judged(bench, *folders, url, model="Qwen/judge-1", options=()):
+    command = ["judge", *folders, "--bench", bench, "--url", url, "--model", model, *options]
+    evaluate.main([str(word) for word in command])
+
+
+def test_what_a_judge_is_shown(tmp_path):
+    bench, rubrics = make_bench(tmp_path / "bench", 5), tmp_path / "rubrics"
+    results = make_results(bench, tmp_path / "ours")
+    rubrics.mkdir()
+    for category in CATEGORIES:
+        (rubrics / f"{category}.txt").write_text(f"Grade {category}: {{edit_prompt}}. {{}}")
+    with loopback(lambda body: form(85)) as (url, asked):
+        judged(bench, results, url=url, options=["--rubrics", rubrics])
+    assert len(asked) == 4
+    for _, _, body in asked:
+        system, user = body["messages"]
+        i = number_of(body)
+        assert system["content"] == f'Grade {CATEGORIES[i]}: Do "{{it}}", clip {i}, ☃. {{}}'
+        kinds = [part["type"] for part in user["content"]]
+        assert kinds == ["text", *["image_url"] * 5, "text", *["image_url"] * 5, "text"]
+        before, after, closing = (part["text"] for part in user["content"] if part["type"] == "text")
+        assert "Source" in before and "Edited" in after and closing.startswith("Compare these two videos based on")
+        frames = chat.image_parts(read_video(bench / "clip.mp4").frames, 5)
+        assert user["content"][1:6] == user["content"][7:12] == frames
+    name = re.fullmatch(r"scores_Qwen-judge-1_rubrics-[0-9a-f]{6}.jsonl", next(results.glob("*.jsonl")).name)
+    row = chat.results(results / name[0])["0001_local_remove_Do"]
+    label = row.pop("rubrics")
+    expected = {"category": "Local Remove", "judge": "Qwen/judge-1", "scores": [85, 70, 80], "answer": form(85)}
+    assert row == expected and name[0] == f"scores_Qwen-judge-1_{label}.jsonl"
+
+
+def test_good_failing_and_lying_judges_are_counted(tmp_path, capsys):
+    """20 clips: 4 of a category that is not judged, 10 scored at once, 3 in the end, 2 dropped, 1 without an answer."""
+    bench = make_bench(tmp_path / "bench", 20)
+    results = make_results(bench, tmp_path / "vace")
+    lie, tries, broken = f"{IC}: 900\n{CF}: 70\n{VQ}: 80", {}, {13}
+
+    def reply(body):
+        i = number_of(body)
+        tries[i] = tries.get(i, 0) + 1
+        if i in (2, 7):
+            return [lie, "I like it!", form(70)][min(tries[i], 3) - 1]
+        if i in (5, 8):
+            return lie if tries[i] % 2 else form("")
+        if i == 10:
+            return [429, 500, CUT, 503, form(70)][min(tries[i], 5) - 1]
+        return 500 if i in broken else form(70)
+
+    with loopback(reply) as (url, _):
+        error = fails(capsys, "judge", results, "--bench", bench, "--url", url, "--model", "m")
+        assert error.startswith("error: no scores for 1 edits, run the command again; the first: http://127.0.0.1")
+        path = next(results.glob("scores_*.jsonl"))
+        assert tries == {i: {2: 3, 7: 3, 5: 3, 8: 3, 10: 5, 13: 6}.get(i, 1) for i in range(20) if i % 5 != 4}
+        by_number = {int(key[:4]): row["scores"] for key, row in chat.results(path).items()}
+        assert by_number == {i: None if i in (5, 8) else [70, 70, 80] for i in range(20) if i % 5 != 4 and i != 13}
+        tries.clear(), broken.clear()
+        judged(bench, results, url=url, model="m")
+        assert tries == {13: 1}
+    assert capsys.readouterr().out.strip() == f"{path}: 14 scored, 2 dropped, 0 failed"
+    evaluate.main(["table", str(results), "--csv"])
+    line = as_dicts(list(csv.reader(capsys.readouterr().out.splitlines())))[0]
+    assert (line["Method"], line["Judge"], line["Scored"], line["Dropped"]) == ("vace", "m", "14", "2")
+    assert line["Rubrics"].startswith("ours-") and line["Overall"] == "73.33"
+
+
+def test_after_a_kill_nothing_is_judged_twice(tmp_path):
+    """SIGKILL while half of the answers are there and the others are held back."""
+    bench = make_bench(tmp_path / "bench", 30)
+    results, hold = make_results(bench, tmp_path / "ours"), [True]
+    asked_by_run, count = [], itertools.count()
+
+    def reply(body):
+        asked_by_run[-1].append(number_of(body))
+        late = next(count) >= 12
+        while hold[0] and late:
+            time.sleep(0.01)
+        return form(85)
+
+    with loopback(reply) as (url, _):
+        command = ["judge", results, "--bench", bench, "--url", url, "--model", "m"]
+        asked_by_run.append([])
+        process = subprocess.Popen([sys.executable, ROOT / "evaluate.py", *command], stderr=subprocess.DEVNULL)
+        while len(asked_by_run[0]) <= 12 or sum(len(lines(path)) for path in results.glob("*.jsonl")) < 8:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        path = next(results.glob("*.jsonl"))
+        finished = {int(row["key"][:4]) for row in lines(path)}
+        with open(path, "ab") as file:
+            file.write(b'{"key": "0001_local_re')  # as a kill in the middle of a write would leave it
+        hold[0] = False
+        asked_by_run.append([])
+        judged(bench, results, url=url, model="m")
+    everything = {i for i in range(30) if i % 5 != 4}
+    assert 0 < len(finished) < len(everything)
+    assert sorted(asked_by_run[1]) == sorted(everything - finished)
+    assert sorted(int(row["key"][:4]) for row in lines(path)) == sorted(everything)
+
+
+@pytest.mark.parametrize("there", ["bench/a/x.mp4", "a/x.mp4", "bench/videos/a/x.mp4", "bench/videos/x.mp4"])
+def test_sources_are_found_wherever_their_paths_start(there, tmp_path):
+    (tmp_path / there).parent.mkdir(parents=True)
+    (tmp_path / "bench").mkdir(exist_ok=True)
+    (tmp_path / there).touch()
+    table = tmp_path / "bench" / "benchmark_videos.csv"
+    table.write_text("edited_type,prompt,original_video\nlocal_add,Add,a/x.mp4\n")
+    assert evaluate.read_table(table, tmp_path / "bench", ["local_add"])["x"]["source"] == tmp_path / there
+
+
+def test_other_rubrics_are_other_scores(tmp_path):
+    bench, rubrics = make_bench(tmp_path / "bench", 2), tmp_path / "mine"
+    results = make_results(bench, tmp_path / "ours")
+    shutil.copytree(ROOT / "rubrics", rubrics)
+    with loopback(lambda body: form(85)) as (url, asked):
+        for number in (2, 4, 6, 6):
+            judged(bench, results, url=url, options=[] if number == 2 else ["--rubrics", rubrics])
+            assert len(asked) == number
+            if number == 4:
+                (rubrics / "local_add.txt").write_text("{edit_prompt}")
+    names = sorted(path.name for path in results.glob("*.jsonl"))
+    assert [name.rpartition("-")[0] for name in names] == ["scores_Qwen-judge-1_mine"] * 2 + [
+        "scores_Qwen-judge-1_ours"
+    ]
+
+
+def test_results_of_other_editors_are_found(tmp_path, monkeypatch):
+    """By a table with paths that start in its folder, in this one, or nowhere any more; rows may lack in it."""
+    bench = make_bench(tmp_path / "bench", 5, prefix="bench/videos/")
+    results = tmp_path / "icve"
+    (results / "clips").mkdir(parents=True)
+    for path in ("clips/a.mp4", "c.mp4", "0003_global_style_Do_edited.mp4"):
+        shutil.copy(bench / "clip.mp4", results / path)
+    shutil.copy(bench / "clip.mp4", tmp_path / "b.mp4")
+    edits = {"local_change": "clips/a.mp4", "local_remove": "b.mp4", "local_add": "/gone/long/ago/c.mp4"}
+    monkeypatch.chdir(tmp_path)
+    with open(results / "results.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["edited_type", "prompt", "original_video", "edited_result_path"])
+        for i, (kind, edit) in enumerate(edits.items()):
+            table.writerow([kind, "Do it", f"{i:04}_{kind}_Do.mp4", edit])
+    with loopback(lambda body: form(85)) as (url, asked):
+        judged(bench, results, url=url)
+    rows = chat.results(next(results.glob("*.jsonl")))
+    assert {key[:4]: row["scores"] for key, row in rows.items()} == {f"000{i}": [85, 70, 80] for i in range(3)}
+
+
+def test_edits_that_lack_are_named_and_the_others_judged(tmp_path, capsys):
+    bench = make_bench(tmp_path / "bench", 4)
+    results = make_results(bench, tmp_path / "ours")
+    (results / "0002_local_add_Do_edited.mp4").unlink()
+    (results / "0003_global_style_Do_edited.mp4").write_bytes(b"no video")
+    with loopback(lambda body: form(85)) as (url, asked):
+        error = fails(capsys, "judge", results, "--bench", bench, "--url", url, "--model", "m")
+    assert "no scores for 2 edits" in error and "000" in error and len(asked) == 2
+
+
+@pytest.mark.parametrize("status, message", [(401, "401.*OPENAI_API_KEY"), (404, "404.*model"), (None, "refused")])
+def test_a_server_that_refuses_stops_the_run_with_one_line(status, message, tmp_path, capsys):
+    bench = make_bench(tmp_path / "bench", 10)
+    results = make_results(bench, tmp_path / "ours")
+    command = ["judge", results, "--bench", bench, "--model", "m", "--workers", 1, "--url"]
+    with loopback(lambda body: status) as (url, asked):
+        error = fails(capsys, *command, url) if status else ""
+    error = error or fails(capsys, *command, url)  # the server has gone
+    assert re.search(message, error) and url in error and len(asked) < 8
+
+
+def test_tables_that_are_none_are_named(tmp_path, capsys):
+    bench = make_bench(tmp_path / "bench", 2)
+    table = bench / "benchmark_videos.csv"
+    options = ["judge", tmp_path, "--url", "http://127.0.0.1:1/v1", "--model", "m", "--bench", bench]
+    (tmp_path / "empty").mkdir()
+    assert "no {edit_prompt}" not in fails(capsys, *options, "--rubrics", tmp_path / "empty")
+    for name in CATEGORIES:
+        (tmp_path / "empty" / f"{name}.txt").write_text("Grade it.")
+    assert "local_change.txt: no {edit_prompt}" in fails(capsys, *options, "--rubrics", tmp_path / "empty")
+    table.write_text("edited_type,prompt,video\nlocal_add,Add,a.mp4\n")
+    assert "line 2: no original_video in columns edited_type, prompt, video" in fails(capsys, *options)
+    table.write_text("edited_type,prompt,original_video\nlocal_add,Add,a/x.mp4\nlocal_add,Add,b/x.mp4\n")
+    assert "line 3: b/x.mp4 is there twice" in fails(capsys, *options)
+    table.write_text("edited_type,prompt,original_video\nbackground_change,Change,a.mp4\n")
+    assert "no row has one of the edited_types local_change, local_remove" in fails(capsys, *options)
+    table.unlink()
+    assert "benchmark_videos.csv" in fails(capsys, *options)
+
+
+# --- Edits of the benchmark -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    rvedit.save(folder, *tiny_model())
+    return folder
+
+
+def edited(bench, out, checkpoint, *options):
+    command = ["run", "--bench", bench, "--out", out, "--checkpoint", checkpoint, "--steps", "2", "--device", "cpu"]
+    evaluate.main([str(word) for word in (*command, *options)])
+
+
+def test_edits_are_those_of_sample(checkpoint, tmp_path, monkeypatch):
+    bench, out = make_bench(tmp_path / "bench", 5), tmp_path / "ours"
+    edited(bench, out, checkpoint, "--seed", "3")
+    names = [f"{i:04}_{kind}_Do_edited.mp4" for i, kind in enumerate(CATEGORIES)]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "editor.json", "results.csv"]
+    for i, name in list(enumerate(names))[::3]:
+        source, prompt = bench / "videos" / name.replace("_edited", ""), f'Do "{{it}}", clip {i}, ☃'
+        command = ["--video", source, "--prompt", prompt, "--out", tmp_path / "one.mp4", "--seed", "3", "--steps", "2"]
+        sample.main([str(word) for word in (*command, "--checkpoint", checkpoint, "--device", "cpu")])
+        assert (out / name).read_bytes() == (tmp_path / "one.mp4").read_bytes()
+    with open(out / "results.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["edited_result_path"] for row in rows] == [str(out / name) for name in names]
+    assert list(rows[0]) == ["edited_type", "prompt", "original_video", "edited_result_path"]
+    assert rows[2]["prompt"] == 'Do "{it}", clip 2, ☃' and rows[2]["edited_type"] == "local_add"
+    editor = json.loads((out / "editor.json").read_text())
+    assert (editor["resolution"], editor["seed"], editor["steps"]) == ("96x32", "3", "2")
+    with loopback(lambda body: form(85)) as (url, asked):
+        judged(bench, out, url=url)
+    assert len(asked) == 4
+
+
+def test_what_is_edited_is_not_edited_again(checkpoint, tmp_path, capsys, monkeypatch):
+    bench, out = make_bench(tmp_path / "bench", 5), tmp_path / "ours"
+    edited(bench, out, checkpoint, "--categories", "local_add", "--dtype", "float32")
+    first = out / "0002_local_add_Do_edited.mp4"
+    before = first.stat().st_mtime_ns
+    edited(bench, out, checkpoint, "--categories", *CATEGORIES, "background_change")
+    assert first.stat().st_mtime_ns == before and len([*out.glob("*.mp4")]) == 5
+    command = ["run", "--bench", bench, "--out", out, "--checkpoint", checkpoint, "--device", "cpu"]
+    assert "editor.json: the clips there are from another" in fails(capsys, *command, "--steps", "3")
+    monkeypatch.setattr(sample, "edit_video", None)  # nothing is left to do
+    edited(bench, out, checkpoint)
+
+
+def test_each_process_takes_its_share(checkpoint, tmp_path, monkeypatch):
+    bench, out, seen = make_bench(tmp_path / "bench", 10), tmp_path / "ours", []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        edited(bench, out, checkpoint)
+        seen.append({int(path.name[:4]) for path in out.glob("*.mp4")} - set().union(*seen))
+    assert seen == [{0, 3, 7}, {1, 5, 8}, {2, 6}]
+
+
+def test_clips_that_cannot_be_edited_do_not_stop_the_others(checkpoint, tmp_path, capsys):
+    bench, out = make_bench(tmp_path / "bench", 4), tmp_path / "ours"
+    (bench / "videos" / "0001_local_remove_Do.mp4").write_bytes(b"no video")
+    options = ["--checkpoint", checkpoint, "--steps", "2", "--device", "cpu"]
+    error = fails(capsys, "run", "--bench", bench, "--out", out, *options)
+    assert "1 of 4 clips could not be edited, the first: " in error and "0001_local_remove_Do.mp4" in error
+    assert sorted(path.name[:4] for path in out.glob("*.mp4")) == ["0000", "0002", "0003"]
+    assert not [*out.glob(".*")] and not [*out.glob("*.partial")]
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["run", "--bench", "b", "--out", "o", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["run", "--bench", "b", "--out", "o", "--categories", "local_ad"], "--categories: invalid choice: 'local_ad'"),
+        (["table", "x", "--stepz", "3"], "--stepz 3: only `evaluate.py run` takes options of sample.py"),
+        (["table"], "required: results"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_bad_options_are_named(command, message, capsys):
+    assert message in fails(capsys, *command)
+
+
+# --- Scores from exact targets ----------------------------------------------------------------------------------------
+
+
+def clip_of(category, index=0):
+    return ShapesDataset(5, 4, 5, 48, 48, [category])[index]
+
+
+@pytest.mark.parametrize("category", ["Local Change", "Local Remove", "Local Add", "Global Style"])
+def test_source_and_target_bound_the_scores(category):
+    clip = clip_of(category)
+    noise = 8 * torch.randn(clip["target"].shape, generator=torch.Generator().manual_seed(0))
+    ceiling = (clip["target"] + noise).clamp(0, 255).to(torch.uint8)
+    assert evaluate.rate(clip["source"], clip, ceiling) == pytest.approx([1, 100, 100], abs=1e-6)
+    assert evaluate.rate(clip["target"], clip, ceiling) == pytest.approx([100, 100, 100], abs=1e-6)
+    assert evaluate.rate(clip["target"], clip, clip["target"]) == pytest.approx([100, 100, 100], abs=1e-6)
+
+
+def test_a_local_edit_is_rated_as_a_naive_program_rates_it():
+    """A third of the way, a stripe painted over, flicker; the ceiling has half of the error."""
+    clip, rng = clip_of("Local Change"), np.random.default_rng(0)
+    source, target, mask = (clip[name].numpy() for name in ("source", "target", "mask"))
+    output = source + (target.astype(float) - source) / 3 + rng.normal(0, 6, source.shape)
+    output = output.clip(0, 255).astype(np.uint8)
+    output[:, :, :5] = 255 - output[:, :, :5]
+    ceiling = (target + rng.normal(0, 6, source.shape)).clip(0, 255).astype(np.uint8)
+
+    way = left = 0.0
+    same = outside = 0
+    for t, y, x in np.ndindex(mask.shape):
+        a, b, c = (video[t, y, x].astype(float) for video in (source, target, output))
+        if mask[t, y, x]:
+            way, left = way + sum((a - b) ** 2), left + sum((c - b) ** 2)
+        else:
+            same, outside = same + (math.sqrt(sum((c - a) ** 2) / 3) < 24), outside + 1
+
+    def error(video):
+        total, before = 0.0, None
+        for frame, a, b in zip(video.astype(float), source.astype(float), target.astype(float), strict=True):
+            rest = np.empty_like(frame)
+            for y, x in np.ndindex(frame.shape[:2]):
+                rest[y, x] = min(frame[y, x] - a[y, x], frame[y, x] - b[y, x], key=lambda d: sum(d**2))
+            total += (rest**2).sum() + (0 if before is None else ((rest - before) ** 2).sum())
+            before = rest
+        return math.sqrt(total)
+
+    expected = [1 - math.sqrt(left / way), same / outside, error(ceiling) / error(output)]
+    found = evaluate.rate(torch.from_numpy(output), clip, torch.from_numpy(ceiling))
+    assert found == pytest.approx([1 + 99 * x for x in expected], abs=1e-6)
+    assert 20 < found[0] < 70 and 50 < found[1] < 95 and 5 < found[2] < 95  # nothing is at its bound
+
+
+def test_a_style_keeps_what_differs_in_color_alone():
+    """A wrong but exact recoloring keeps all; a picture of noise nothing; mirrored shapes are in between."""
+    clip = clip_of("Global Style", 1)
+    source = clip["source"].double()
+    recolored = (source @ torch.tensor([[0.5, 0.1, 0], [0.1, 0.4, 0], [0, 0.2, 0.4]], dtype=torch.float64) + 30).round()
+    noise = torch.randint(0, 256, source.shape, generator=torch.Generator().manual_seed(0))
+    outputs = {"recolored": recolored, "noise": noise, "mirrored": source.flip(2), "flat": 0 * source + 90}
+    cf = {name: evaluate.rate(x.to(torch.uint8), clip, clip["target"])[1] for name, x in outputs.items()}
+    assert cf["recolored"] > 99.5 and 1.5 < cf["mirrored"] < 80 and cf["noise"] < 1.2 and cf["flat"] < 1.001, cf
+
+
+@pytest.mark.slow
+def test_the_built_in_checkpoint_gets_scores(capsys):
+    evaluate.main(["shapes", "--clips", "1"])
+    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "---" not in line]
+    edit, unchanged, ceiling = as_dicts(table)
+    assert (unchanged["Overall IC"], unchanged["Overall CF"], unchanged["Overall VQ"]) == ("1.00", "100.00", "100.00")
+    assert ceiling["Overall VQ"] == "100.00" and float(ceiling["Overall IC"]) > 60 and edit["Scored"] == "4"
