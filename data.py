@@ -1,444 +1,222 @@
-"""Instruction-video-target triplets to learn editing from (§5, App. D.1 of the paper).
+"""Instruction-video-target triplets to learn editing from (§5, App. D.1 of the paper); for others see shapes.py.
 
-`ShapesDataset` needs no files: clips of moving shapes, an edit of one of the paper's four categories in words, and the
-exact clip after it, drawn anew. `TripletDataset` reads a CSV or JSONL file; `fit_clip` brings a clip to a size.
+    python data.py sample --openve DIR --reco DIR --ditto DIR --out triplets.jsonl  # §5's 120,000, from three sets
+    python data.py check triplets.jsonl                                    # decodes some: what training would meet
+    python data.py caption triplets.jsonl --url URL --out captioned.jsonl  # ℓ* of every target, by a model on a server
 
-The words fix the target, by these rules of the shapes' world: an object has one of 8 forms, 8 colours and 3 sizes; it
-stands still or moves in one of 8 directions, all at one speed, and bounces off the margins; of overlapping objects the
-later is on top, and an added one is the last. It is named by attributes that no other object shares all of; "on the
-left" is left, in every frame, of all others of its colour and form.
+§5 draws 10,000 clips "per category from each dataset", 120,000 in all: four categories from each of the three sets.
+Which of a set's own those are is not given in the paper; we take what is one of the four of its Table 1:
 
-Shapes: T frames, H height, W width; a clip is uint8 (T, H, W, 3). Lengths are in units of min(H, W), y points down.
+              OpenVE-3M     ReCo-Data  Ditto-1M
+Local Change  local_change  replace    local, unless it is one of the next two
+Local Remove  local_remove  remove     local, if the instruction begins with "remove" or the like
+Local Add     local_add     add        local, if the instruction begins with "add" or the like
+Global Style  global_style  style      global_style1, global_style2
 """
 
 from __future__ import annotations
 
 import csv
-import functools
-import itertools
+import hashlib
+import heapq
 import json
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
+from pathlib import Path, PurePosixPath
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
+import chat
 import video
+from sample import Parser, fail, number
+from shapes import CATEGORIES, COMPOSITION, ShapesDataset  # noqa: F401
 
-# --- Vocabulary ------------------------------------------------------------------------------------------------------
+COLUMNS = ("src_video", "tgt_video", "prompt")
+SETS = {  # the tables of each (where there are none, those after them), and COLUMNS in them; `video` is a target
+    "OpenVE-3M": {"*.csv": "original_video video prompt", "*/*.csv": "original_video video prompt"},
+    "ReCo-Data": {"*/*_data_configs.json": "src_video tar_video instruction_final_refine"},
+    "Ditto-1M": {"training_metadata/*.json": "source_path edited_path instruction",
+                 "csvs_for_DiffSynth/*.csv": "vace_video video prompt"},
+}  # fmt: skip
+# CATEGORIES in the name of a table or, in Ditto-1M, in the path of a target; there, what begins an instruction
+KIND = re.compile(r"\b(?:(local_change|replace_|local/)|(local_remove|remove_)|(local_add|add_)|(global_style|style_))")
+VERB = re.compile(r"\W*(?:please )?(?:(remove|delete|erase|get rid|take (?:away|off))|(add|insert|put|place))\b", re.I)
+PATHS = {"src_video", "tgt_video", "original_video", "vace_video", "video"}  # columns of a CSV
+CAPTION_PROMPT = """These are frames of one video in order of time. Describe it in one paragraph for someone who cannot
+see it: who and what is there, with looks, number and place; what each does and how that changes; surroundings, light,
+colors, visual style, camera. Tell only what can be seen, do not mention frames, and add nothing to the description."""
 
-CATEGORIES = ("Local Change", "Local Remove", "Local Add", "Global Style")
-COMPOSITION = "Composition"  # two edits in one instruction
-
-# fmt: off
-COLORS = {"red": (214, 48, 58), "orange": (242, 134, 36), "yellow": (248, 208, 54), "green": (46, 148, 84),
-          "cyan": (52, 196, 208), "blue": (44, 92, 206), "purple": (128, 62, 172), "pink": (242, 128, 178)}
-SIZES = {"small": 0.105, "medium": 0.145, "large": 0.2}  # radius
-FORMS = {  # signed distance, near the outline, from a form of radius 1; symmetric, so x is >= 0
-    "circle": lambda x, y: np.hypot(x, y) - 0.95,
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.28,
-    "square": lambda x, y: np.maximum(x, np.abs(y)) - 0.86,
-    "diamond": lambda x, y: 0.8 * x + 0.6 * np.abs(y) - 0.72,
-    "triangle": lambda x, y: np.maximum(y - 0.2, 0.866 * x - 0.5 * (y - 0.2)) - 0.62,
-    "cross": lambda x, y: np.maximum(np.maximum(x, np.abs(y)) - 1, np.minimum(x, np.abs(y)) - 0.36),
-    # a square on its corner and two half discs
-    "heart": lambda x, y: np.minimum(0.7071 * (x + np.abs(y)), np.hypot(x - 0.4243, y + 0.4243)) - 0.6,
-    # the plane folded onto one of the ten edges: from a tip at 1.2 to a notch at 0.6, 36 degrees away
-    "star": lambda x, y: np.hypot(x, y) * np.cos(np.abs((np.arctan2(x, -y) + 0.628) % 1.257 - 0.628) - 1.1125) - 0.531,
-}
-MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1),
-           "diagonally up and left": (-1, -1), "diagonally up and right": (1, -1),
-           "diagonally down and left": (-1, 1), "diagonally down and right": (1, 1)}
-SPEED = 0.03  # a frame, diagonally too
-MARGIN = 0.18  # the least distance of an object's centre from the border
-PLACES = {"at the top left": (1, 1), "at the top": (2, 1), "at the top right": (3, 1),  # quarters of the frame
-          "on the left": (1, 2), "in the center": (2, 2), "on the right": (3, 2),
-          "at the bottom left": (1, 3), "at the bottom": (2, 3), "at the bottom right": (3, 3)}
-SIDES = {"on the left": (0, 1), "on the right": (0, -1), "at the top": (1, 1), "at the bottom": (1, -1)}  # axis, sign
-PATTERNS = ("plain", "gradient", "striped", "checkered", "cloudy")
-BACKGROUNDS = {  # the two tones of a pattern
-    "cream": ((250, 243, 226), (235, 219, 187)), "sand": ((229, 211, 173), (205, 181, 138)),
-    "sky": ((206, 227, 244), (170, 202, 230)), "mint": ((211, 235, 221), (172, 212, 190)),
-    "lavender": ((226, 218, 242), (197, 185, 226)), "gray": ((214, 217, 222), (181, 186, 194)),
-    "slate": ((98, 110, 128), (74, 84, 101)), "navy": ((40, 52, 92), (25, 33, 64)),
-    "charcoal": ((66, 68, 74), (44, 45, 50)), "forest": ((48, 82, 70), (31, 58, 50)),
-}
-STYLES = {  # what a clip in that style is called
-    "gray": ("a black and white film", "a gray film without any color"),
-    "sepia": ("an old sepia film", "a faded brown sepia photograph"),
-    "green": ("a green night vision recording", "footage from a green night vision camera"),
-    "negative": ("a photographic negative", "a film negative with inverted colors"),
-    "night": ("a scene at night in blue moonlight", "a dark blue night scene"),
-    "sunset": ("a scene in warm orange sunset light", "a warm scene at sunset"),
-    "pastel": ("a pale pastel painting", "a soft picture in pale pastel colors"),
-    "mosaic": ("a mosaic of large square tiles", "a coarse mosaic of square blocks"),
-}
-LUMA = (0.299, 0.587, 0.114)
-COLOR_MAPS = {  # rgb -> M rgb + b; all styles but the mosaic are such maps
-    "gray": (np.outer((1, 1, 1), LUMA), (0, 0, 0)),
-    "sepia": (np.outer((0.92, 0.78, 0.6), LUMA), (20, 12, 4)),
-    "green": (np.outer((0.3, 0.85, 0.4), LUMA), (0, 16, 6)),
-    "negative": (-np.eye(3), (255, 255, 255)),
-    "night": (np.diag((0.32, 0.42, 0.62)), (4, 10, 34)),
-    "sunset": (np.diag((0.9, 0.58, 0.4)), (46, 14, 6)),
-    "pastel": (np.eye(3) * 0.4, (153, 153, 153)),
-}
-HUELESS = ("gray", "sepia", "green", "negative")  # the caption of such a clip names no colours
-
-REMOVE = ("remove {}", "delete {}", "erase {}", "take away {}", "get rid of {}", "remove {} from the video")
-CHANGE = {  # what changes; the words
-    ("color",): ("make {} {}", "paint {} {}", "turn {} {}", "change the color of {} to {}", "recolor {} in {}"),
-    ("form",): ("turn {} into a {} of the same color", "change the shape of {} to a {}", "reshape {} into a {}"),
-    ("size",): ("make {} {}", "resize {} to {}", "change the size of {} to {}"),
-    ("color", "form"): ("replace {} with a {} {} of the same size", "swap {} for a {} {} of the same size"),
-}
-ADD = ("{} a {} {place}, {moving}", "{} a {} {place} that {moves}", "{place}, {} a {} {moving}")
-ADD_VERBS = ("add", "insert", "place", "put", "draw")
-RESTYLE = ("turn the video into {}", "make the whole video look like {}", "restyle the clip as {}",
-           "render everything as {}")
-JOIN = ("{} and {}", "{}, and {}", "{}, then {}", "{} and also {}")
-# fmt: on
-
-# What a clip must satisfy to be clear
-MIN_AREA = 0.02  # part of the clip that the edit changes
-MIN_CHANGE = 24  # of 255, root mean square over what is changed
-MIN_CONTRAST = 100  # RGB distance of a shape from the background
-MIN_GAP = 0.15  # "on the left" is further left by so much
-
-# --- Scenes and how they are drawn -----------------------------------------------------------------------------------
+# --- Tables ----------------------------------------------------------------------------------------------------------
 
 
-Extent = tuple[int, int, int]  # of a clip: T, H, W
+def _csv_rows(file: TextIO) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and fields of the rows of a table with the delimiter , or ;.
 
-
-@dataclass(frozen=True)
-class Shape:
-    form: str
-    color: str
-    size: str
-    motion: str
-    x: float  # centre in the first frame
-    y: float
-
-
-@dataclass(frozen=True)
-class Scene:
-    pattern: str  # of the background
-    tone: str
-    angle: float
-    period: float
-    shapes: tuple[Shape, ...]  # the last is on top
-    style: str | None = None
-
-
-def trajectory(shape: Shape, extent: Extent) -> np.ndarray:
-    """The centre in every frame, (T, 2) as (x, y): straight on, reflected at the margins."""
-    step = np.array(MOTIONS[shape.motion]) * SPEED
-    step = step / math.sqrt(max(1, np.count_nonzero(step)))
-    T, H, W = extent
-    span = np.array([W, H]) / min(H, W) - 2 * MARGIN
-    way = np.array([shape.x, shape.y]) - MARGIN + step * np.arange(T)[:, None]
-    return MARGIN + span - np.abs(way % (2 * span) - span)  # a triangle wave
-
-
-@functools.lru_cache(maxsize=8)  # source and target have most shapes in common
-def _raster(shape: Shape, extent: Extent) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray]:
-    """The box (T, h, w) of pixels that a shape comes to, how much of each it covers, and its colour (T, h, 1, 3)."""
-    radius, unit = SIZES[shape.size], min(extent[1:])
-    box, offsets = [slice(None)], []
-    for pixels, centers in zip(extent[1:], trajectory(shape, extent).T[::-1], strict=True):  # rows, columns
-        low = max(0, math.floor((centers.min() - 1.25 * radius) * unit))
-        high = min(pixels, math.ceil((centers.max() + 1.25 * radius) * unit))
-        positions = (np.arange(low, high) + 0.5) / unit - centers[:, None]
-        box.append(slice(low, high))
-        offsets.append((positions / radius).astype(np.float32))  # (T, pixels), in radii from the centre
-    y, x = offsets[0][:, :, None], offsets[1][:, None, :]
-    distance = FORMS[shape.form](np.abs(x), y) * (radius * unit)  # (T, h, w), pixels
-    light = 1.02 - 0.08 * y[..., None]  # a little brighter at the top
-    return tuple(box), np.clip(0.5 - distance, 0, 1), np.array(COLORS[shape.color], np.float32) * light
-
-
-def _clear(scene: Scene, extent: Extent) -> bool:
-    """Whether, in 3/4 of the frames, at least half of every shape is seen and it touches no other of its colour."""
-    uncovered = np.ones(extent, np.float32)
-    for shape in reversed(scene.shapes):
-        box, coverage, _ = _raster(shape, extent)
-        seen = (coverage * uncovered[box]).sum((1, 2)) / coverage.sum((1, 2))
-        if (seen < 0.5).mean() > 0.25:
-            return False
-        uncovered[box] *= 1 - coverage
-    for a, b in itertools.combinations(scene.shapes, 2):
-        apart = np.linalg.norm(trajectory(a, extent) - trajectory(b, extent), axis=1) / (SIZES[a.size] + SIZES[b.size])
-        if a.color == b.color and (apart < 1).mean() > 0.25:
-            return False
-    return True
-
-
-def _background(scene: Scene, extent: Extent) -> np.ndarray:
-    """The background, the same in every frame, (H, W, 3)."""
-    unit = min(extent[1:])
-    y, x = ((np.arange(pixels, dtype=np.float32) + 0.5) / unit for pixels in extent[1:])
-    u = x * math.cos(scene.angle) + y[:, None] * math.sin(scene.angle)  # (H, W), rotated coordinates
-    v = y[:, None] * math.cos(scene.angle) - x * math.sin(scene.angle)
-    k = 2 * math.pi / scene.period
-    edge = unit / k  # makes the zeros of a wave edges of one pixel
-    mix = {
-        "plain": np.zeros_like(u),
-        "gradient": (u - u.min()) / (u.max() - u.min()),
-        "striped": 0.5 + edge * np.sin(k * u),
-        "checkered": 0.5 + edge * np.sin(k * u) * np.sin(k * v),
-        "cloudy": 0.5 + 0.25 * (np.sin(k / 2 * u + 2 * np.sin(k / 3 * v)) + np.sin(k / 1.5 * v + np.sin(k * u))),
-    }[scene.pattern]
-    first, second = np.array(BACKGROUNDS[scene.tone], np.float32)
-    return first + np.clip(mix, 0, 1)[..., None] * (second - first)
-
-
-def stylize(frames: np.ndarray, style: str) -> np.ndarray:
-    """A uint8 clip (T, H, W, 3) in one of `STYLES`."""
-    if style != "mosaic":
-        matrix, bias = (np.asarray(a, np.float32) for a in COLOR_MAPS[style])
-        return np.clip(frames.astype(np.float32) @ matrix.T + bias + 0.5, 0, 255).astype(np.uint8)
-    unit, tiles = min(frames.shape[1:3]), frames.astype(np.float32)
-    for axis in (1, 2):  # averages over sixths of the shorter side
-        starts = np.unique(np.arange(frames.shape[axis]) * 6 // unit, return_index=True)[1]
-        lengths = np.diff(starts, append=frames.shape[axis])
-        tiles = np.add.reduceat(tiles, starts, axis) / lengths.reshape([-1 if a == axis else 1 for a in range(4)])
-        tiles = tiles.repeat(lengths, axis)
-    return (tiles + 0.5).astype(np.uint8)
-
-
-def render(scene: Scene, extent: Extent) -> np.ndarray:
-    """Draw a scene: uint8 (T, H, W, 3)."""
-    canvas = np.broadcast_to(_background(scene, extent), (*extent, 3)).copy()
-    for shape in scene.shapes:
-        box, coverage, color = _raster(shape, extent)
-        canvas[box] += coverage[..., None] * (color - canvas[box])
-    frames = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
-    return stylize(frames, scene.style) if scene.style else frames
-
-
-# --- Words and edits -------------------------------------------------------------------------------------------------
-
-
-def _pick(rng: np.random.Generator, options: Sequence | dict) -> Any:
-    return list(options)[int(rng.integers(len(options)))]
-
-
-def _moving(shape: Shape) -> str:
-    return "standing still" if shape.motion == "still" else f"moving {shape.motion}"
-
-
-def caption(scene: Scene) -> str:
-    """One sentence about all that a clip shows."""
-    hue = scene.style not in HUELESS
-    things = [f"a {s.size} {s.color if hue else ''} {s.form} {_moving(s)}" for s in scene.shapes]
-    things = ", ".join(things[:-1]) + " and " * (len(things) > 1) + things[-1]
-    kind = STYLES[scene.style][0] if scene.style else "a video"
-    sentence = f"{kind.capitalize()} of {things} on a {scene.pattern} {scene.tone if hue else ''} background."
-    return " ".join(sentence.split())
-
-
-def refer(rng: np.random.Generator, shape: Shape, pool: Sequence[Shape], extent: Extent) -> str:
-    """Words that name one shape of a pool and no other; "" if there are none."""
-
-    def alike(*attributes: str) -> list[Shape]:
-        return [s for s in pool if s != shape and all(getattr(s, a) == getattr(shape, a) for a in attributes)]
-
-    twins = alike("color", "form")
-    names = [
-        not alike("form") and f"the {shape.form}",
-        not twins and f"the {shape.color} {shape.form}",
-        not alike("size", "color", "form") and f"the {shape.size} {shape.color} {shape.form}",
-        not alike("motion", "color", "form") and f"the {shape.color} {shape.form} {_moving(shape)}",
-    ]
-    for side, (axis, sign) in SIDES.items():
-        gaps = [sign * (trajectory(twin, extent) - trajectory(shape, extent))[:, axis] for twin in twins]
-        names.append(bool(twins) and np.min(gaps) > MIN_GAP and f"the {shape.color} {shape.form} {side}")
-    return _pick(rng, [name for name in names if name] or [""])
-
-
-@functools.cache
-def _colors(tone: str) -> list[str]:
-    """The colours that stand out from a background."""
-    distance = {color: np.linalg.norm(np.subtract(BACKGROUNDS[tone], rgb), axis=1) for color, rgb in COLORS.items()}
-    return [color for color in COLORS if distance[color].min() > MIN_CONTRAST]
-
-
-def _sample_scene(rng: np.random.Generator, count: int, extent: Extent) -> Scene:
-    """Some shapes on a background; a fifth of them differ from the one below in size, place and motion only."""
-    angle, period = rng.uniform((0, 0.3), (math.pi, 0.5)).tolist()
-    scene = Scene(_pick(rng, PATTERNS), _pick(rng, BACKGROUNDS), angle, period, ())
-    for _ in range(count):
-        form, color = _pick(rng, FORMS), _pick(rng, _colors(scene.tone))
-        if scene.shapes and rng.random() < 0.2:
-            form, color = scene.shapes[-1].form, scene.shapes[-1].color
-        motion, start = _pick(rng, MOTIONS), []
-        for direction, pixels in zip(MOTIONS[motion], extent[:0:-1], strict=True):  # along W, H
-            low, high = MARGIN, pixels / min(extent[1:]) - MARGIN
-            travel = direction * SPEED * (extent[0] - 1)
-            if abs(travel) < high - low:  # there is room to move without bouncing
-                low, high = low - min(travel, 0), high - max(travel, 0)
-            start.append(rng.uniform(low, high))
-        shape = Shape(form, color, _pick(rng, SIZES), motion, *start)
-        scene = replace(scene, shapes=(*scene.shapes, shape))
-    return scene
-
-
-def _add(rng: np.random.Generator, scene: Scene, extent: Extent) -> tuple[Scene, str]:
-    """A new shape on one of the places; it does not move towards the border it is near."""
-    _, H, W = extent
-    place = _pick(rng, PLACES)
-    column, row = PLACES[place]
-    center = np.array([column * W, row * H]) / (4 * min(H, W))
-    inward = [m for m, (dx, dy) in MOTIONS.items() if (column - 2) * dx <= 0 and (row - 2) * dy <= 0]
-    looks = _pick(rng, FORMS), _pick(rng, _colors(scene.tone)), _pick(rng, SIZES)
-    shape = Shape(*looks, _pick(rng, inward), *center.tolist())
-    thing, moving = f"{shape.size} {shape.color} {shape.form}", _moving(shape)
-    moves = moving.replace("standing", "stands").replace("moving", "moves")
-    words = _pick(rng, ADD).format(_pick(rng, ADD_VERBS), thing, place=place, moving=moving, moves=moves)
-    return replace(scene, shapes=(*scene.shapes, shape)), words
-
-
-def _edit(rng: np.random.Generator, category: str, scene: Scene, source: Scene, extent: Extent) -> tuple[Scene, str]:
-    """One edit of a scene, in words that hold for it and for the source; "" if its object cannot be named."""
-    if category == "Global Style":
-        style = _pick(rng, STYLES)
-        return replace(scene, style=style), _pick(rng, RESTYLE).format(_pick(rng, STYLES[style]))
-    if category == "Local Add":
-        return _add(rng, scene, extent)
-    shape = _pick(rng, [s for s in scene.shapes if s in source.shapes])  # not one that was edited already
-    name = refer(rng, shape, tuple(dict.fromkeys(source.shapes + scene.shapes)), extent)
-    index = scene.shapes.index(shape)
-    below, above = scene.shapes[:index], scene.shapes[index + 1 :]
-    if category == "Local Remove":
-        return replace(scene, shapes=below + above), name and _pick(rng, REMOVE).format(name)
-    others = dict(color=_colors(scene.tone), form=FORMS, size=SIZES)
-    what = _pick(rng, CHANGE)
-    new = {a: _pick(rng, [value for value in others[a] if value != getattr(shape, a)]) for a in what}
-    words = _pick(rng, CHANGE[what]).format(name, *new.values()).replace(" a orange", " an orange")
-    return replace(scene, shapes=(*below, replace(shape, **new), *above)), name and words
-
-
-def _throw(rng: np.random.Generator, category: str, extent: Extent) -> tuple[Scene, Scene, str]:
-    """A source, its edit and the instruction, "" if the edit cannot be said."""
-    parts = [category]
-    if category == COMPOSITION:  # at most one of the two is a style
-        parts = rng.permutation([_pick(rng, CATEGORIES[:3]), _pick(rng, CATEGORIES)]).tolist()
-    least = {"Local Add": 1, COMPOSITION: 3}.get(category, 2)
-    source = target = _sample_scene(rng, int(rng.integers(least, 5)), extent)
-    sentences = []
-    for part in parts:
-        target, words = _edit(rng, part, target, source, extent)
-        sentences.append(words)
-    instruction = _pick(rng, JOIN).format(*sentences) if len(parts) == 2 else sentences[0]
-    if rng.random() < 0.5:  # the other half is as people type
-        instruction = f"{instruction[:1].upper()}{instruction[1:]}."
-    return source, target, instruction if all(sentences) else ""
-
-
-# --- Data sets -------------------------------------------------------------------------------------------------------
-
-
-class ShapesDataset(Dataset):
-    """`size` clips, each a function of (seed, index) and the arguments alone; the categories take turns.
-
-    An item is a dict of source and target, uint8 (T, H, W, 3); mask, bool (T, H, W), of the pixels that the edit
-    changes (all of them for a style); instruction; caption of the target; category.
+    Where the prompt is the only text of a row, surplus fields are parts of it that lacked their quotes, and are put
+    together again. Any other row that has too many fields, or too few, is a ValueError.
     """
-
-    def __init__(
-        self, seed: int, size: int, frames: int, height: int, width: int, categories: Sequence[str] = CATEGORIES
-    ) -> None:
-        if not categories or not set(categories) <= {*CATEGORIES, COMPOSITION}:
-            raise ValueError(f"categories {categories}: choose from {', '.join(CATEGORIES)}, {COMPOSITION}")
-        if frames < 1 or min(height, width) < 32:
-            raise ValueError(f"{frames} x {height} x {width}: clips of shapes need at least 1 frame of 32 x 32")
-        self.seed, self.size, self.categories = seed, size, tuple(categories)
-        self.extent = (frames, height, width)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        _, target, instruction, clips, mask = self.sample(index)
-        category = self.categories[index % len(self.categories)]
-        words = dict(instruction=instruction, caption=caption(target), category=category)
-        return dict(zip(("source", "target", "mask"), map(torch.from_numpy, (*clips, mask)), strict=True)) | words
-
-    def sample(self, index: int) -> tuple[Scene, Scene, str, tuple[np.ndarray, np.ndarray], np.ndarray]:
-        """Source and target scene, instruction, the two clips and the mask; the dice roll until all is clear."""
-        if not 0 <= index < self.size:
-            raise IndexError(f"clip {index} of {self.size}")
-        rng, category = np.random.default_rng((self.seed, index)), self.categories[index % len(self.categories)]
-        while True:
-            source, target, instruction = _throw(rng, category, self.extent)
-            if not instruction or not _clear(source, self.extent) or not _clear(target, self.extent):
-                continue
-            clips = render(source, self.extent), render(target, self.extent)
-            mask = (clips[0] != clips[1]).any(-1) | (target.style is not None)
-            change = np.square(clips[0][mask].astype(np.float32) - clips[1][mask])
-            if mask.mean() >= MIN_AREA and change.mean() >= MIN_CHANGE**2:
-                return source, target, instruction, clips, mask
+    lines, mended = file.readlines() or [""], 0
+    delimiter = ";" if lines[0].count(";") > lines[0].count(",") else ","
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
+    names = [name.strip() for name in next(reader)]
+    for fields in filter(None, reader):
+        whole = len(fields) == len(names)
+        if len(fields) > len(names) and {*names} - PATHS - {"category", "dataset"} == {"prompt"}:
+            fields, at, mended = lines[reader.line_num - 1].split(delimiter), names.index("prompt"), mended + 1
+            end = at + 1 + len(fields) - len(names)
+            fields[at:end] = [delimiter.join(fields[at:end])]
+            paths = [field for name, field in zip(names, fields, strict=False) if name in PATHS]
+            whole = end > at + 1 and all(re.search(r"\.\w+\s*$", path) for path in paths)
+        if not whole:
+            raise ValueError(f'{file.name}, line {reader.line_num}: fields do not fit; commas need "double quotes"')
+        yield reader.line_num, {name: field.strip() for name, field in zip(names, fields, strict=True)}
+    if mended:
+        print(f"note: {file.name}: {mended} prompts whose commas lacked quotes were put together", file=sys.stderr)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and fields of every row of a CSV (, or ;) or JSONL file."""
-    line = 1
+def triplets(path: Path, *names: str) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV or JSONL file, or of a list in a .json file; what it calls `names` is called COLUMNS here.
+
+    A row without one of them is a ValueError that shows file, line and the columns found. In .json lists, where some
+    entries are known to lack a path (ReCo-Data), it is left out and counted, unless they all are such.
+    """
+    count, line, problems = 0, 1, []
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
-            if path.suffix == ".jsonl":
-                for line, text in enumerate(file, 1):
-                    if text.strip():
-                        row = json.loads(text)
-                        yield line, row if isinstance(row, dict) else {}
-                return
-            header = file.readline()
-            file.seek(0)
-            delimiter = ";" if header.count(";") > header.count(",") else ","
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
-            for row in reader:
-                line = reader.line_num
-                if None in row or None in row.values():  # what DictReader makes of too many or too few fields
-                    raise csv.Error('not as many fields as columns; a prompt with commas needs "double quotes"')
-                yield line, row
+            lines = ((n, json.loads(text)) for n, text in enumerate(file, 1) if text.strip())
+            rows = _csv_rows(file) if path.suffix == ".csv" else lines
+            for line, row in enumerate(json.load(file), 1) if path.suffix == ".json" else rows:
+                row = row if isinstance(row, dict) else {}
+                values = [value.strip() if isinstance(value := row.get(name), str) else "" for name in names]
+                if all(values):
+                    count += 1
+                    yield row | dict(zip(COLUMNS, values, strict=True))
+                else:
+                    problems.append(f"{path}, line {line}: no {names[values.index('')]} in columns {', '.join(row)}")
         except (csv.Error, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, line {line} or the next: {error}") from error
+    if count == 0 or (problems and path.suffix != ".json"):
+        raise ValueError(problems[0] if problems else f"{path}: no rows")
+    if problems:
+        print(f"note: {len(problems)} entries are left out, the first is {problems[0]}", file=sys.stderr)
+
+
+# --- The public sets as they lie on disk, and the sample of §5 --------------------------------------------------------
+
+
+def read_set(dataset: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """The triplets of a public set that are of one of the four categories.
+
+    OpenVE-3M has a CSV for each category, ReCo-Data a list for each task. Ditto-1M's lists have names that are nowhere
+    documented, so there the folder of the target tells; its CSVs have the same rows. Assumed, as no row is published:
+    OpenVE-3M's columns, after the one reader seen, and that its CSVs are named for their category; that the refined one
+    is the instruction of ReCo-Data, as for all readers; that a local edit of Ditto-1M does what the first verb says.
+    """
+    for pattern, names in SETS[dataset].items():
+        for path in (tables := sorted(folder.glob(pattern))):
+            for row in triplets(path, *names.split()) if dataset == "Ditto-1M" or KIND.match(path.name) else ():
+                if kind := KIND.search(row["tgt_video"] if dataset == "Ditto-1M" else path.name):
+                    verb = VERB.match(row["prompt"]) if kind[0].endswith("local/") else None
+                    category = CATEGORIES[verb.lastindex if verb else kind.lastindex - 1]
+                    yield {name: row[name] for name in COLUMNS} | dict(category=category, dataset=dataset)
+        if tables:
+            return
+
+
+def locate(dataset: str, folders: list[Path], path: str) -> str | None:
+    """Where a clip of a data set lies: the first place of an ordered list that has it, or None.
+
+    Paths start in one of the folders, in its videos/ or its videos_folders/, and may begin with the name of the folder
+    or of the set. A folder on the way may be doubled: archives are often unpacked inside of the folder they contain.
+    """
+    for folder in map(Path.absolute, folders):
+        parts = PurePosixPath(path.removeprefix(f"{dataset}/").removeprefix(f"{folder.name}/")).parts
+        for base in (folder, folder / "videos", folder / "videos_folders"):
+            for depth in range(len(parts)):
+                place = base.joinpath(*parts[:depth], *parts[max(0, depth - 1) :])
+                if place.is_file():
+                    return str(place)
+
+
+def stratified_sample(folders: dict[str, list[Path]], count: int, seed: int) -> list[str]:
+    """At most `count` triplets of each category from each set in `folders`, as JSON lines; prints a table of them.
+
+    Those with the smallest hash of (seed, paths, instruction) are taken: the order of files and rows does not matter,
+    and equal rows count once. "Not found" are those that might have been taken, but for a clip that is not there.
+    """
+    lines, table = [], [("data set", "category", "asked", "available", "not found", "taken")]
+    for dataset, places in folders.items():
+        heaps, seen, missing = {c: [] for c in CATEGORIES}, {c: set() for c in CATEGORIES}, Counter()
+        for row in tqdm(read_set(dataset, places[0]), desc=dataset, unit=" rows", disable=None):
+            category, values = row["category"], [row[name] for name in COLUMNS]
+            key = int(hashlib.sha256(repr((seed, *values)).encode()).hexdigest()[:16], 16)
+            heap = heaps[category]  # of negative numbers, so that the largest is on top
+            if key not in seen[category] and (len(heap) < count or key < -heap[0][0]):
+                clips = [locate(dataset, places, path) for path in values[:2]]
+                if None in clips:
+                    missing[category] += 1
+                else:
+                    item = -key, json.dumps(row | dict(src_video=clips[0], tgt_video=clips[1]))
+                    (heapq.heappush if len(heap) < count else heapq.heapreplace)(heap, item)
+            seen[category].add(key)
+        if not any(heaps.values()):
+            found = f"{missing.total()} triplets of {dataset}, none with its clips"
+            raise ValueError(f"{places[0]}: {found}; name the folder of its tables and, after it, that of its clips")
+        for category, heap in heaps.items():
+            lines += [line for _, line in sorted(heap, reverse=True)]
+            table.append((dataset, category, count, len(seen[category]), missing[category], len(heap)))
+    table.append(("all", "", *map(sum, list(zip(*table[1:], strict=True))[2:])))
+    print(*("{:<11}{:<13}{:>10}{:>11}{:>11}{:>10}".format(*row) for row in table), sep="\n")
+    return lines
+
+
+# --- Triplets for training --------------------------------------------------------------------------------------------
 
 
 class TripletDataset(Dataset):
     """Rows of a CSV or JSONL file with `src_video`, `tgt_video`, `prompt` and perhaps `caption` and `category`.
 
     Relative paths start at `root`, by default the file's folder. An item is a dict of source and target, uint8
-    (T, H, W, 3) each of its own size, cut to the shorter of the two; instruction; caption and category, "" where there
-    are none. Raises ValueError, in one line that names file and line, for a file that is not such a table.
+    (T, H, W, 3) each of its own size, the same first frames of both, at most `max_frames`; instruction; caption and
+    category, "" where there are none. Raises ValueError, in one line that names file and line, for a file that is not
+    such a table, and ValueError or OSError for an item whose clips cannot be read, are too short or are not in step.
     """
 
-    def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, root: str | Path | None = None, max_frames: int | None = None) -> None:
         path = Path(path)
         if path.suffix not in (".csv", ".jsonl"):
             raise ValueError(f"{path}: triplets come in .csv or .jsonl files")
-        self.root, self.rows = Path(root or path.parent), []
-        for line, row in _rows(path):
-            for name in ("src_video", "tgt_video", "prompt"):
-                if not isinstance(row.get(name), str) or not row[name].strip():
-                    raise ValueError(f"{path}, line {line}: no {name} in columns {', '.join(row) or '(none)'}")
-            self.rows.append(row)
-        if not self.rows:
-            raise ValueError(f"{path}: no rows")
+        root, self.max_frames, rows = Path(root or path.parent).absolute(), max_frames, []
+        for row in triplets(path, *COLUMNS):
+            row = {name: row.get(name) or "" for name in (*COLUMNS, "caption", "category", "dataset")}
+            rows.append(json.dumps(row | {name: str(root / row[name]) for name in COLUMNS[:2]}).encode())
+        # One string: of many objects each worker process would make a copy, just by counting references to them.
+        self.text, self.ends = b"".join(rows), np.cumsum([0, *map(len, rows)])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.ends) - 1
+
+    def row(self, index: int) -> dict[str, str]:
+        return json.loads(self.text[self.ends[index] : self.ends[index + 1]])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        source, target = (video.read_video(self.root / row[name]).frames for name in ("src_video", "tgt_video"))
-        length = min(len(source), len(target))
-        words = dict(caption=row.get("caption") or "", category=row.get("category") or "")
-        return dict(source=source[:length], target=target[:length], instruction=row["prompt"], **words)
+        row = self.row(index)
+        source, target = (video.read_video(row[name], self.max_frames) for name in COLUMNS[:2])
+        length = min(len(source.frames), len(target.frames))
+        if length < min(5, self.max_frames or 5):
+            raise ValueError(f"{target.path}: too short, it or its source has only {length} frames")
+        if abs(source.total - target.total) > 3 or abs(source.rate / target.rate - 1) > 0.01:
+            here, there = (f"{clip.total} frames at {float(clip.rate):.4g} fps" for clip in (target, source))
+            raise ValueError(f"{target.path}: its {here} are not in step with the {there} of its source, {source.path}")
+        clips = dict(source=source.frames[:length], target=target.frames[:length])
+        return clips | dict(instruction=row["prompt"], caption=row["caption"], category=row["category"])
 
 
 def fit_clip(frames: torch.Tensor, num_frames: int, height: int, width: int) -> torch.Tensor:
@@ -452,3 +230,93 @@ def fit_clip(frames: torch.Tensor, num_frames: int, height: int, width: int) -> 
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     length = (min(T, num_frames) - 1) // 4 * 4 + 1
     return video.resize(frames[:length], *size)[:, top : top + height, left : left + width]
+
+
+def check(dataset: TripletDataset, count: int, workers: int) -> None:
+    """Decode `count` random rows as training does, and print what it would meet."""
+
+    def decode(index: int) -> str:
+        try:
+            return "{0} frames of {2}x{1}".format(*dataset[index]["target"].shape)
+        except (ValueError, OSError) as error:
+            return f"bad: triplet {index + 1}: {error}"
+
+    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    with ThreadPool(workers) as pool:
+        found = Counter(tqdm(pool.imap(decode, drawn), total=len(drawn), disable=None))
+    for line, times in found.most_common():
+        print(f"{times:>8}  {line}")
+    bad = sum(line.startswith("bad") for line in found) / len(drawn)
+    bare = sum(not dataset.row(i)["caption"] for i in range(len(dataset)))
+    print(f"{len(dataset)} triplets, {bare} of them without a caption; {len(drawn)} decoded, {bad:.1%} of them bad")
+
+
+def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: int) -> list[str]:
+    """The rows as JSON lines, each with a new caption of its target; those whose target got none are left out.
+
+    Captions are kept in OUT.answers as they come, and none is asked for twice. ValueError if 1 in 100 lacks.
+    """
+
+    def describe(clip: str) -> dict[str, str]:
+        parts = chat.image_parts(video.read_video(clip, dataset.max_frames).frames, 8)
+        if text := chat.ask(url, model, [*parts, {"type": "text", "text": CAPTION_PROMPT}]).strip():
+            return {"caption": text}
+        raise ValueError("the answer is empty")
+
+    rows, answers = list(map(dataset.row, range(len(dataset)))), out.with_name(f"{out.name}.answers")
+    failed = chat.run(answers, {row["tgt_video"]: row["tgt_video"] for row in rows}, describe, workers)
+    for clip, problem in failed.items():
+        print(f"note: no caption for {clip}: {problem}", file=sys.stderr)
+    if len(failed) > 0.01 * len(rows):
+        raise ValueError(f"{len(failed)} of {len(rows)} clips have no caption; run it again to ask for those alone")
+    captions = chat.results(answers)
+    return [json.dumps(row | captions[row["tgt_video"]]) for row in rows if row["tgt_video"] in captions]
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description="Triplets to train on: draw them, look at them, caption them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    draw = commands.add_parser("sample", help="draw as many for each category and public data set")
+    for option, dataset in zip(("--openve", "--reco", "--ditto"), SETS, strict=True):
+        folders = f"of {dataset}: with its tables; then others, if its clips are elsewhere"
+        draw.add_argument(option, dest=dataset, nargs="+", type=Path, metavar="DIR", help=folders)
+    draw.add_argument("--count", type=number(int, 1), default=10_000, help="of each (default 10000, as in §5)")
+    draw.add_argument("--seed", type=number(int, 0), default=0, help="of what is drawn (default 0)")
+    look = commands.add_parser("check", help="decode some and say what training would meet")
+    look.add_argument("--clips", type=number(int, 1), default=200, help="so many (default 200)")
+    ask = commands.add_parser("caption", help="have every target clip described by a model on a server")
+    ask.add_argument("--url", required=True, help="OpenAI-compatible, such as http://localhost:8000/v1")
+    ask.add_argument("--model", default="Qwen/Qwen3-VL-8B-Instruct", help="default %(default)s, as in App. D.1")
+    for command in (draw, ask):
+        command.add_argument("--out", type=Path, required=True, help="the .jsonl file to write, for train.py --data")
+    for command in (look, ask):
+        command.add_argument("file", type=Path, metavar="FILE", help="triplets, .csv or .jsonl")
+        command.add_argument("--frames", type=number(int, 1), default=81, help="of each clip's start (default 81)")
+        command.add_argument("--workers", type=number(int, 1), default=8, help="clips at a time (default 8)")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "check":
+            return check(TripletDataset(args.file, max_frames=args.frames), args.clips, args.workers)
+        if args.out.suffix != ".jsonl" or not args.out.parent.is_dir():
+            raise ValueError(f"--out {args.out}: name a .jsonl file in a folder that exists")
+        if args.command == "caption":
+            dataset = TripletDataset(args.file, max_frames=args.frames)
+            lines = caption(dataset, args.out, args.url, args.model, args.workers)
+        else:
+            sets = {name: vars(args)[name] for name in SETS if vars(args)[name]} or fail("name a set, as --openve DIR")
+            lines = stratified_sample(sets, args.count, args.seed)
+        partial = args.out.with_name(f"{args.out.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        partial.replace(args.out)
+        print(f"{args.out}: {len(lines)} triplets")
+    except (ValueError, OSError, chat.Refused) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

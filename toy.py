@@ -38,9 +38,9 @@ from tqdm import tqdm
 import rvedit
 import sample
 import train
-from data import CATEGORIES, COMPOSITION, ShapesDataset
 from mllm import CHAT_START
 from muon import Muon
+from shapes import CATEGORIES, COMPOSITION, ShapesDataset
 from vae import WanVAE, patchify, split_time, unpatchify
 from video import to_float, to_uint8
 

@@ -73,7 +73,6 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 CUDA = torch.cuda.is_available()
 T_BINS = 5  # equal parts of [0, 1], for which the flow loss is logged apart
 MAX_BAD_STEPS = 10  # in a row, whose loss or gradient is not finite
-MAX_BROKEN = 0.05  # share of the clips read, once there are 20
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
 
@@ -390,8 +389,8 @@ def train(run: Run, batches: Iterator[Batch], validation: Batches, args: argpars
                 run.save(args.keep)
             if stopped:
                 raise SystemExit(0)
-            if broken >= 20 and broken > MAX_BROKEN * read:
-                raise ValueError(f"{broken} of {read} clips are broken, see {run.out / 'broken.txt'}")
+            if broken >= 20 and broken > args.max_bad * read:  # fewer may be bad luck
+                raise ValueError(f"{broken} of {read} clips are broken, see {run.out / 'broken.txt'} and --max-bad")
             if run.step % args.validate_every == 0:
                 run.validate(validation)
 
@@ -416,6 +415,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     clips = parser.add_argument_group("the clips")
     clips.add_argument("--data", nargs="+", type=Path, metavar="FILE", help=".csv or .jsonl; default: moving shapes")
     clips.add_argument("--size", nargs=3, type=natural, metavar=tuple("THW"), help="to crop to: 4k + 1 frames, pixels")
+    clips.add_argument("--max-bad", type=number(float, 0, 1), default=0.01, help="broken share allowed (default 0.01)")
     clips.add_argument("--workers", type=number(int, 0), default=2, help="processes a rank that read them (default 2)")
     opt = parser.add_argument_group("optimisation")
     opt.add_argument("--steps", type=natural, help="of the optimiser, from the start of the run; None: one epoch")
@@ -453,7 +453,7 @@ def launch(args: argparse.Namespace, device: torch.device, stop: list[int]) -> N
     mesh = init_device_mesh(device.type, (ranks,)) if CUDA or ranks > 1 else None
     model, vae = load_model(args, mesh, device)
     if args.data:
-        triplets = validation = ConcatDataset([data.TripletDataset(path) for path in args.data])
+        triplets = validation = ConcatDataset([data.TripletDataset(f, max_frames=args.size[0]) for f in args.data])
     else:
         clips = functools.partial(data.ShapesDataset, categories=(*data.CATEGORIES, data.COMPOSITION))
         triplets, validation = (clips(args.seed + i, 1_000_000, *args.size) for i in range(2))

@@ -60,6 +60,7 @@ class Video:
     start: Fraction  # seconds on the file's own clock that are time 0 here
     pixel_aspect: Fraction  # width : height of one pixel
     path: Path  # the file it came from, where the audio still is
+    total: int  # frames of that file, counted by its packets: more than T if only its first were decoded
 
     @property
     def rate(self) -> Fraction:
@@ -179,11 +180,11 @@ def _clock(container: InputContainer, stream: Stream, times: list[int | None], l
     return dict(timestamps=times, last_duration=last // unit, time_base=base * unit, start=shift * base)
 
 
-def _read_frames(path: Path, capacity: int) -> Video:
-    frames, times = None, []
+def _read_frames(path: Path, packets: int, limit: int | None) -> Video:
+    frames, times, capacity = None, [], min(packets, limit or packets)
     with _open(path) as container:
         stream, reformatter = _video_stream(container, path), sws.VideoReformatter()
-        for frame in _decode(container, stream):
+        for frame in itertools.islice(_decode(container, stream), limit):
             if frames is None:
                 height, width = frame.height, frame.width
                 swap, down, right = _orientation(frame)
@@ -205,17 +206,18 @@ def _read_frames(path: Path, capacity: int) -> Video:
             raise ValueError(f"{path}: damaged, not one frame can be decoded")
         aspect = stream.sample_aspect_ratio or Fraction(1)
         clock = _clock(container, stream, times, frame.duration)
-    return Video(frames[: len(times)], **clock, pixel_aspect=1 / aspect if swap else aspect, path=path)
+    aspect, total = 1 / aspect if swap else aspect, max(packets, len(times))
+    return Video(frames[: len(times)], **clock, pixel_aspect=aspect, path=path, total=total)
 
 
-def read_video(path: str | Path) -> Video:
-    """Read a whole clip, of any container and codec that FFmpeg decodes.
+def read_video(path: str | Path, max_frames: int | None = None) -> Video:
+    """Read a clip, of any container and codec that FFmpeg decodes: all of it, or no more than its first frames.
 
     Raises OSError or ValueError, in one line that names the file, if no video or not all of it is there.
     """
     path = Path(path)
     try:
-        return _read_frames(path, _count_packets(path))
+        return _read_frames(path, _count_packets(path), max_frames)
     except av.FFmpegError as error:
         raise ValueError(f"{path}: not a video file, or cut short or damaged ({error.strerror})") from error
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 import rvedit
 import sample
 import toy
-from data import ShapesDataset
+from shapes import ShapesDataset
 
 
 @pytest.fixture(scope="module")

@@ -510,6 +510,25 @@ def test_data_without_one_good_clip_ends_the_run_in_one_line(start, tmp_path, ca
     assert stop.value.code == 2 and error.startswith("error: 20 triplets") and error.endswith("broken.txt")
 
 
+def test_more_broken_clips_than_allowed_end_the_run(start, tmp_path, capsys, monkeypatch):
+    """Every second one is: 20 of the first 40 are too many by default, but not more than half."""
+    file = write_triplets(tmp_path / "data", good=1, bad=1)
+    common = ("--data", file, "--batch", 20, "--steps", 2)
+
+    def no_step(model, vae, batch, depth):
+        loss = sum(p.sum() * 0 for p in model.parameters() if p.requires_grad)
+        return loss, torch.zeros(20), loss.detach()
+
+    monkeypatch.setattr(train, "training_step", no_step)  # what counts here is what is read
+    train.main(options(start, tmp_path / "half", *common, "--max-bad", 0.5))
+    assert [line["broken"] for line in log(tmp_path / "half")] == [10] * 2
+    with pytest.raises(SystemExit) as stop:
+        train.main(options(start, tmp_path / "few", *common))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: 20 of 40 clips are broken") and "--max-bad" in error
+    assert len(log(tmp_path / "few")) == 2  # not after 10 of 20: fewer than 20 may be bad luck
+
+
 def test_mistakes_get_one_line_and_exit_code_2(start, alone, tmp_path, capsys):
     other = tmp_path / "other"
     rvedit.save(other, *tiny_model(num_editing_tokens=4))

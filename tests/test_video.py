@@ -307,6 +307,16 @@ def test_containers_and_codecs(
     assert abs(late) < 1e-3 and agreement > 0.98
 
 
+@pytest.mark.parametrize("limit", [1, 7, 30, 31])
+def test_the_first_frames_alone_are_those_of_the_whole(tmp_path: Path, limit: int) -> None:
+    """In order of display, which is not that of the file; with their times, and the length of the whole."""
+    source = encode(tmp_path / "in.mp4", grey_levels(30), NTSC, audio="aac")
+    whole, part = video.read_video(source), video.read_video(source, limit)
+    assert whole.total == part.total == 30 and len(part.frames) == min(limit, 30)
+    assert torch.equal(part.frames, whole.frames[:limit]) and times(part) == times(whole)[:limit]
+    assert part.rate == whole.rate == NTSC
+
+
 def test_raw_stream_without_timestamps(tmp_path: Path) -> None:
     """Where the file has no clock, the frames follow each other at its average rate."""
     clip = video.read_video(encode(tmp_path / "in.h264", grey_levels(9), rate=Fraction(30)))
