@@ -35,6 +35,7 @@ import data
 import rvedit
 import sample
 from model import Attention, WanDiT
+from shapes import CATEGORIES, COMPOSITION, ShapesDataset
 from vae import WanVAE
 from video import to_float
 
@@ -194,13 +195,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/analysis"), help="folder (default runs/analysis)")
     parser.add_argument("--plot", action="store_true", help="also draw OUT/analysis.png; needs matplotlib")
     args = parser.parse_args(argv)
-    shapes = (args.seed, args.clips, *(args.size or (9, 96, 96)), (*data.CATEGORIES, data.COMPOSITION))
+    shapes = (args.seed, args.clips, *(args.size or (9, 96, 96)), (*CATEGORIES, COMPOSITION))
     try:
         if args.plot and not importlib.util.find_spec("matplotlib"):
             raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave it out and read analysis.json")
         for folder in filter(None, (args.checkpoint, args.base)):
             rvedit.layout(folder)  # a mistake in the second shows before the work on the first
-        clips = data.TripletDataset(args.data) if args.data else data.ShapesDataset(*shapes)
+        clips = data.TripletDataset(args.data) if args.data else ShapesDataset(*shapes)
         args.out.mkdir(parents=True, exist_ok=True)
         model, vae = rvedit.load(args.checkpoint, device=DEVICE, dtype=DTYPE)
         results, partial = {"model": analyze(model, vae, clips, args)}, args.out / "partial"

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import chat
 import video
 from sample import Parser, fail, number
-from shapes import CATEGORIES, COMPOSITION, ShapesDataset  # noqa: F401
+from shapes import CATEGORIES, ShapesDataset  # noqa: F401  (data.ShapesDataset is its public name)
 
 COLUMNS = ("src_video", "tgt_video", "prompt")
 SETS = {  # the tables of each (where there are none, those after them), and COLUMNS in them; `video` is a target

@@ -35,6 +35,7 @@ import data
 import rvedit
 import sample
 import video
+from shapes import ShapesDataset
 
 CATEGORIES = {name.lower().replace(" ", "_"): name for name in data.CATEGORIES}  # by their names in OpenVE-Bench
 OTHERS = ("background_change", "subtitle_edit", "camera_edit", "creative_edit")  # that the paper leaves out
@@ -61,11 +62,9 @@ def locate(path: str, *folders: Path) -> Path:
 def read_table(path: Path, bench: Path, categories: list[str]) -> dict[str, dict]:
     """The rows of the benchmark or of results, with `source`, by the name of the source clip without its ending."""
     rows: dict[str, dict] = {}
-    for line, row in data._rows(path):
-        if lacking := [name for name in COLUMNS if not row.get(name)]:
-            raise ValueError(f"{path}, line {line}: no {lacking[0]} in columns {', '.join(row)}")
+    for row in data.triplets(path, "edited_type", "original_video", "prompt"):
         if rows.setdefault(Path(row["original_video"]).stem, row) is not row:
-            raise ValueError(f"{path}, line {line}: {row['original_video']} is there twice")
+            raise ValueError(f"{path}: {row['original_video']} is there twice")
         row["source"] = locate(row["original_video"], bench, bench.parent, bench / "videos")
     if chosen := {key: row for key, row in rows.items() if row["edited_type"] in categories}:
         return chosen
@@ -281,7 +280,7 @@ def shapes(args: Namespace) -> None:
     import toy  # and with it what trains it
 
     model, vae = rvedit.load(args.checkpoint, device=toy.DEVICE)
-    dataset = data.ShapesDataset(2026, args.clips * len(CATEGORIES), 9, 96, 96)
+    dataset = ShapesDataset(2026, args.clips * len(CATEGORIES), 9, 96, 96)
     rows, about = [], {"judge": "exact targets", "rubrics": "none"}
     for first in tqdm(range(0, len(dataset), 20), desc="editing", unit="batch", disable=None):
         clips = [dataset[i] for i in range(first, min(first + 20, len(dataset)))]

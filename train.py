@@ -57,6 +57,7 @@ import video
 from muon import Muon
 from rvedit import RVEDiT
 from sample import Parser, edit_video, fail, number
+from shapes import CATEGORIES, COMPOSITION, ShapesDataset
 from vae import WanVAE
 
 # What holds where no option says otherwise. steps None: one pass over the data; warmup: share of the steps in which the
@@ -455,7 +456,7 @@ def launch(args: argparse.Namespace, device: torch.device, stop: list[int]) -> N
     if args.data:
         triplets = validation = ConcatDataset([data.TripletDataset(f, max_frames=args.size[0]) for f in args.data])
     else:
-        clips = functools.partial(data.ShapesDataset, categories=(*data.CATEGORIES, data.COMPOSITION))
+        clips = functools.partial(ShapesDataset, categories=(*CATEGORIES, COMPOSITION))
         triplets, validation = (clips(args.seed + i, 1_000_000, *args.size) for i in range(2))
     args.steps = args.steps or max(1, len(triplets) // (args.batch * args.accumulate * ranks))
     run = Run(model, vae, device, args)

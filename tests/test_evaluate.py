@@ -627,7 +627,7 @@ def test_tables_that_are_none_are_named(tmp_path, capsys):
     table.write_text("edited_type,prompt,video\nlocal_add,Add,a.mp4\n")
     assert "line 2: no original_video in columns edited_type, prompt, video" in fails(capsys, *options)
     table.write_text("edited_type,prompt,original_video\nlocal_add,Add,a/x.mp4\nlocal_add,Add,b/x.mp4\n")
-    assert "line 3: b/x.mp4 is there twice" in fails(capsys, *options)
+    assert "benchmark_videos.csv: b/x.mp4 is there twice" in fails(capsys, *options)
     table.write_text("edited_type,prompt,original_video\nbackground_change,Change,a.mp4\n")
     assert "no row has one of the edited_types local_change, local_remove" in fails(capsys, *options)
     table.unlink()
