@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +31,12 @@ class Muon(torch.optim.AdamW):
     matrices, in units of the others'. Sharded matrices are gathered one at a time, and every rank does the same work.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], matrices: Sequence[Tensor], rate: float, **options) -> None:
-        super().__init__(parameters, **options)
+    def __init__(self, parameters: list[Tensor], matrices: list[Tensor], rate: float, **options: Any) -> None:
+        super().__init__(parameters, foreach=True, **options)
         self.matrices, self.rate = matrices, rate
-        for p in matrices:
-            self.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p)}
+        for p in parameters:  # as AdamW's first step would do it: a checkpoint must have something to be loaded into
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[p] = {"step": torch.tensor(0.0)} | moments
 
     @torch.no_grad()
     def step(self) -> None:

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 CATEGORIES = ("Local Change", "Local Remove", "Local Add", "Global Style")
 COMPOSITION = "Composition"  # two edits in one instruction
+EVERYTHING = (*CATEGORIES, COMPOSITION)
 
 # fmt: off
 COLORS = {"red": (214, 48, 58), "orange": (242, 134, 36), "yellow": (248, 208, 54), "green": (46, 148, 84),
@@ -345,8 +346,8 @@ class ShapesDataset(Dataset):
     def __init__(
         self, seed: int, size: int, frames: int, height: int, width: int, categories: Sequence[str] = CATEGORIES
     ) -> None:
-        if not categories or not set(categories) <= {*CATEGORIES, COMPOSITION}:
-            raise ValueError(f"categories {categories}: choose from {', '.join(CATEGORIES)}, {COMPOSITION}")
+        if not categories or not set(categories) <= {*EVERYTHING}:
+            raise ValueError(f"categories {categories}: choose from {', '.join(EVERYTHING)}")
         if frames < 1 or min(height, width) < 32:
             raise ValueError(f"{frames} x {height} x {width}: clips of shapes need at least 1 frame of 32 x 32")
         self.seed, self.size, self.categories = seed, size, tuple(categories)

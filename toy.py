@@ -40,12 +40,11 @@ import sample
 import train
 from mllm import CHAT_START
 from muon import Muon
-from shapes import CATEGORIES, COMPOSITION, ShapesDataset
+from shapes import EVERYTHING, ShapesDataset
 from vae import WanVAE, patchify, split_time, unpatchify
 from video import to_float, to_uint8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EVERYTHING = (*CATEGORIES, COMPOSITION)
 SPECIAL_TOKENS = (  # Qwen's, in its order, without their brackets
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
     "vision_start vision_end vision_pad image_pad video_pad"

