@@ -81,6 +81,8 @@ def save(path: Path, text: str) -> None:
 def run(args: Namespace) -> None:
     """Edit those clips that the folder lacks, as `sample.py` would; of torchrun's n processes each takes every n-th."""
     settings = sample.parse_arguments(["--video", "", "--prompt", "", *args.options])
+    if settings.compare:
+        raise ValueError("--compare: `run` writes only edits, the judge sees them beside their sources")
     if settings.device == torch.device("cuda"):
         settings.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     rows = read_table(args.bench / "benchmark_videos.csv", args.bench, args.categories)

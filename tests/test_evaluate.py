@@ -709,6 +709,7 @@ def test_clips_that_cannot_be_edited_do_not_stop_the_others(checkpoint, tmp_path
     [
         (["run", "--bench", "b", "--out", "o", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["run", "--bench", "b", "--out", "o", "--categories", "local_ad"], "--categories: invalid choice: 'local_ad'"),
+        (["run", "--bench", "b", "--out", "o", "--compare"], "--compare: `run` writes only edits"),
         (["table", "x", "--stepz", "3"], "--stepz 3: only `evaluate.py run` takes options of sample.py"),
         (["table"], "required: results"),
         ([], "required: COMMAND"),
