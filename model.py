@@ -46,11 +46,11 @@ class DiTConfig:
 
 
 @functools.lru_cache(maxsize=8)
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, (S, 1, D/2) each, of the rotary angles of a (t, h, w) grid: made once for a grid.
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+    """Cosine and sine, (S, 1, D/2, 2), of the rotary angles of a (t, h, w) grid: made once for a grid.
 
     The D/2 rotated pairs are shared out to time, height and width, time taking the remainder. Angles are formed in
-    float64 on the CPU, as in the official code, so that far positions are exact; the tables are float32.
+    float64 on the CPU, as in the official code, so that far positions are exact; the table is float32.
     """
     sizes = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
     angles = []
@@ -62,14 +62,18 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
             shape[axis] = length
             angles.append(angle.view(shape).expand(*grid, -1))
         angles = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)  # (S, 1, D/2)
-        return angles.cos().float().to(device), angles.sin().float().to(device)
+        return torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
 
 
-def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate neighbouring pairs of x, (B, S, n, D), by their token's angles, in float32."""
-    cos, sin = rope
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, n, D/2) each
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of x, (B, S, n, D), by their token's angles, as complex numbers, in float32."""
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, S, n, D/2, 2)
+    if torch.compiler.is_compiling():  # which makes one kernel of this, but none of complex numbers
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return pairs.flatten(-2).to(x.dtype)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -127,9 +131,7 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.dim, eps=config.eps)
         self.norm_k = RMSNorm(config.dim, eps=config.eps)
 
-    def forward(
-        self, x: Tensor, context: Tensor, mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
         """x (B, S, d) attends to context (B, N, d), all of it or where the (B, N) mask is True -> (B, S, d)."""
         heads = (self.num_heads, -1)
         q = self.norm_q(self.q(x)).unflatten(-1, heads)  # (B, S, n, D)
@@ -158,17 +160,17 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(
-        self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], context: Tensor, mask: Tensor | None
+        self, x: Tensor, time: Tensor, rope: Tensor, context: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x (B, S, d), time (B, 6, d) float32 -> the stream and A^(l), the cross-attention output, both (B, S, d)."""
         vectors = (self.modulation.float() + time.float()).chunk(6, dim=1)  # 6 × (B, 1, d)
         attn, ffn = Modulation(*vectors[:3]), Modulation(*vectors[3:])
         y = modulate(x, attn, self.eps).to(x.dtype)
-        x = (x.float() + self.self_attn(y, y, rope=rope) * attn.gate).to(x.dtype)
+        x = (x + self.self_attn(y, y, rope=rope) * attn.gate).to(x.dtype)  # the gate makes the sum float32
         features = self.cross_attn(self.norm3(x), context, mask)
         x = x + features
         y = modulate(x, ffn, self.eps).to(x.dtype)
-        x = (x.float() + self.ffn(y) * ffn.gate).to(x.dtype)
+        x = (x + self.ffn(y) * ffn.gate).to(x.dtype)
         return x, features
 
 
