@@ -164,11 +164,11 @@ class Block(nn.Module):
         vectors = (self.modulation.float() + time.float()).chunk(6, dim=1)  # 6 × (B, 1, d)
         attn, ffn = Modulation(*vectors[:3]), Modulation(*vectors[3:])
         y = modulate(x, attn, self.eps).to(x.dtype)
-        x = (x.float() + self.self_attn(y, y, rope=rope) * attn.gate).to(x.dtype)
+        x = (x + self.self_attn(y, y, rope=rope) * attn.gate).to(x.dtype)  # the gate makes the sum float32
         features = self.cross_attn(self.norm3(x), context, mask)
         x = x + features
         y = modulate(x, ffn, self.eps).to(x.dtype)
-        x = (x.float() + self.ffn(y) * ffn.gate).to(x.dtype)
+        x = (x + self.ffn(y) * ffn.gate).to(x.dtype)
         return x, features
 
 

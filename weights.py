@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -293,7 +292,9 @@ def fill(
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter, or this rank's part of it into a sharded one."""
-    if isinstance(parameter, DTensor):
+    if hasattr(parameter, "device_mesh"):  # a DTensor, whose import takes as long as half of PyTorch
+        from torch.distributed.tensor import distribute_tensor
+
         value = value.to(parameter.device, parameter.dtype)
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(value)

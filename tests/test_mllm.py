@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import peers
 import pytest
 import torch
 from helpers import relative_error
@@ -170,22 +171,6 @@ def make_inputs(grids: list[list[int]], config: mllm.QwenConfig) -> dict[str, to
     }
 
 
-def reference_forward(reference: Qwen2_5_VLModel, inputs: dict, config: mllm.QwenConfig) -> torch.Tensor:
-    """transformers' last hidden states, with the queries put into its input embeddings."""
-    input_ids = inputs["input_ids"]
-    embeds = reference.get_input_embeddings()(input_ids).detach().clone()
-    embeds[input_ids == config.query_token_id] = inputs["queries"].repeat(len(input_ids), 1).to(embeds.dtype)
-    return reference(
-        input_ids=input_ids,
-        inputs_embeds=embeds,
-        attention_mask=inputs["attention_mask"],
-        pixel_values_videos=inputs["pixel_values"],
-        video_grid_thw=inputs["grid_thw"],
-        mm_token_type_ids=(input_ids == config.video_token_id).int() * 2,
-        use_cache=False,
-    ).last_hidden_state
-
-
 def test_full_model_has_the_keys_and_shapes_of_the_hub() -> None:
     """The default configuration is Qwen2.5-VL-3B's, and its model on the meta device matches the manifest."""
     config = mllm.QwenConfig.from_hub(HUB_CONFIG)
@@ -230,7 +215,7 @@ def test_both_towers_match_transformers(grids: list[list[int]], pair: tuple, con
 
     hidden = qwen(**inputs)
     assert hidden.isfinite().all()
-    assert relative_error(hidden[real], reference_forward(reference, inputs, config)[real]) < 1e-5
+    assert relative_error(hidden[real], peers.hidden_states(reference, config, **inputs)[real]) < 1e-5
     if len(grids) == 1:  # without a mask the attention takes another path
         assert relative_error(qwen(**inputs | {"attention_mask": None}), hidden) < 1e-5
 
@@ -244,8 +229,8 @@ def test_bf16_matches_transformers(pair: tuple, config: mllm.QwenConfig) -> None
     load_from(reference, qwen)
     inputs = make_inputs([[1, 4, 6], [2, 4, 8]], config)
     real = inputs["attention_mask"].bool()
-    exact = reference_forward(reference, inputs, config)[real]
-    expected = reference_forward(reference.bfloat16(), inputs, config)[real]
+    exact = peers.hidden_states(reference, config, **inputs)[real]
+    expected = peers.hidden_states(reference.bfloat16(), config, **inputs)[real]
     hidden = qwen.bfloat16()(**inputs)[real]
     assert hidden.dtype == torch.bfloat16
     assert relative_error(hidden.float(), expected.float()) < 2e-2
@@ -302,14 +287,14 @@ def test_lora_matches_peft(pair: tuple, config: mllm.QwenConfig) -> None:
         name = name.replace("base_model.model.language_model", "model").replace(".default.weight", "")
         assert ours[name].shape == parameter.shape
         ours[name].copy_(parameter)
-    expected = reference_forward(peft.base_model.model, inputs, config)
+    expected = peers.hidden_states(peft.base_model.model, config, **inputs)
     assert relative_error(base, expected) > 0.1  # the LoRA matters
     assert relative_error(qwen(**inputs), expected) < 1e-5
 
     mllm.merge_lora(qwen)
     assert set(qwen.state_dict()) == keys and type(qwen.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     assert relative_error(qwen(**inputs), expected) < 1e-5
-    assert relative_error(qwen(**inputs), reference_forward(peft.merge_and_unload(), inputs, config)) < 1e-5
+    assert relative_error(qwen(**inputs), peers.hidden_states(peft.merge_and_unload(), config, **inputs)) < 1e-5
 
 
 def test_lora_can_be_built_on_the_meta_device(config: mllm.QwenConfig) -> None:

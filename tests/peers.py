@@ -1,0 +1,137 @@
+"""What we compare with, in the tests and in `bench.py --peer`: diffusers' and transformers' modules on our weights.
+
+Their parameters are ours, not copies. Buffers, which no state dict has, are their own.
+"""
+
+import dataclasses
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+import weights
+from mllm import Qwen2_5_VL
+
+
+def borrow(peer, module, key):
+    """Our tensors for a peer's, which are called key(name) at ours; each of ours is used, but for those it returns."""
+    state = module.state_dict()
+    names = {name: key(name) for name in peer.state_dict()}
+    peer.load_state_dict({name: state[ours] for name, ours in names.items()}, assign=True)
+    return peer.eval(), sorted(state.keys() - names.values())
+
+
+def wan_transformer(dit):
+    """A `model.WanDiT` as diffusers has it, but like ours it takes contexts in its own width, already embedded."""
+    config = dit.config
+    with init_empty_weights():
+        peer = WanTransformer3DModel(
+            patch_size=config.patch_size,
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.dim // config.num_heads,
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            freq_dim=config.freq_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_blocks,
+            eps=config.eps,
+        )
+    peer.condition_embedder.text_embedder = torch.nn.Identity()
+    peer, unused = borrow(peer, dit, weights.wan_transformer_key)
+    assert unused == ["source_embedding.bias", "source_embedding.weight"]
+    return peer.to(dit.patch_embedding.weight.device)
+
+
+def wan_vae(vae):
+    """A `vae.WanVAE` as diffusers has it; its latents are not normalised."""
+    config, pixels = vae.config, 3 * vae.config.patch_size**2
+    with init_empty_weights():
+        peer = AutoencoderKLWan(
+            base_dim=config.dim,
+            decoder_base_dim=config.dec_dim,
+            z_dim=config.z_dim,
+            dim_mult=list(config.dim_mult),
+            num_res_blocks=config.num_res_blocks,
+            temperal_downsample=list(config.temporal_downsample),
+            is_residual=True,
+            in_channels=pixels,
+            out_channels=pixels,
+            patch_size=config.patch_size,
+            scale_factor_spatial=config.spatial_factor,
+            scale_factor_temporal=config.temporal_factor,
+        )
+    peer, unused = borrow(peer, vae, lambda name: weights.wan_vae_key(name, config.num_res_blocks))
+    assert not unused
+    return peer
+
+
+def vae_statistics(config):
+    """Mean and standard deviation of the latents, (1, C, 1, 1, 1) each."""
+    mean = torch.tensor(config.latents_mean or [0.0] * config.z_dim)
+    std = torch.tensor(config.latents_std or [1.0] * config.z_dim)
+    return mean[None, :, None, None, None], std[None, :, None, None, None]
+
+
+def encode(peer, config, video):
+    """Normalised latents as ours."""
+    mean, std = (x.to(video.device) for x in vae_statistics(config))
+    return (peer.encode(video).latent_dist.mode() - mean) / std
+
+
+def decode(peer, config, latents):
+    mean, std = (x.to(latents.device) for x in vae_statistics(config))
+    return peer.decode((latents * std + mean).to(peer.post_quant_conv.weight.dtype)).sample
+
+
+def qwen2_5_vl(qwen):
+    """An `mllm.Qwen2_5_VL` without LoRA as transformers has it."""
+    config = dataclasses.asdict(qwen.config)
+    config["vision_config"] = config.pop("vision") | {"out_hidden_size": qwen.config.hidden_size}
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": list(qwen.config.mrope_section)}
+    with init_empty_weights():
+        peer = Qwen2_5_VLModel(Qwen2_5_VLConfig(**config))
+    peer, unused = borrow(peer, qwen, lambda name: weights.qwen_key(f"model.{name}"))
+    assert not [name for name in unused if ".lora_" not in name]
+    return peer.to(qwen.model.norm.weight.device)
+
+
+def hidden_states(peer, config, input_ids, pixel_values, grid_thw, queries, attention_mask=None):
+    """transformers' last hidden states for the arguments of our `Qwen2_5_VL.forward`."""
+    embeddings = peer.get_input_embeddings()(input_ids)
+    is_query = (input_ids == config.query_token_id)[..., None]
+    queries = queries.to(embeddings.dtype).expand(len(input_ids), -1, -1)
+    return peer(
+        input_ids=input_ids,
+        inputs_embeds=embeddings.masked_scatter(is_query, queries),
+        attention_mask=attention_mask,
+        pixel_values_videos=pixel_values,
+        video_grid_thw=grid_thw,
+        mm_token_type_ids=(input_ids == config.video_token_id).int() * 2,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def runs(model, vae, z, t, context, video, inputs, compiled):
+    """For `bench.py --peer`: pairs that do the same on the same tensors, ours and theirs."""
+    device, dtype, blocks = z.device, model.dit.patch_embedding.weight.dtype, model.config.dit.num_blocks
+    with torch.device("meta"):
+        qwen = Qwen2_5_VL(model.config.qwen)
+    qwen.load_state_dict(model.encoder.qwen.state_dict(), strict=False, assign=True)  # all but the LoRA
+    wan, autoencoder, hub = wan_transformer(model.dit), wan_vae(vae), qwen2_5_vl(qwen)
+    layers = (*wan.blocks, *hub.language_model.layers, *hub.visual.blocks, *qwen.model.layers, *qwen.visual.blocks)
+    for block in layers if compiled else ():
+        block.compile()
+    texts = (*(x.to(device) for x in inputs[:2]), inputs[2], model.encoder.queries)
+    return {
+        "dit as Wan's": {
+            "ours": lambda: model.dit(z, t, [context] * blocks),
+            "diffusers": lambda: wan(z.to(dtype), 1000 * t, context, return_dict=False)[0],
+        },
+        "encode": {"ours": lambda: vae.encode(video), "diffusers": lambda: encode(autoencoder, vae.config, video)},
+        "decode": {"ours": lambda: vae.decode(z), "diffusers": lambda: decode(autoencoder, vae.config, z)},
+        "mllm as Qwen's": {
+            "ours": lambda: qwen(*texts),
+            "transformers": lambda: hidden_states(hub, qwen.config, *texts),
+        },
+    }
