@@ -294,7 +294,8 @@ def line(row: dict[str, Any], peak: float) -> str:
     text += f"| {rate / peak:.0%} | {row['bytes']['ours'] / 1e9:.3g} |"
     for who, theirs in others:
         ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
-        text += f" {who} | {spread(ratios)} | {row['bytes'][who] / 1e9:.3g} | {row['difference']:.0e} |"
+        text += f" {who} | {spread(ratios)}, counted {row['counted']:.3f} | {row['bytes'][who] / 1e9:.3g} "
+        text += f"| {row['difference']:.0e} |"
     return text if others else text + " |" * 4
 
 
@@ -315,6 +316,7 @@ def bench(args: argparse.Namespace) -> None:
                 candidates = candidates if args.peer else {"ours": candidates["ours"]}
                 with torch.set_grad_enabled(name in ("step", "info_nce")):
                     row = measure(name, candidates, args.rounds, args.device) | dict(size=size, flops=work[name])
+                row["counted"] = work.get(f"literal {name}", work[name]) / work[name]
                 rows.append(row)
                 print(line(row, peak), flush=True)
                 partial = args.out.with_name(f".{args.out.name}.partial")

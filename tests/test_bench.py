@@ -17,7 +17,7 @@ CONFIGS = {
     "tiny": (tiny_config(), (5, 64, 96)),
     "toy": (rvedit.preset("toy"), (9, 32, 48)),
     "shrunk": (bench.shrink(rvedit.preset("wan2.2-ti2v-5b"), 4), (5, 64, 96)),
-    "full": (rvedit.preset("wan2.2-ti2v-5b"), (17, 480, 832)),
+    "full": (rvedit.preset("wan2.2-ti2v-5b"), (5, 480, 832)),
 }
 SOME = [pytest.param(name, marks=() if name in ("tiny", "toy") else pytest.mark.slow) for name in CONFIGS]
 
