@@ -5,8 +5,8 @@
     python toy.py editor --steps 20000    # one stage alone, the editor's with options of train.py
     python toy.py ablate                  # the paper's Table 2 at this scale
 
-vae: a tokenizer for the words of the instructions, and a VAE, trained on crops of clips. The built-in one, of 25 minutes
-on a CPU core with bfloat16 units, gives targets back with 29.9 dB at 96 x 96 and 28.1 dB at 64 x 64, as means over clips.
+vae: a tokenizer for the words of the instructions, and a VAE, trained on crops of clips. The built-in one, of 25
+minutes on a CPU core with bfloat16 units, gives targets back with 29.9 dB at 96 x 96 and 28.1 dB at 64 x 64.
 editor: train.py, on those latents: 3.2 s on a CPU core for a step of 32 clips of 9 x 64 x 64 without alignment.
 export: all of it in half precision as assets/toy.
 
