@@ -106,7 +106,7 @@ def hidden_states(peer, config, input_ids, pixel_values, grid_thw, queries, atte
         inputs_embeds=embeddings.masked_scatter(is_query, queries),
         attention_mask=attention_mask,
         pixel_values_videos=pixel_values,
-        video_grid_thw=grid_thw,
+        video_grid_thw=grid_thw.to(input_ids.device),
         mm_token_type_ids=(input_ids == config.video_token_id).int() * 2,
         use_cache=False,
     ).last_hidden_state
