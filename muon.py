@@ -1,4 +1,4 @@
-"""Muon (arXiv 2502.16982), by which the toy preset learns in half the steps; the paper's run is AdamW's."""
+"""Muon (arXiv 2502.16982), by which the toy preset learns in about half the steps; the paper's run is AdamW's."""
 
 from __future__ import annotations
 

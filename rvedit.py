@@ -202,7 +202,7 @@ def initialise(module: nn.Module, seed: int = 0, names: Iterable[str] | None = N
     Linear and convolution weights are normal with variance 1 / fan-in, so that activations keep their scale. Some
     kinds start at zero, so that a new part changes nothing until it is trained: the connectors' last layers, LoRA's B
     and the DiT's head (a new model predicts no motion), besides all biases; and the source embedding, but if all is
-    new there is nothing that it could disturb, and a model learns to keep the source in half the time.
+    new there is nothing that it could disturb, and a model sooner learns to keep the source.
     """
     parameters = dict(module.named_parameters())
     names = list(parameters if names is None else names)
