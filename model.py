@@ -47,10 +47,11 @@ class DiTConfig:
 
 @functools.lru_cache(maxsize=8)
 def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, (S, 1, D/2) each, of the rotary angles of a (t, h, w) grid: made once for a grid.
+    """Cosines and sines, (S, 1, D) each, of the rotary angles of a (t, h, w) grid: made once for a grid.
 
     The D/2 rotated pairs are shared out to time, height and width, time taking the remainder. Angles are formed in
-    float64 on the CPU, as in the official code, so that far positions are exact; the tables are float32.
+    float64 on the CPU, as in the official code, so that far positions are exact; the tables are float32. They hold a
+    pair's numbers for both of its channels, and the first one's sine is negative, as `apply_rope` has it.
     """
     sizes = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
     angles = []
@@ -62,14 +63,20 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
             shape[axis] = length
             angles.append(angle.view(shape).expand(*grid, -1))
         angles = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)  # (S, 1, D/2)
-        return angles.cos().float().to(device), angles.sin().float().to(device)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        return tuple(torch.stack(pair, dim=-1).flatten(-2).to(device) for pair in ((cos, cos), (-sin, sin)))
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate neighbouring pairs of x, (B, S, n, D), by their token's angles, in float32."""
+    """Rotate neighbouring pairs of x, (B, S, n, D), by their token's angles, in float32.
+
+    Exchanging the two of a pair is one copy, after which all products are of whole rows: on a CPU twice as fast as
+    products of every second channel.
+    """
     cos, sin = rope
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, n, D/2) each
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, n, D/2) each
+    exchanged = torch.stack((second, first), dim=-1).flatten(-2)
+    return (x * cos + exchanged * sin).to(x.dtype)  # the tables make the products float32
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:

@@ -32,7 +32,6 @@ import re
 import shutil
 import signal
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -44,9 +43,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
@@ -55,7 +52,8 @@ import losses
 import rvedit
 import video
 from muon import Muon
-from rvedit import RVEDiT
+from parallel import shard
+from rvedit import RVEDiT, RVEDiTConfig
 from sample import Parser, edit_video, fail, number
 from shapes import EVERYTHING, ShapesDataset
 from vae import WanVAE
@@ -69,7 +67,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "toy": dict(size=(9, 96, 96), batch=64, steps=1500, lr=2e-3, timestep_shift=3.0,
                 warmup=0.05, decay=True, muon=5.0, average=0.998, recompute=False),
 }  # fmt: skip
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nothing changes in place
 CUDA = torch.cuda.is_available()
 T_BINS = 5  # equal parts of [0, 1], for which the flow loss is logged apart
 MAX_BAD_STEPS = 10  # in a row, whose loss or gradient is not finite
@@ -196,53 +193,31 @@ def table(model: RVEDiT, vae: WanVAE) -> str:
     return "\n".join([f"{'parameters':<28}{'trainable':>16}{'frozen':>16}", *rows, *note])
 
 
-def shard(model: RVEDiT, mesh: DeviceMesh | None, recompute: bool, compile: bool) -> None:
-    """Checkpoint activations, compile and shard (FSDP2), in this order, block by block. mesh: None does not shard.
+def prepare(model: RVEDiT, args: argparse.Namespace, mesh: DeviceMesh | None) -> None:
+    """As in §5, DiT, source embedding, connectors, queries and LoRA train; all, if there is no LoRA (the toy preset)."""
+    trained = r"dit\.|encoder\.queries|encoder\.\w+_connector" + ("" if args.freeze_lora else r"|.*\.lora_")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.config.lora_rank == 0 or bool(re.match(trained, name)))
+    shard(model, mesh, args.recompute, args.compile)
 
-    A frozen vision tower stays whole on every rank. Parameters and sums of gradients are float32, but on GPUs what is
-    gathered and computed with is bfloat16. Inputs are not cast: the blocks know what has to stay float32.
-    """
-    visual = model.encoder.qwen.visual
-    frozen = set() if next(visual.parameters()).requires_grad else set(visual.parameters())
-    blocks = [*model.dit.blocks, *model.encoder.qwen.model["layers"], *(() if frozen else visual.blocks)]
-    for block in blocks:
-        if recompute:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        if compile:
-            block.forward = torch.compile(block.forward)
-    if mesh is None:
-        return
-    dtype = torch.bfloat16 if CUDA else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*blocks, model.dit, model.encoder):
-        # Even after the last module: weights that validation left gathered would be those of an earlier step.
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=frozen)
-    register_fsdp_forward_method(model.dit, "features")
-    register_fsdp_forward_method(model.encoder, "encode")
+
+def with_options(config: RVEDiTConfig, args: argparse.Namespace) -> RVEDiTConfig:
+    options = {name: getattr(args, name) for name in ("routing_depth", "align_weight", "temperature")}
+    return dataclasses.replace(config, **{name: value for name, value in options.items() if value is not None})
 
 
 def load_model(args: argparse.Namespace, mesh: DeviceMesh | None, device: torch.device) -> tuple[RVEDiT, WanVAE]:
-    """The networks in float32, on the meta device until they are sharded: no rank ever holds the editor whole.
-
-    As in §5, DiT, source embedding, connectors, queries and LoRA train; all, if there is no LoRA (the toy preset).
-    """
-
-    def prepare(model: RVEDiT) -> None:
-        trained = r"dit\.|encoder\.queries|encoder\.\w+_connector" + ("" if args.freeze_lora else r"|.*\.lora_")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(model.config.lora_rank == 0 or bool(re.match(trained, name)))
-        shard(model, mesh, args.recompute, args.compile)
-
+    """The networks in float32, on the meta device until they are sharded: no rank ever holds the editor whole."""
+    before_loading = functools.partial(prepare, args=args, mesh=mesh)
     if args.preset == "toy" and args.checkpoint is None:
-        model, vae = rvedit.scratch(args.seed, device, prepare)
+        model, vae = rvedit.scratch(args.seed, device, before_loading)
     else:
-        model, vae = rvedit.load(args.checkpoint, args.wan, args.qwen, device, shard=prepare)
+        model, vae = rvedit.load(args.checkpoint, args.wan, args.qwen, device, shard=before_loading)
     if CUDA and model.config.lora_rank:
         model.encoder.qwen.visual.to(torch.bfloat16)  # frozen, and outside FSDP; so are the weights that Qwen publishes
     if args.routing_depth is None and args.checkpoint and rvedit.layout(args.checkpoint) != "rvedit":
         args.routing_depth = model.config.dit.num_blocks // 2  # Kiwi-Edit's, which is now to learn Eq. 3
-    options = {name: getattr(args, name) for name in ("routing_depth", "align_weight", "temperature")}
-    model.config = dataclasses.replace(model.config, **{k: v for k, v in options.items() if v is not None})
+    model.config = with_options(model.config, args)
     return model, vae
 
 
@@ -426,6 +401,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     run.add_argument("--save-every", type=natural, default=500, help="steps between checkpoints (default 500)")
     run.add_argument("--keep", type=natural, default=2, help="so many last checkpoints (default 2)")
     run.add_argument("--validate-every", type=natural, default=500, help="steps between edits to look at (default 500)")
+    run.add_argument("--plan", type=natural, metavar="RANKS", help="print the memory of a run on so many, and stop")
     run.add_argument("--export", action="store_true", help="write OUT/model from the last checkpoint, and stop")
     args = parser.parse_args(argv)
     preset = args.preset or ("wan2.2-ti2v-5b" if args.data or args.wan else "toy")
@@ -433,7 +409,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if (args.resume or args.export) and (args.out / "run.json").is_file():
         parser.set_defaults(**json.loads((args.out / "run.json").read_text()))
     args = parser.parse_args(argv)
-    if args.preset != "toy" and not args.data:
+    if args.preset != "toy" and not args.data and not args.plan:
         fail(f"--preset {args.preset} needs --data FILE: triplets of videos and instructions")
     return args
 
@@ -475,6 +451,10 @@ def launch(args: argparse.Namespace, device: torch.device, stop: list[int]) -> N
 
 def main(argv: list[str] | None = None) -> None:
     args, stop = parse_arguments(argv), []
+    if args.plan:
+        import plan  # which imports this file
+
+        return plan.main(args)
     # A handler only takes a note: all ranks agree on stopping at the end of a step.
     former = {kind: signal.signal(kind, lambda *_: stop.append(1)) for kind in (signal.SIGTERM, signal.SIGINT)}
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")

@@ -1,0 +1,73 @@
+"""What a recomputed block keeps: the same gradients bit for bit, and no expensive operation twice."""
+
+import collections
+import functools
+
+import pytest
+import torch
+from helpers import tiny_model
+from test_train import make_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from parallel import shard
+
+
+class Operations(TorchDispatchMode):
+    """Counts attention passes, and matrix products by whether they are wider than what they read."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        if "scaled_dot_product" in name:
+            self.counts["attention backward" if "backward" in name else "attention"] += 1
+        if name == "addmm":  # products with a bias, and so no gradients
+            self.counts["wide" if args[2].shape[1] > args[2].shape[0] else "narrow"] += 1
+        return operation(*args, **kwargs or {})
+
+
+def build(recompute, compile=False):
+    model, vae = tiny_model()
+    shard(model, None, recompute, compile)
+    return model, vae, make_batch(model, vae)[0]
+
+
+def step(recompute):
+    """Gradients of a training step, and what its forward and its backward pass ran."""
+    model, vae, batch = build(recompute)
+    with Operations() as forward:
+        total, *_ = train.training_step(model, vae, batch, depth=2)
+    with Operations() as backward:
+        total.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, forward.counts, backward.counts
+
+
+def test_kept_results_are_not_computed_again_and_gradients_are_the_same_bits():
+    """Backward runs again what widens, and no attention."""
+    (expected, *plain), (actual, *selective) = step(recompute=False), step(recompute=True)
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert plain[0] == selective[0] and plain[0]["narrow"] > plain[0]["wide"] > 0
+    assert not plain[1]["attention"] and not plain[1]["wide"] and not plain[1]["narrow"]
+    assert selective[1]["attention backward"] == plain[1]["attention backward"] > 0
+    assert not selective[1]["attention"] and not selective[1]["narrow"]
+    print(plain, selective)
+    assert selective[1]["wide"] == 3 + 2 * 3  # in a DiT block feed-forward, in a vision block q-k-v, gate and up
+
+
+@pytest.mark.slow
+def test_compiled_blocks_keep_the_same(monkeypatch):
+    """Seen by the profiler: no compiler runs under the counter above. With its last stage, which takes minutes, left out."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    expected, *_ = step(recompute=False)
+    model, vae, batch = build(recompute=True, compile=True)
+    total, *_ = train.training_step(model, vae, batch, depth=2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        total.backward()
+    seen = collections.Counter(event.name for event in profile.events() if "scaled_dot_product" in event.name)
+    assert seen and all("backward" in name for name in seen), seen
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, p in model.named_parameters():
+        assert (p.grad - expected[name]).abs().max() < 1e-5 * largest, name
