@@ -4,14 +4,16 @@
     python bench.py --preset wan2.2-ti2v-5b --peer                              # full size on a GPU, beside its peers
     python bench.py --preset wan2.2-ti2v-5b --growth --parts dit decode         # 17 to 81 frames at 480p and 720p
     python bench.py --preset wan2.2-ti2v-5b --shrink 4 --size 9 128 160 --peer  # its proportions, for a CPU
+    python bench.py --preset wan2.2-ti2v-5b --parts rank                        # a training step of one rank of 8
+    python bench.py --preset wan2.2-ti2v-5b --parts edit --memory-limit 24      # offloaded, in 24 GB of a GPU
+    python bench.py --preset wan2.2-ti2v-5b --parts load                        # a checkpoint, beside reading its files
 
 Weights and clips are random, which changes no amount of work. What is compared runs in turn, so that whatever else the
 machine does meets both, and ratios are taken round by round. Printed are medians, with the quartiles in brackets.
 
-FLOPs: 2·m·k·n for a product of (m, k) and (k, n), likewise for convolutions; causal attention in full; a backward pass
-as two forward passes; what is recomputed does not count. "Of peak" is their rate over that of the fastest large matrix
-product in this dtype on this machine, which is called MFU. Memory is the peak, weights included: on a GPU what the
-allocator gave out, else what Linux had resident of the process (VmHWM).
+"Of peak" is the rate of FLOPs (flops.py) over that of the fastest large matrix product in this dtype on this machine,
+which is called MFU. Memory is the peak, weights included: on a GPU what the allocator gave out, else what Linux had
+resident of the process (VmHWM).
 """
 
 from __future__ import annotations
@@ -19,122 +21,38 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
+import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+import plan
 import rvedit
 import train
 import video
+from flops import Size, flops
 from losses import symmetric_info_nce
-from mllm import QwenConfig, VisionConfig
-from model import DiTConfig
+from parallel import shard
 from rvedit import RVEDiT, RVEDiTConfig
 from sample import Parser, device_of, edit_video, fail, number
-from vae import VAEConfig, WanVAE
+from vae import WanVAE
 
-Size = tuple[int, int, int]  # T, H, W
 Runs = dict[str, Callable[[], Tensor]]  # "ours", and perhaps another that does the same
 PARTS = ("dit", "step", "info_nce", "encode", "decode", "mllm", "edit")
+RANKS = 8  # of which part "rank" is the first
 GROWTH = [(frames, *sides) for sides in ((480, 832), (704, 1280)) for frames in (17, 33, 49, 81)]
-
-# --- FLOPs ------------------------------------------------------------------------------------------------------------
-
-
-def dit_flops(config: DiTConfig, tokens: int, contexts: list[int], source: bool = True, head: bool = True) -> int:
-    """A pass over S tokens through as many blocks as there are contexts, of N tokens each."""
-    d, patch = config.dim, math.prod(config.patch_size)
-    embeddings = 2 * tokens * d * patch * config.in_channels * (1 + source) + 2 * d * (config.freq_dim + 7 * d)
-    # Of a token q, k, v, o, cross-attention's q and o, and the feed-forward; of a context token k and v.
-    linear = sum(2 * tokens * d * (6 * d + 2 * config.ffn_dim) + 4 * n * d * d for n in contexts)
-    attention = sum(4 * tokens * (tokens + n) * d for n in contexts)
-    return embeddings + linear + attention + head * 2 * tokens * d * patch * config.out_channels
-
-
-def vae_flops(config: VAEConfig, size: Size) -> tuple[int, int]:
-    """Encoding and decoding; the first frame, a chunk by itself, takes no part in resampling time."""
-
-    def conv(grid: Size, inside: int, outside: int, kernel: int = 27) -> int:
-        return 2 * math.prod(grid) * inside * outside * kernel
-
-    def residuals(grid: Size, inside: int, outside: int, number: int) -> int:
-        first = conv(grid, inside, outside) + (inside != outside) * conv(grid, inside, outside, 1)
-        return first + (2 * number - 1) * conv(grid, outside, outside)
-
-    def middle(grid: Size, dim: int) -> int:
-        attention = 4 * math.prod(grid) * grid[1] * grid[2] * dim
-        return residuals(grid, dim, dim, 2) + conv(grid, dim, 4 * dim, 1) + attention
-
-    pixels, z, temporal = 3 * config.patch_size**2, config.z_dim, config.temporal_downsample
-    grids = [(size[0], size[1] // config.patch_size, size[2] // config.patch_size)]  # of each stage of the encoder
-    for halve in temporal:
-        t, h, w = grids[-1]
-        grids.append(((t - 1) // (1 + halve) + 1, h // 2, w // 2))
-    dims, last = [config.dim * m for m in (1, *config.dim_mult)], grids[-1]
-    encode = conv(grids[0], pixels, dims[0]) + middle(last, dims[-1])
-    encode += conv(last, dims[-1], 2 * z) + conv(last, 2 * z, 2 * z, 1)
-    encode += sum(map(residuals, grids, dims, dims[1:], [config.num_res_blocks] * len(grids)))
-    for (t, _, _), (shorter, h, w), dim, halve in zip(grids, grids[1:], dims[1:], temporal, strict=False):
-        encode += conv((t, h, w), dim, dim, 9) + halve * conv((shorter - 1, h, w), dim, dim, 3)
-
-    grids, dims = grids[::-1], [config.dec_dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
-    decode = conv(last, z, z, 1) + conv(last, z, dims[0]) + middle(last, dims[0]) + conv(grids[-1], dims[-1], pixels)
-    decode += sum(map(residuals, grids, dims, dims[1:], [config.num_res_blocks + 1] * len(grids)))
-    for (t, h, w), larger, dim, double in zip(grids, grids[1:], dims[1:], temporal[::-1], strict=False):
-        decode += double * conv((t - 1, h, w), dim, 2 * dim, 3) + conv(larger, dim, dim, 9)
-    return encode, decode
-
-
-def vision_flops(config: VisionConfig, out_dim: int, grid: Size) -> int:
-    """The MLLM's vision tower over a (t, h, w) grid of patches, which attend within a frame or a window of it."""
-    (t, h, w), d, merge = grid, config.hidden_size, config.spatial_merge_size
-    side = config.window_size // (config.patch_size * merge) * merge  # of a window, in patches
-    squares = [n // side * side**2 + (n % side) ** 2 for n in (h, w)]
-    full = sum(block < config.depth for block in config.fullatt_block_indexes)
-    pairs = full * (h * w) ** 2 + (config.depth - full) * math.prod(squares)
-    patch = 3 * config.temporal_patch_size * config.patch_size**2
-    linear = config.depth * (4 * d * d + 3 * d * config.intermediate_size) + patch * d
-    return 2 * t * h * w * (linear + d * (merge**2 * d + out_dim)) + 4 * t * pairs * d
-
-
-def language_flops(config: QwenConfig, tokens: int, rank: int) -> tuple[int, int]:
-    """The language tower: products with its own weights; attention and a LoRA of that rank."""
-    d, kv = config.hidden_size, config.hidden_size * config.num_key_value_heads // config.num_attention_heads
-    own = 2 * tokens * (2 * d * d + 2 * d * kv + 3 * d * config.intermediate_size)
-    lora = 2 * tokens * rank * (6 * d + 2 * kv)
-    return config.num_hidden_layers * own, config.num_hidden_layers * (4 * tokens**2 * d + lora)
-
-
-def flops(config: RVEDiTConfig, size: Size, inputs: tuple[Any, ...], steps: int) -> dict[str, int]:
-    """Of each part, for a clip and what the MLLM reads of it (`EditEncoder.prepare`)."""
-    K, L, D, d = config.num_editing_tokens, config.dit.num_blocks, config.qwen.hidden_size, config.dit.dim
-    S = ((size[0] - 1) // config.vae.temporal_factor + 1) * size[1] * size[2] // config.spatial_factor**2
-    (_, N), grid, (spans,) = inputs[0].shape, inputs[2][0].tolist(), inputs[4]
-    everything = K + sum(span.stop - span.start for span in spans)  # editing, visual and textual tokens
-    contexts = [K] * config.routing_depth + [everything] * (L - config.routing_depth)
-    dit, (encode, decode) = dit_flops(config.dit, S, contexts), vae_flops(config.vae, size)
-    vision, (own, rest) = vision_flops(config.qwen.vision, D, grid), language_flops(config.qwen, N, config.lora_rank)
-    rest += 2 * everything * (D * d + d * d)  # connectors
-    mllm, info_nce = vision + own + rest, 2 * 2 * S * S * d
-    work = dict(dit=dit, info_nce=info_nce, encode=encode, decode=decode, mllm=mllm)
-    # With LoRA the vision tower and the weights under it get no gradient; the toy trains whole.
-    backward = own + 2 * rest if config.lora_rank else 2 * mllm
-    work["literal step"] = 2 * encode + 2 * mllm + backward + 4 * dit + info_nce
-    work["step"] = work["literal step"] - dit + dit_flops(config.dit, S, contexts[: (L + 1) // 2], head=False)
-    work["dit as Wan's"] = dit_flops(config.dit, S, [K] * L, source=False)
-    work["mllm as Qwen's"] = vision + sum(language_flops(config.qwen, N, 0))
-    return work | {"edit": encode + mllm + steps * dit + decode}
-
 
 # --- Algorithm 1 to the letter, which `train.training_step` is measured against ---------------------------------------
 
@@ -179,19 +97,21 @@ def shrink(config: RVEDiTConfig, by: int) -> RVEDiTConfig:
 
 
 @torch.no_grad()
-def random_networks(config: RVEDiTConfig, device: torch.device, dtype: torch.dtype) -> tuple[RVEDiT, WanVAE]:
-    """In the dtypes of `rvedit.load`. Drawn in place: `rvedit.initialise` takes minutes for the full size."""
-    ids = {"word": 0, "<|video_pad|>": config.qwen.video_token_id, "<|object_ref_start|>": config.qwen.query_token_id}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="word"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+def random_networks(
+    config: RVEDiTConfig, device: torch.device, dtype: torch.dtype, shard: Callable[[RVEDiT], None] | None = None
+) -> tuple[RVEDiT, WanVAE]:
+    """As by `rvedit.load`. Drawn in place: `rvedit.initialise` takes minutes for the full size."""
     with torch.device("meta"):
-        model, vae = RVEDiT(config, tokenizer), WanVAE(config.vae)
-    for part in (model, vae.conv2, vae.decoder):
-        part.to(dtype)
-    for p in (*model.to_empty(device=device).parameters(), *vae.to_empty(device=device).parameters()):
-        p.normal_(0.0, p[0].numel() ** -0.5) if p.ndim > 1 else p.uniform_(0.5, 1.5)
+        model, vae = RVEDiT(config, plan.stand_in_tokenizer(config)), WanVAE(config.vae)
     for name, p in model.named_parameters():  # trained as in train.py
         p.requires_grad_(not config.lora_rank or "encoder.qwen" not in name or ".lora_" in name)
+    for part in (model, vae.conv2, vae.decoder):
+        part.to(dtype)
+    if shard is not None:
+        shard(model)
+    for p in (*model.to_empty(device=device).parameters(), *vae.to_empty(device=device).parameters()):
+        p = p.to_local() if isinstance(p, DTensor) else p
+        p.normal_(0.0, p[0].numel() ** -0.5) if p.ndim > 1 and len(p) else p.uniform_(0.5, 1.5)
     return model.eval(), vae.eval().requires_grad_(False)
 
 
@@ -236,6 +156,79 @@ def parts(model: RVEDiT, vae: WanVAE, size: Size, args: argparse.Namespace) -> t
 
         runs |= peers.runs(model, vae, z, t, contexts[0][0], films, inputs, args.compile)
     return runs, flops(config, size, inputs, args.steps)
+
+
+# --- What is not one of the system's parts ----------------------------------------------------------------------------
+
+
+def rank_step(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> tuple[dict[str, Runs], dict[str, int]]:
+    """An optimiser step of `train.py` as the first of 8 ranks has it; its FLOPs, and the bytes that `plan.py` foresees.
+
+    Its process group only pretends to send: shapes and memory are right, gradients are not, so it does not look whether
+    they are finite; the time is that without communication.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if not dist.is_initialized():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    mesh, cuda = init_device_mesh(args.device.type, (RANKS,)), args.device.type == "cuda"
+    options = ["--preset", args.preset, "--plan", RANKS, "--out", os.devnull, "--size", *size]
+    options = train.parse_arguments([str(option) for option in options] + ["--compile"] * args.compile)
+    networks = random_networks(config, args.device, torch.float32, lambda model: train.prepare(model, options, mesh))
+    if cuda and config.lora_rank:
+        networks[0].encoder.qwen.visual.to(torch.bfloat16)  # as in train.load_model
+    run, batch = train.Run(*networks, args.device, options), plan.a_batch(*networks, options, "cpu")
+
+    def step() -> None:
+        train.compute_gradients(run, iter([batch] * options.accumulate), options, [])
+        torch.nn.utils.clip_grad_norm_(run.weights.values(), 1.0, foreach=True)
+        run.update(options.lr)
+        run.optimizer.zero_grad()
+        run.step += 1
+
+    planned = plan.plan(config, options, RANKS, torch.bfloat16 if cuda else torch.float32).total
+    one = networks[0].encoder.prepare([batch.source[0]], ["make it snow"])
+    work = flops(config, size, one, args.steps)["step"] * options.batch * options.accumulate
+    return {"rank": {"ours": step}}, {"rank": work, "plan": planned}
+
+
+def offloaded_edit(
+    config: RVEDiTConfig, size: Size, args: argparse.Namespace
+) -> tuple[dict[str, Runs], dict[str, int]]:
+    """An edit by networks that rest on the CPU, in no more of the GPU's memory than was allowed."""
+    if args.device.type == "cuda":
+        total = torch.cuda.get_device_properties(args.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_limit * 1e9 / total), args.device)
+    config = dataclasses.replace(config, max_frames=size[0], max_pixels=size[1] * size[2])
+    model, vae = random_networks(config, torch.device("cpu"), getattr(torch, args.dtype))
+    clip = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
+    inputs = model.encoder.prepare([clip], ["make it snow"])
+    runs = {"ours": lambda: edit_video(model, vae, clip, "make it snow", args.steps, device=args.device)}
+    return {"edit": runs}, flops(config, size, inputs, args.steps)
+
+
+def load_seconds(config: RVEDiTConfig, folder: Path, args: argparse.Namespace) -> tuple[dict[str, list[float]], int]:
+    """Seconds to load a checkpoint of random weights and to read its files, neither of them cached, and its bytes."""
+    dtype, buffer = getattr(torch, args.dtype), bytearray(1 << 24)
+    rvedit.save(folder / "model", *random_networks(config, torch.device("cpu"), dtype))
+    files = sorted((folder / "model").glob("*.safetensors"))
+
+    def read() -> None:
+        for file in files:
+            with open(file, "rb", buffering=0) as opened:
+                while opened.readinto(buffer):
+                    pass
+
+    runs = {"ours": lambda: rvedit.load(folder / "model", device=args.device, dtype=dtype), "read": read}
+    seconds: dict[str, list[float]] = {who: [] for who in runs}
+    for i in range(args.rounds):
+        for who in list(runs)[:: 1 if i % 2 else -1]:
+            for file in files:
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())  # what is not yet written would stay in the cache
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            seconds[who].append(timed(runs[who], args.device)[0])
+    return seconds, sum(file.stat().st_size for file in files)
 
 
 # --- Timing, and the command line -------------------------------------------------------------------------------------
@@ -292,6 +285,8 @@ def line(row: dict[str, Any], peak: float) -> str:
     rate, clip = row["flops"] / statistics.median(ours), "x".join(map(str, row["size"]))
     text = f"| {row['part']} | {clip} | {spread(ours)} | {row['flops'] / 1e12:.4g} | {rate / 1e12:.3g} "
     text += f"| {rate / peak:.0%} | {row['bytes']['ours'] / 1e9:.3g} |"
+    if "plan" in row:
+        return text + f" the plan | | {row['plan'] / 1e9:.3g} | |"
     for who, theirs in others:
         ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
         text += f" {who} | {spread(ratios)}, counted {row['counted']:.3f} | {row['bytes'][who] / 1e9:.3g} "
@@ -301,27 +296,46 @@ def line(row: dict[str, Any], peak: float) -> str:
 
 def bench(args: argparse.Namespace) -> None:
     config, dtype, cuda = rvedit.preset(args.preset), getattr(torch, args.dtype), args.device.type == "cuda"
-    model, vae = random_networks(shrink(config, args.shrink), args.device, dtype)
-    train.shard(model, None, train.RECIPES[args.preset]["recompute"] and "step" in args.parts, args.compile)
-    peak, rows = matmul_peak(args.device, dtype), []
+    config, peak, rows = shrink(config, args.shrink), matmul_peak(args.device, dtype), []
     machine = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads of {platform.machine()}"
     about = f"{machine}, torch {torch.__version__}, {args.dtype}{', compiled' * args.compile}"
     print(f"{about}; matrix products reach {peak / 1e12:.3g} TFLOP/s\n")
+
+    def note(row: dict[str, Any], text: str) -> None:
+        rows.append(row)
+        print(text, flush=True)
+        partial = args.out.with_name(f".{args.out.name}.partial")
+        partial.write_text(json.dumps(dict(about=about, matmul=peak, rows=rows), indent=1), encoding="utf-8")
+        partial.replace(args.out)
+
+    if "load" in args.parts:
+        with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
+            seconds, size = load_seconds(config, Path(folder), args)
+        rates = {who: spread([size / x / 1e9 for x in took]) for who, took in seconds.items()}
+        ratios = spread([ours / read for ours, read in zip(*seconds.values(), strict=True)])
+        text = f"{size / 1e9:.3g} GB loaded at {rates['ours']} GB/s, its files read at {rates['read']} GB/s"
+        return note(dict(part="load", seconds=seconds, size=size), f"{text}: takes times {ratios}")
     print("| part | clip | seconds | TFLOP | TFLOP/s | of peak | GB | beside | takes times | GB | differs by |")
     print("|" + " --- |" * 11)
+    networks = None
     for size in args.size:
-        runs, work = parts(model, vae, size, args)
+        if "rank" in args.parts:
+            runs, work = rank_step(config, size, args)
+        elif args.memory_limit:
+            runs, work = offloaded_edit(config, size, args)
+        else:
+            if networks is None:
+                networks = random_networks(config, args.device, dtype)
+                shard(networks[0], None, train.RECIPES[args.preset]["recompute"] and "step" in args.parts, args.compile)
+            runs, work = parts(*networks, size, args)
         for name, candidates in runs.items():
             if name.split()[0] in args.parts:
                 candidates = candidates if args.peer else {"ours": candidates["ours"]}
-                with torch.set_grad_enabled(name in ("step", "info_nce")):
+                with torch.set_grad_enabled(name in ("step", "info_nce", "rank")):
                     row = measure(name, candidates, args.rounds, args.device) | dict(size=size, flops=work[name])
                 row["counted"] = work.get(f"literal {name}", work[name]) / work[name]
-                rows.append(row)
-                print(line(row, peak), flush=True)
-                partial = args.out.with_name(f".{args.out.name}.partial")
-                partial.write_text(json.dumps(dict(about=about, matmul=peak, rows=rows), indent=1), encoding="utf-8")
-                partial.replace(args.out)
+                row |= {"plan": work["plan"]} if name == "rank" else {}
+                note(row, line(row, peak))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -331,7 +345,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--shrink", type=int, choices=(1, 2, 4), default=1, help="divide all widths and depths by this, for a CPU")
     add("--size", type=number(int, 1), nargs=3, action="append", metavar=("T", "H", "W"), help="of a clip; repeatable")
     add("--growth", dest="size", action="store_const", const=GROWTH, help="17 to 81 frames at 480p and 720p")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    add("--parts", nargs="+", choices=(*PARTS, "rank", "load"), default=PARTS, help="default: all but rank and load")
+    add("--memory-limit", type=number(float, 0.1), metavar="GB", help="of the GPU, for the part edit with offloading")
     add("--peer", action="store_true", help="beside diffusers, transformers and Algorithm 1 to the letter")
     add("--compile", action="store_true", help="the blocks of DiT and MLLM, on both sides")
     add("--rounds", type=number(int, 2), default=7, help="default: 7")
@@ -342,6 +357,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     args.size = args.size or [train.RECIPES[args.preset]["size"]]
+    if args.memory_limit and args.parts != ["edit"]:
+        fail("--memory-limit is for --parts edit alone")
+    if {"rank", "load"} & set(args.parts) and len(args.parts) > 1:
+        fail("--parts rank and --parts load go alone: their networks would stand beside the others")
     return args
 
 
@@ -355,6 +374,9 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"--peer needs requirements-dev.txt: {error}")
     except (ValueError, OSError) as error:
         fail(error)
+    finally:
+        if dist.is_initialized():  # that of rank_step
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

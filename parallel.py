@@ -19,10 +19,10 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 def keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Of a recomputed block, keep what attention and matrix products return, unless it is wider than what they read.
 
-    At full size (S = 18,480 tokens, d = 3072, bfloat16) a result (S, d) takes 114 MB. For so much self-attention's saves
-    4.2 of the block's 9.7 TFLOP, the second product of the feed-forward 1.6, each other one 0.35. The first, which
-    widens, would take 530 MB to save 1.6, and is run again with the norms and the modulation: 17 % of a forward pass.
-    What is kept comes to 1.2 GB a block, 36 GB in all 30, and rank 0 of 8 to 59 GB (`train.py --plan 8`).
+    At full size (S = 18,480 tokens, d = 3072, bfloat16) a result (S, d) takes 114 MB. For so much self-attention's
+    saves 4.2 of the block's 9.7 TFLOP, the second product of the feed-forward 1.6, each other one 0.35. The first,
+    which widens, would take 530 MB to save 1.6, and is run again, with the norms and the modulation: 17 % of a forward
+    pass. What is kept comes to 1.2 GB a block, 36 GB in all 30, and rank 0 of 8 to 59 GB (`train.py --plan 8`).
     """
     kept = "scaled_dot_product" in str(operation)
     if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):

@@ -194,7 +194,7 @@ def table(model: RVEDiT, vae: WanVAE) -> str:
 
 
 def prepare(model: RVEDiT, args: argparse.Namespace, mesh: DeviceMesh | None) -> None:
-    """As in §5, DiT, source embedding, connectors, queries and LoRA train; all, if there is no LoRA (the toy preset)."""
+    """As in §5, DiT, source embedding, connectors, queries and LoRA train; all, if there is no LoRA (the toy)."""
     trained = r"dit\.|encoder\.queries|encoder\.\w+_connector" + ("" if args.freeze_lora else r"|.*\.lora_")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.config.lora_rank == 0 or bool(re.match(trained, name)))

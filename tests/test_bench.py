@@ -126,6 +126,47 @@ def test_sizes_and_parts_can_be_chosen(tmp_path):
     assert 2 < large["flops"] / small["flops"] < 4 and len(small["seconds"]["ours"]) == 2
 
 
+def test_a_rank_of_eight_is_measured_beside_its_plan(tmp_path, capsys, monkeypatch):
+    """Its parameters and Adam's moments are those of an eighth, and two optimiser steps change them."""
+    runs, update = [], train.Run.update
+
+    def record(run, lr):
+        weight = next(iter(run.weights.values()))
+        before = weight.to_local().clone()
+        update(run, lr)
+        runs.append((run, (weight.to_local() - before).abs().max()))
+
+    monkeypatch.setitem(train.RECIPES["toy"], "batch", 1)
+    monkeypatch.setattr(train.Run, "update", record)
+    report = run(tmp_path, "--parts", "rank", "--size", "5", "32", "32")
+    (row,), whole = report["rows"], sum(p.numel() for p in rvedit.RVEDiT(rvedit.preset("toy")).parameters())
+    held = sum(p.to_local().numel() for p in runs[0][0].weights.values())
+    assert whole / 8 <= held < 1.03 * whole / 8 and len(runs) >= 2 and all(change > 0 for _, change in runs)
+    assert row["plan"] > 4 * 4 * held and row["flops"] > 0 and "| the plan |" in capsys.readouterr().out
+    assert not torch.distributed.is_initialized()
+
+
+def test_an_offloaded_edit_is_measured(tmp_path, monkeypatch):
+    """The networks rest on the CPU, and the edit is told where to compute."""
+    seen, edit_video = [], bench.edit_video
+    monkeypatch.setattr(bench, "edit_video", lambda *x, **options: seen.append(options) or edit_video(*x, **options))
+    report = run(tmp_path, "--parts", "edit", "--memory-limit", "4", "--size", "5", "32", "32")
+    assert [row["part"] for row in report["rows"]] == ["edit"] and seen[0] == {"device": torch.device("cpu")}
+
+
+def test_loading_is_measured_beside_a_plain_read(tmp_path, capsys):
+    (row,) = run(tmp_path, "--parts", "load")["rows"]
+    assert row["size"] > 3e7 and {len(seconds) for seconds in row["seconds"].values()} == {2}
+    assert "GB/s" in capsys.readouterr().out and [path.name for path in tmp_path.iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize("options", (("--parts", "rank", "dit"), ("--parts", "load", "rank"), ("--memory-limit", "24")))
+def test_parts_that_go_alone_say_so(options, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, *options)
+    assert stop.value.code == 2 and "alone" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_peers_compute_the_same(tmp_path):
     """Beside diffusers, transformers and the literal step, on the same weights, results agree."""

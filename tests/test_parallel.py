@@ -59,7 +59,7 @@ def test_kept_results_are_not_computed_again_and_gradients_are_the_same_bits():
 
 @pytest.mark.slow
 def test_compiled_blocks_keep_the_same(monkeypatch):
-    """Seen by the profiler: no compiler runs under the counter above. With its last stage, which takes minutes, left out."""
+    """Seen by the profiler: no compiler runs under the counter above. Its last stage, which takes minutes, left out."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     expected, *_ = step(recompute=False)
     model, vae, batch = build(recompute=True, compile=True)

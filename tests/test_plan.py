@@ -1,21 +1,18 @@
 """The plan of a run's memory against a run: what it shards, what autograd saves, and what it allocates at its peak."""
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import randomise, tiny_config, tiny_model, tiny_tokenizer
+from helpers import tiny_config, tiny_model, tiny_tokenizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import plan
-import rvedit
 import train
 
 ROOT = Path(__file__).parent.parent
