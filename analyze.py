@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import cli
 import data
 import rvedit
 import sample
@@ -183,15 +184,15 @@ def plot(path: Path, results: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = sample.Parser(description="Measure cross-attention by depth: Fig. 4 of the paper.", allow_abbrev=False)
-    whole = sample.number(int, 1)
+    parser = cli.Parser(description="Measure cross-attention by depth: Fig. 4 of the paper.", allow_abbrev=False)
+    whole = cli.number(int, 1)
     parser.add_argument("--checkpoint", type=Path, help="a folder of ours or Kiwi-Edit's; default: the built-in toy")
     parser.add_argument("--base", type=Path, help="likewise, to compare with; default: the same weights with L_s = L")
     parser.add_argument("--data", type=Path, metavar="FILE", help=".csv or .jsonl of triplets; default: moving shapes")
     parser.add_argument("--clips", type=whole, default=20, help="the first so many of the data (default 20)")
     parser.add_argument("--size", nargs=3, type=whole, metavar=tuple("THW"), help="to crop to: 4k + 1 frames, pixels")
     parser.add_argument("--timesteps", type=whole, default=5, help="of the sampler's schedule (default 5)")
-    parser.add_argument("--seed", type=sample.number(int, 0), default=2026, help="of noise and shapes (default 2026)")
+    parser.add_argument("--seed", type=cli.number(int, 0), default=2026, help="of noise and shapes (default 2026)")
     parser.add_argument("--out", type=Path, default=Path("runs/analysis"), help="folder (default runs/analysis)")
     parser.add_argument("--plot", action="store_true", help="also draw OUT/analysis.png; needs matplotlib")
     args = parser.parse_args(argv)
@@ -220,9 +221,9 @@ def main(argv: list[str] | None = None) -> None:
             plot(partial, results)
             partial.replace(args.out / "analysis.png")
     except torch.OutOfMemoryError:
-        sample.fail(f"out of memory on {DEVICE}: give --size fewer frames or smaller sides")
+        cli.fail(f"out of memory on {DEVICE}: give --size fewer frames or smaller sides")
     except (ValueError, OSError) as error:
-        sample.fail(error)
+        cli.fail(error)
     print(f"{args.out}: analysis.json" + " and analysis.png" * args.plot)
 
 

@@ -42,11 +42,12 @@ import plan
 import rvedit
 import train
 import video
+from cli import Parser, device_of, fail, number
 from flops import Size, flops
 from losses import symmetric_info_nce
 from parallel import shard
 from rvedit import RVEDiT, RVEDiTConfig
-from sample import Parser, device_of, edit_video, fail, number
+from sample import edit_video
 from vae import WanVAE
 
 Runs = dict[str, Callable[[], Tensor]]  # "ours", and perhaps another that does the same

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import chat
 import video
-from sample import Parser, fail, number
+from cli import Parser, fail, number
 from shapes import CATEGORIES, ShapesDataset  # noqa: F401  (data.ShapesDataset is its public name)
 
 COLUMNS = ("src_video", "tgt_video", "prompt")

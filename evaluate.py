@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import chat
+import cli
 import data
 import rvedit
 import sample
@@ -300,7 +301,7 @@ def shapes(args: Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = sample.Parser(description="OpenVE-Bench: edits, judges, tables.", allow_abbrev=False)
+    parser = cli.Parser(description="OpenVE-Bench: edits, judges, tables.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     edit = commands.add_parser("run", help="edit its clips; takes options of sample.py", allow_abbrev=False)
     edit.add_argument("--bench", type=Path, required=True, help="the folder OpenVE-Bench")
@@ -313,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     ask.add_argument("--model", required=True, help="its name there")
     ask.add_argument("--key", default="OPENAI_API_KEY", help="environment variable with the API key (OPENAI_API_KEY)")
     ask.add_argument("--rubrics", type=Path, default=RUBRICS, help="folder; default: ours")
-    ask.add_argument("--workers", type=sample.number(int, 1), default=8, help="edits judged at a time (default 8)")
+    ask.add_argument("--workers", type=cli.number(int, 1), default=8, help="edits judged at a time (default 8)")
     show = commands.add_parser("table", help="Table 1 or 3 from any number of folders", allow_abbrev=False)
     show.add_argument("results", type=Path, nargs="+", help="folders of results with scores")
     show.add_argument("--layout", type=int, choices=(1, 3), default=1, help="of the paper's Table 1 (default) or 3")
@@ -323,16 +324,16 @@ def main(argv: list[str] | None = None) -> None:
     cut.add_argument("--out", type=Path, required=True, help="folder for the four files")
     known = commands.add_parser("shapes", help="scores from the exact targets of synthetic clips", allow_abbrev=False)
     known.add_argument("--checkpoint", type=Path, help="of ours; default: the built-in one")
-    known.add_argument("--clips", type=sample.number(int, 1), default=50, help="of each category (default 50)")
+    known.add_argument("--clips", type=cli.number(int, 1), default=50, help="of each category (default 50)")
     args, args.options = parser.parse_known_args(argv)
     if args.options and args.command != "run":
         parser.error(f"{' '.join(args.options)}: only `evaluate.py run` takes options of sample.py")
     try:
         {"run": run, "judge": judge, "table": table, "rubrics": rubrics, "shapes": shapes}[args.command](args)
     except torch.OutOfMemoryError:
-        sample.fail("out of memory: add --offload, or --max-pixels with a smaller number")
+        cli.fail("out of memory: add --offload, or --max-pixels with a smaller number")
     except (ValueError, OSError, chat.Refused) as error:
-        sample.fail(error)
+        cli.fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import cli
 import rvedit
 import sample
 import train
@@ -305,8 +306,8 @@ def ablate(run: Path, group: str, seeds: int, clips: int, options: list[str]) ->
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = sample.Parser(description="Make assets/toy, from where it was left, and evaluate it.", allow_abbrev=False)
-    whole = sample.number(int, 1)
+    parser = cli.Parser(description="Make assets/toy, from where it was left, and evaluate it.", allow_abbrev=False)
+    whole = cli.number(int, 1)
     parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="folder of the training (default runs/toy)")
     parser.add_argument("--vae-steps", type=whole, default=VAE_STEPS, help="of the VAE's training (default 3000)")
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", help="one alone; default: the first three in turn")
@@ -315,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     stages.add_parser("export", help="write assets/toy from the editor's last checkpoint")
     judge = stages.add_parser("evaluate", help="edit clips that were never trained on", allow_abbrev=False)
     judge.add_argument("--checkpoint", type=Path, help="of ours; default: the built-in one")
-    judge.add_argument("--seed", type=sample.number(int, 0), default=2026, help="of the clips (default 2026)")
+    judge.add_argument("--seed", type=cli.number(int, 0), default=2026, help="of the clips (default 2026)")
     judge.add_argument("--clips", type=whole, default=50, help="of each category (default 50)")
     judge.add_argument("--size", type=whole, default=96, help="of their frames, in pixels (default 96)")
     table = stages.add_parser("ablate", help="Table 2 at this scale; takes options of train.py", allow_abbrev=False)
@@ -337,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.stage in (None, "export"):
             export(args.run)
     except (ValueError, OSError) as error:
-        sample.fail(error)
+        cli.fail(error)
 
 
 if __name__ == "__main__":

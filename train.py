@@ -51,10 +51,11 @@ import data
 import losses
 import rvedit
 import video
+from cli import Parser, fail, number
 from muon import Muon
 from parallel import shard
 from rvedit import RVEDiT, RVEDiTConfig
-from sample import Parser, edit_video, fail, number
+from sample import edit_video
 from shapes import EVERYTHING, ShapesDataset
 from vae import WanVAE
 

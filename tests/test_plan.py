@@ -1,18 +1,24 @@
 """The plan of a run's memory against a run: what it shards, what autograd saves, and what it allocates at its peak."""
 
+import collections
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from helpers import tiny_config, tiny_model, tiny_tokenizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import bench
 import plan
+import rvedit
+import sample
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -100,3 +106,25 @@ def test_the_peak_is_what_the_allocator_gives_out(recompute):
     expected = max(peak for part, peak in planned.peaks.items() if part != "start" and "VAE" not in part)
     print(expected, max(itertools.accumulate(changes)))
     assert max(itertools.accumulate(changes)) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_every_stage_of_the_offloaded_full_size_edit_fits_in_24_gb():
+    """Of 81 x 704 x 1280: weights of the one network that is there, and what its pass makes, with 8 GB to spare."""
+    model, vae = bench.random_networks(rvedit.preset("wan2.2-ti2v-5b"), torch.device("meta"), torch.bfloat16)
+    clip = torch.zeros(81, 704, 1280, 3, dtype=torch.uint8)
+    inputs, blocks = model.encoder.prepare([clip], ["make it snow"]), sample.to_blocks(clip[:9], 9, 4)
+    z, t = torch.zeros(1, 48, 21, 44, 80, device="meta"), torch.zeros(1, device="meta")
+    contexts = [torch.zeros(1, 2822, 3072, device="meta")] * 30
+    stages = {
+        "understand": ((model.encoder,), lambda: model.contexts(model.encoder.encode(inputs))),
+        "encode": ((vae.encoder, vae.conv1), lambda: collections.deque(vae.encode_chunks(blocks), maxlen=0)),
+        "denoise": ((model.dit,), lambda: model.dit(z, t, contexts, z)),
+        "decode": ((vae.decoder, vae.conv2), lambda: collections.deque(vae.decode_chunks(z[:, :, :3]), maxlen=0)),
+    }
+    for stage, (modules, run) in stages.items():
+        with mock.patch.object(F, "scaled_dot_product_attention", plan.fused_attention), plan.Alive("meta") as alive:
+            run()
+        held = sum(p.nbytes for module in modules for p in module.parameters())
+        assert 1e9 < held + max(alive.peaks.values()) < 16e9, stage

@@ -388,6 +388,16 @@ def test_an_absent_gpu_is_named(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("options, code, words", ((["--help"], 0, "--prompt"), (["--video", "x.mp4"], 2, "--prompt")))
+def test_help_and_mistakes_do_not_wait_for_pytorch(tmp_path, options, code, words):
+    """They come where PyTorch cannot even be imported."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('PyTorch was imported')")
+    command = [sys.executable, ROOT / "sample.py", *options]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == code and words in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_wan_and_qwen_alone_cannot_edit(tmp_path, capsys):
     encode(tmp_path / "in.mp4", images=images(2))
     options = ["--video", tmp_path / "in.mp4", "--prompt", "x", "--wan", tmp_path, "--qwen", tmp_path]
