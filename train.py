@@ -445,6 +445,8 @@ def launch(args: argparse.Namespace, device: torch.device, stop: list[int]) -> N
         keys = ((step, micro) for step in range(run.step, args.steps) for micro in range(args.accumulate))
         loading = dict(num_workers=args.workers, multiprocessing_context="fork" if args.workers else None)
         loading |= dict(pin_memory=CUDA, generator=torch.Generator())  # of its own, not the global one
+        # A signal to all processes of a job must not take away the workers before the step and the checkpoint are done.
+        loading |= dict(worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN))
         batches = DataLoader(Batches(triplets, run, args), batch_size=None, sampler=keys, **loading)
         train(run, iter(batches), Batches(validation, run, args), args, stop)
     run.export()

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -438,11 +439,19 @@ def during(monkeypatch, step, action):
 
 @pytest.mark.parametrize("kind", (signal.SIGTERM, signal.SIGINT))
 def test_a_signal_ends_the_run_with_a_checkpoint(start, tmp_path, monkeypatch, kind):
-    """Exit code 0, at the end of the step."""
+    """Exit code 0, at the end of the step, also if the signal goes to all processes of the job."""
     handler = signal.getsignal(kind)
-    during(monkeypatch, 2, lambda result: os.kill(os.getpid(), kind) or result)
+
+    def send(result):
+        workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+        # Sent by another process: of a signal from its parent, a worker dies in silence.
+        subprocess.run(["kill", f"-{kind.value}", *workers, str(os.getpid())], check=True)
+        time.sleep(0.5)  # for a worker to die, if it is to
+        return result
+
+    during(monkeypatch, 2, send)
     with pytest.raises(SystemExit) as stop:
-        train.main(options(start, tmp_path, "--steps", 9, "--batch", 1))
+        train.main(options(start, tmp_path, "--steps", 9, "--batch", 1, "--workers", 1))
     assert stop.value.code == 0 and [folder.name for folder in train.finished(tmp_path)] == ["step-00000002"]
     assert not (tmp_path / "model").exists() and signal.getsignal(kind) is handler
 
