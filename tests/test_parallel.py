@@ -53,7 +53,6 @@ def test_kept_results_are_not_computed_again_and_gradients_are_the_same_bits():
     assert not plain[1]["attention"] and not plain[1]["wide"] and not plain[1]["narrow"]
     assert selective[1]["attention backward"] == plain[1]["attention backward"] > 0
     assert not selective[1]["attention"] and not selective[1]["narrow"]
-    print(plain, selective)
     assert selective[1]["wide"] == 3 + 2 * 3  # in a DiT block feed-forward, in a vision block q-k-v, gate and up
 
 

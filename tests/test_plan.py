@@ -104,7 +104,6 @@ def test_the_peak_is_what_the_allocator_gives_out(recompute):
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     planned = plan.plan(config, args, 1, torch.float32, tiny_tokenizer())
     expected = max(peak for part, peak in planned.peaks.items() if part != "start" and "VAE" not in part)
-    print(expected, max(itertools.accumulate(changes)))
     assert max(itertools.accumulate(changes)) == pytest.approx(expected, rel=0.01)
 
 
