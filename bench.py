@@ -104,8 +104,7 @@ def random_networks(
     """As by `rvedit.load`. Drawn in place: `rvedit.initialise` takes minutes for the full size."""
     with torch.device("meta"):
         model, vae = RVEDiT(config, plan.stand_in_tokenizer(config)), WanVAE(config.vae)
-    for name, p in model.named_parameters():  # trained as in train.py
-        p.requires_grad_(not config.lora_rank or "encoder.qwen" not in name or ".lora_" in name)
+    train.choose_trained(model)
     for part in (model, vae.conv2, vae.decoder):
         part.to(dtype)
     if shard is not None:

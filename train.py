@@ -194,11 +194,16 @@ def table(model: RVEDiT, vae: WanVAE) -> str:
     return "\n".join([f"{'parameters':<28}{'trainable':>16}{'frozen':>16}", *rows, *note])
 
 
-def prepare(model: RVEDiT, args: argparse.Namespace, mesh: DeviceMesh | None) -> None:
+def choose_trained(model: RVEDiT, freeze_lora: bool = False) -> None:
     """As in §5, DiT, source embedding, connectors, queries and LoRA train; all, if there is no LoRA (the toy)."""
-    trained = r"dit\.|encoder\.queries|encoder\.\w+_connector" + ("" if args.freeze_lora else r"|.*\.lora_")
+    trained = r"dit\.|encoder\.queries|encoder\.\w+_connector" + ("" if freeze_lora else r"|.*\.lora_")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.config.lora_rank == 0 or bool(re.match(trained, name)))
+
+
+def prepare(model: RVEDiT, args: argparse.Namespace, mesh: DeviceMesh | None) -> None:
+    """What comes before the weights are loaded."""
+    choose_trained(model, args.freeze_lora)
     shard(model, mesh, args.recompute, args.compile)
 
 
