@@ -21,12 +21,14 @@ number of ranks. Letters: B clips of a rank, T H W frames, height, width, C T' H
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -244,7 +246,10 @@ class Run:
         self.average = {name: p.detach().clone() for name, p in self.weights.items()} if args.average else {}
         for folder in finished(self.out)[-1:]:
             state = self.state()
-            dcp.load(state, checkpoint_id=folder)  # in place
+            try:
+                dcp.load(state, checkpoint_id=folder)  # in place
+            except dcp.api.CheckpointException:
+                raise ValueError(f"{folder} is of another model, or damaged") from None
             self.step, self.samples = state["progress"].tolist()
 
     @torch.no_grad()
@@ -452,6 +457,8 @@ def launch(args: argparse.Namespace, device: torch.device, stop: list[int]) -> N
         loading |= dict(pin_memory=CUDA, generator=torch.Generator())  # of its own, not the global one
         # A signal to all processes of a job must not take away the workers before the step and the checkpoint are done.
         loading |= dict(worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+        # After an error that nobody foresaw, Python would wait for ever for what it ends by that signal.
+        atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
         batches = DataLoader(Batches(triplets, run, args), batch_size=None, sampler=keys, **loading)
         train(run, iter(batches), Batches(validation, run, args), args, stop)
     run.export()
@@ -474,8 +481,9 @@ def main(argv: list[str] | None = None) -> None:
         launch(args, device, stop)
     except torch.OutOfMemoryError:
         fail(f"out of memory on {device}: take more GPUs, a smaller --batch, or smaller or shorter clips")
-    except dcp.api.CheckpointException:  # a BaseException, whose message is a traceback for each rank
-        fail(f"{finished(args.out)[-1]} is of another model, or damaged")
+    except dcp.api.CheckpointException as error:  # a BaseException, whose message is a traceback for each rank
+        cause, _ = next(iter(error.failures.values()))
+        fail(f"the checkpoint of this step cannot be written to {args.out}: {cause}")
     except (ValueError, OSError) as error:
         fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))  # those of a reader end a traceback
     finally:

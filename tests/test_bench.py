@@ -183,12 +183,12 @@ def test_peers_compute_the_same(tmp_path):
     assert max(differences.values()) < 1e-5
 
 
-@pytest.mark.parametrize("size", (("6", "32", "32"), ("5", "32", "40")))
+@pytest.mark.parametrize("size", (("6", "32", "32"), ("5", "32", "36")))
 def test_an_impossible_size_is_one_line(size, tmp_path, capsys):
     """Exit code 2, what is wrong and what to do, and no file."""
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, "--parts", "dit", "--size", *size)
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
     assert (
-        capsys.readouterr().err == f"error: --size {' '.join(size)}: take 4k + 1 frames with sides in multiples of 16\n"
+        capsys.readouterr().err == f"error: --size {' '.join(size)}: take 4k + 1 frames with sides in multiples of 8\n"
     )

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -454,6 +455,34 @@ def test_a_signal_ends_the_run_with_a_checkpoint(start, tmp_path, monkeypatch, k
         train.main(options(start, tmp_path, "--steps", 9, "--batch", 1, "--workers", 1))
     assert stop.value.code == 0 and [folder.name for folder in train.finished(tmp_path)] == ["step-00000002"]
     assert not (tmp_path / "model").exists() and signal.getsignal(kind) is handler
+
+
+def test_a_worker_does_not_outlive_an_error(start, tmp_path):
+    """Workers do not heed the signal by which Python ends them, so it would wait for them for ever."""
+    program = f"import train; train.Run.update = None; train.main({options(start, tmp_path)} + ['--workers', '1'])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=120)
+    assert done.returncode == 1 and b"'NoneType' object is not callable" in done.stderr
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(start, tmp_path, monkeypatch, capsys):
+    """Played by the limit that the operating system puts on the length of a file; then the run goes on."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    arguments = options(start, tmp_path, "--steps", 3, "--batch", 1, "--save-every", 1)
+
+    def fill(result):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, former[1]))
+        return result
+
+    with monkeypatch.context() as patch:
+        during(patch, 2, fill)
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: the checkpoint of this step cannot be written"), error
+    assert [folder.name for folder in train.finished(tmp_path)] == ["step-00000001"]
+    train.main([*arguments, "--resume"])
+    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3]
 
 
 def poison(result):
