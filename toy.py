@@ -1,13 +1,15 @@
 """How the small checkpoint in assets/toy is made, end to end, and how well it edits.
 
-    python toy.py                         # makes it, from where the last call was stopped: the three stages below
+    python toy.py                         # makes it, from where the last call was stopped: the four stages below
     python toy.py evaluate                # how many clips that were never trained on it edits, and how well
-    python toy.py editor --steps 20000    # one stage alone, the editor's with options of train.py
+    python toy.py editor --steps 20000    # one stage alone, base and editor with options of train.py
     python toy.py ablate                  # the paper's Table 2 at this scale
 
 vae: a tokenizer for the words of the instructions, and a VAE, trained on crops of clips. The built-in one, of 25
 minutes on a CPU core with bfloat16 units, gives targets back with 29.9 dB at 96 x 96 and 28.1 dB at 64 x 64.
-editor: train.py, on those latents: 3.2 s on a CPU core for a step of 32 clips of 9 x 64 x 64 without alignment.
+base: train.py, on those latents, from random weights and in the place of Kiwi-Edit: all blocks read only the editing
+tokens, and there is no alignment. On stills, because it takes 200,000 clips until words are matched with objects.
+editor: train.py from there, as the paper's run from Kiwi-Edit: the routing rule, the alignment, and clips that move.
 export: all of it in half precision as assets/toy.
 
 Letters: B batch, T H W frames, height and width of a video; C t h w channels and sides of the latents.
@@ -52,6 +54,7 @@ SPECIAL_TOKENS = (  # Qwen's, in its order, without their brackets
 ).split()
 VAE_SEED, VAE_STEPS, VAE_RATE, SAVE_SECONDS = 1, 3000, 5e-3, 120
 NOISE = 0.2  # at most, added to the latents that the VAE's decoder learns from, in units of their scale
+BASE = "--size 1 64 64 --batch 64 --steps 3000 --routing-depth 6 --align-weight 0 --timestep-shift 5".split()
 CLIPS = ((8, 5, 96, 48), (4, 5, 64, 64), (1, 9, 96, 96))  # of a batch: clips, frames, side drawn, side cut; by turns
 
 
@@ -187,6 +190,16 @@ def write_start(run: Path, vae: WanVAE) -> None:
     rvedit.save(run / "start", model, vae)
 
 
+def train_base(run: Path, options: list[str]) -> None:
+    """The base, and from it the editor's start, in which as after Kiwi-Edit the native connectors are copies."""
+    train.main(["--checkpoint", f"{run}/start", "--out", f"{run}/base", "--resume", *BASE, *options])
+    model, vae = rvedit.load(run / "base" / "model")
+    for connector in (model.encoder.visual_connector, model.encoder.textual_connector):
+        connector.load_state_dict(model.encoder.editing_connector.state_dict())
+    model.config = dataclasses.replace(rvedit.preset("toy"), vae=vae.config)
+    rvedit.save(run / "base" / "start", model, vae)
+
+
 def export(run: Path) -> None:
     """The editor as it stands in the run, as the built-in checkpoint: in half precision, which halves its size."""
     train.main(["--out", str(run / "editor"), "--export"])
@@ -310,8 +323,9 @@ def main(argv: list[str] | None = None) -> None:
     whole = cli.number(int, 1)
     parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="folder of the training (default runs/toy)")
     parser.add_argument("--vae-steps", type=whole, default=VAE_STEPS, help="of the VAE's training (default 3000)")
-    stages = parser.add_subparsers(dest="stage", metavar="STAGE", help="one alone; default: the first three in turn")
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", help="one alone; default: the first four in turn")
     stages.add_parser("vae", help="train tokenizer and VAE")
+    stages.add_parser("base", help="train what the editor starts from, on stills; takes options of train.py")
     stages.add_parser("editor", help="train the editor; takes options of train.py")
     stages.add_parser("export", help="write assets/toy from the editor's last checkpoint")
     judge = stages.add_parser("evaluate", help="edit clips that were never trained on", allow_abbrev=False)
@@ -324,8 +338,8 @@ def main(argv: list[str] | None = None) -> None:
     table.add_argument("--seeds", type=whole, default=3, help="trainings of each variant (default 3)")
     table.add_argument("--clips", type=whole, default=50, help="of each category to judge by (default 50)")
     args, options = parser.parse_known_args(argv)  # the rest is train.py's
-    if options and args.stage not in ("editor", "ablate"):
-        parser.error(f"{' '.join(options)}: only `toy.py editor` and `ablate` take options of train.py")
+    if options and args.stage not in ("base", "editor", "ablate"):
+        parser.error(f"{' '.join(options)}: only `toy.py base`, `editor` and `ablate` take options of train.py")
     try:
         if args.stage == "evaluate":
             return evaluate(*rvedit.load(args.checkpoint, device=DEVICE), args.seed, args.clips, args.size)
@@ -333,8 +347,10 @@ def main(argv: list[str] | None = None) -> None:
             return ablate(args.run, args.group, args.seeds, args.clips, options)
         if args.stage in (None, "vae") and not (args.run / "start").exists():
             write_start(args.run, train_vae(args.run, args.vae_steps).cpu())
+        if args.stage == "base" or (args.stage is None and not (args.run / "base" / "start").exists()):
+            train_base(args.run, options)
         if args.stage in (None, "editor"):
-            train.main(["--checkpoint", f"{args.run}/start", "--out", f"{args.run}/editor", "--resume", *options])
+            train.main(["--checkpoint", f"{args.run}/base/start", "--out", f"{args.run}/editor", "--resume", *options])
         if args.stage in (None, "export"):
             export(args.run)
     except (ValueError, OSError) as error:

@@ -1,5 +1,6 @@
 """How the small checkpoint is made and judged."""
 
+import dataclasses
 import json
 import math
 
@@ -147,6 +148,12 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
     run = ["--run", str(tmp_path / "run")]
     options = ["--steps", "1", "--batch", "2", "--size", "9", "32", "32", "--workers", "0"]
     toy.main([*run, "--vae-steps", "1", "vae"])
+    toy.main([*run, "base", *options])
+    base, start = (rvedit.load(tmp_path / "run/base" / name)[0] for name in ("model", "start"))
+    assert (base.config.routing_depth, base.config.align_weight) == (6, 0)
+    assert start.config == dataclasses.replace(rvedit.preset("toy"), vae=start.config.vae)
+    trained = base.encoder.editing_connector.state_dict()
+    assert all(torch.equal(trained[name], p) for name, p in start.encoder.visual_connector.state_dict().items())
     toy.main([*run, "editor", *options])
     toy.main(run)
     size = sum(file.stat().st_size for file in (tmp_path / "assets").iterdir())
