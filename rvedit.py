@@ -128,6 +128,8 @@ def preset(name: str) -> RVEDiTConfig:
             routing_depth=15,
         )
     if name == "toy":
+        # Tokens are single latents, unlike the full model's: of 2 x 2, most would show more than one shape, and it
+        # takes about twice as many clips until words are matched with shapes.
         return RVEDiTConfig(
             dit=DiTConfig(
                 dim=192, ffn_dim=576, num_heads=4, num_blocks=6, in_channels=24, out_channels=24, patch_size=(1, 1, 1)
