@@ -8,7 +8,7 @@
 vae: a tokenizer for the words of the instructions, and a VAE, trained on crops of clips. The built-in one, of 25
 minutes on a CPU core with bfloat16 units, gives targets back with 29.9 dB at 96 x 96 and 28.1 dB at 64 x 64.
 base: train.py, on those latents, from random weights and in the place of Kiwi-Edit: all blocks read only the editing
-tokens, and there is no alignment. On stills, because it takes 200,000 clips until words are matched with objects.
+tokens, and there is no alignment. On stills, which are cheap: it takes very many until words are matched with objects.
 editor: train.py from there, as the paper's run from Kiwi-Edit: the routing rule, the alignment, and clips that move.
 export: all of it in half precision as assets/toy.
 
@@ -192,10 +192,10 @@ def write_start(run: Path, vae: WanVAE) -> None:
 
 def train_base(run: Path, options: list[str]) -> None:
     """The base, and from it the editor's start, in which as after Kiwi-Edit the native connectors are copies."""
-    train.main(["--checkpoint", f"{run}/start", "--out", f"{run}/base", "--resume", *BASE, *options])
+    recipe = [] if (run / "base" / "run.json").exists() else BASE  # a run that goes on has its own
+    train.main(["--checkpoint", f"{run}/start", "--out", f"{run}/base", "--resume", *recipe, *options])
     model, vae = rvedit.load(run / "base" / "model")
-    for connector in (model.encoder.visual_connector, model.encoder.textual_connector):
-        connector.load_state_dict(model.encoder.editing_connector.state_dict())
+    model.load_state_dict(rvedit.with_native_connectors(model.state_dict()))
     model.config = dataclasses.replace(rvedit.preset("toy"), vae=vae.config)
     rvedit.save(run / "base" / "start", model, vae)
 
@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
             return ablate(args.run, args.group, args.seeds, args.clips, options)
         if args.stage in (None, "vae") and not (args.run / "start").exists():
             write_start(args.run, train_vae(args.run, args.vae_steps).cpu())
-        if args.stage == "base" or (args.stage is None and not (args.run / "base" / "start").exists()):
+        if args.stage in (None, "base"):
             train_base(args.run, options)
         if args.stage in (None, "editor"):
             train.main(["--checkpoint", f"{args.run}/base/start", "--out", f"{args.run}/editor", "--resume", *options])

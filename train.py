@@ -483,7 +483,7 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"out of memory on {device}: take more GPUs, a smaller --batch, or smaller or shorter clips")
     except dcp.api.CheckpointException as error:  # a BaseException, whose message is a traceback for each rank
         cause, _ = next(iter(error.failures.values()))
-        fail(f"the checkpoint of this step cannot be written to {args.out}: {cause}")
+        fail(f"the checkpoint of this step cannot be written to {args.out}: {cause}".splitlines()[0])
     except (ValueError, OSError) as error:
         fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))  # those of a reader end a traceback
     finally:

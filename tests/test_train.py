@@ -475,9 +475,11 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(start, tmp_path, 
 
     with monkeypatch.context() as patch:
         during(patch, 2, fill)
-        with pytest.raises(SystemExit) as stop:
-            train.main(arguments)
-    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        try:
+            with pytest.raises(SystemExit) as stop:
+                train.main(arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, former)
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and error.startswith("error: the checkpoint of this step cannot be written"), error
     assert [folder.name for folder in train.finished(tmp_path)] == ["step-00000001"]
