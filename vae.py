@@ -129,20 +129,28 @@ class CausalConv3d(Streaming, nn.Conv3d):
         self.history = 3 - stride_t
 
     def extend(self, x: Tensor, cache: Cache) -> Tensor:
-        """x with the last `history` frames of the stream, or zeros, in front: (B, C, history + T, H, W)."""
+        """x with the last `history` frames of the stream, or zeros, in front: (B, C, history + T, H, W).
+
+        A stream's first frame stays as it is, (B, C, 1, H, W): `forward` does not multiply the zeros.
+        """
         past = cache.pop(self, None)
+        if past is None and x.shape[2] == 1:
+            return x
         if past is None:
             past = x.new_zeros(*x.shape[:2], self.history, *x.shape[3:])
         return torch.cat((past, x), dim=2)
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        # A clone, because a view of two frames would keep all frames alive until the next chunk
-        cache[self] = x[:, :, -self.history :].clone()
+        weight = self.weight
+        if x.shape[2] == 1:
+            cache[self], weight = F.pad(x, (0, 0, 0, 0, self.history - 1, 0)), weight[:, :, -1:]
+        else:  # a clone, because a view of two frames would keep all frames alive until the next chunk
+            cache[self] = x[:, :, -self.history :].clone()
         if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             # For a small clip PyTorch would choose a way 5 times slower that writes x 27 times (im2col)
             args = self.padding, self.stride, self.dilation, self.groups
-            return torch.mkldnn_convolution(x, self.weight, self.bias, *args)
-        return super().forward(x)
+            return torch.mkldnn_convolution(x, weight, self.bias, *args)
+        return self._conv_forward(x, weight, self.bias)
 
 
 def run(layers: Iterable[nn.Module], x: Tensor, cache: Cache) -> Tensor:
