@@ -28,10 +28,11 @@ def dit_flops(config: DiTConfig, tokens: int, contexts: list[int], source: bool 
 
 
 def vae_flops(config: VAEConfig, size: Size) -> tuple[int, int]:
-    """Encoding and decoding; the first frame, a chunk by itself, takes no part in resampling time."""
+    """Encoding and decoding; the first frame takes no part in resampling time, and nothing is before it."""
 
     def conv(grid: Size, inside: int, outside: int, kernel: int = 27) -> int:
-        return 2 * math.prod(grid) * inside * outside * kernel
+        taps = 9 * (3 * grid[0] - 2) if kernel == 27 else kernel * grid[0]
+        return 2 * taps * grid[1] * grid[2] * inside * outside
 
     def residuals(grid: Size, inside: int, outside: int, number: int) -> int:
         first = conv(grid, inside, outside) + (inside != outside) * conv(grid, inside, outside, 1)

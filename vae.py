@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Of each convolution over time, the last frames of its input, or None for zeros. A stream starts with {}.
-Cache = dict[nn.Module, Tensor | None]
+# Of each convolution over time, the last frames of its input. A stream starts with {}.
+Cache = dict[nn.Module, Tensor]
 
 
 @dataclass(frozen=True)
@@ -129,16 +129,11 @@ class CausalConv3d(Streaming, nn.Conv3d):
         self.history = 3 - stride_t
 
     def extend(self, x: Tensor, cache: Cache) -> Tensor:
-        """x with the last `history` frames of the stream, or zeros, in front: (B, C, history + T, H, W).
+        """x with the last `history` frames of the stream in front, (B, C, history + T, H, W).
 
-        A stream's first frame stays as it is, (B, C, 1, H, W): `forward` does not multiply the zeros.
+        The first frame, before which all is zero, stays alone: there is nothing to multiply zeros for.
         """
-        past = cache.pop(self, None)
-        if past is None and x.shape[2] == 1:
-            return x
-        if past is None:
-            past = x.new_zeros(*x.shape[:2], self.history, *x.shape[3:])
-        return torch.cat((past, x), dim=2)
+        return torch.cat((cache.pop(self), x), dim=2) if self in cache else x
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         weight = self.weight
@@ -232,9 +227,9 @@ class Upsample(Streaming):
             x = run([self.time_conv], x, cache).unflatten(1, (2, -1))  # (B, which of two frames, C, T, H, W)
             x = x.permute(0, 3, 1, 2, 4, 5).flatten(0, 2)  # (B * T * 2, C, H, W)
         else:
-            x = x.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
             if self.time_conv is not None:
-                cache[self.time_conv] = None
+                cache[self.time_conv] = x.new_zeros(*x.shape[:2], self.time_conv.history, *x.shape[3:])
+            x = x.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
         return self.resample(x).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
