@@ -25,15 +25,15 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for `matrices` momentum made orthogonal, as large as AdamW's updates are (root mean square 0.2).
+    """AdamW, but for the matrices in `rates` momentum made orthogonal, as large as AdamW's updates are (rms 0.2).
 
-    A parameter of more than two dimensions is a matrix with its first as rows. rate: the learning rate of the
-    matrices, in units of the others'. Sharded matrices are gathered one at a time, and every rank does the same work.
+    rates: their learning rates, in units of that of the other parameters. A parameter of more than two dimensions is a
+    matrix with its first as rows. Sharded matrices are gathered one at a time, and every rank does the same work.
     """
 
-    def __init__(self, parameters: list[Tensor], matrices: list[Tensor], rate: float, **options: Any) -> None:
+    def __init__(self, parameters: list[Tensor], rates: dict[Tensor, float], **options: Any) -> None:
         super().__init__(parameters, foreach=True, **options)
-        self.matrices, self.rate = matrices, rate
+        self.rates = rates
         for p in parameters:  # as AdamW's first step would do it: a checkpoint must have something to be loaded into
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             self.state[p] = {"step": torch.tensor(0.0)} | moments
@@ -42,13 +42,15 @@ class Muon(torch.optim.AdamW):
     def step(self) -> None:
         """The gradients of the matrices are used up; parameters without one stay as they are."""
         group = self.param_groups[0]
-        for p in (p for p in self.matrices if p.grad is not None):
+        for p, rate in self.rates.items():
+            if p.grad is None:
+                continue
             momentum = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
             update = p.grad.lerp(momentum, 0.95)
             full = update.full_tensor() if isinstance(update, DTensor) else update
             full = orthogonalize(full.flatten(1)).view_as(full) * (0.2 * math.sqrt(max(full.flatten(1).shape)))
             if isinstance(p, DTensor):
                 full = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
-            p.mul_(1 - self.rate * group["lr"] * group["weight_decay"]).sub_(full, alpha=self.rate * group["lr"])
+            p.mul_(1 - rate * group["lr"] * group["weight_decay"]).sub_(full, alpha=rate * group["lr"])
             p.grad = None
         super().step()

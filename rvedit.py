@@ -202,14 +202,15 @@ def initialise(module: nn.Module, seed: int = 0, names: Iterable[str] | None = N
     """Draw the parameters (all, or those named) from (seed, parameter name), whatever the device or the sharding.
 
     Linear and convolution weights are normal with variance 1 / fan-in, so that activations keep their scale. Some
-    kinds start at zero, so that a new part changes nothing until it is trained: the connectors' last layers, LoRA's B
-    and the DiT's head (a new model predicts no motion), besides all biases; and the source embedding, but if all is
-    new there is nothing that it could disturb, and a model sooner learns to keep the source.
+    kinds start at zero, so that a new part changes nothing until it is trained: LoRA's B and the DiT's head (a new
+    model predicts no motion), besides all biases; and the connectors' last layers and the source embedding, but if all
+    is new there is nothing that they could disturb, and a model sooner learns to keep the source and to read. For the
+    same reason words start large beside what the layers of a language model add to them.
     """
     parameters = dict(module.named_parameters())
     names = list(parameters if names is None else names)
     all_new = any(name.endswith("patch_embedding.weight") for name in names)
-    zero = r"\.bias$|connector\.2\.|lora_B$|head\.head\." + ("" if all_new else r"|source_embedding\.")
+    zero = r"\.bias$|lora_B$|head\.head\." + ("" if all_new else r"|connector\.2\.|source_embedding\.")
     for name in names:
         parameter = parameters[name]
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -220,8 +221,12 @@ def initialise(module: nn.Module, seed: int = 0, names: Iterable[str] | None = N
             value = torch.ones_like(noise)
         elif name.endswith("modulation"):
             value = noise / parameter.shape[-1] ** 0.5
-        elif name.endswith(("queries", "embed_tokens.weight")):
+        elif name.endswith("queries"):
             value = 0.02 * noise
+        elif name.endswith("embed_tokens.weight"):
+            value = noise
+        elif name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
+            value = 0.3 * noise / noise[0].numel() ** 0.5
         else:
             value = noise / noise[0].numel() ** 0.5
         weights.assign(parameter, value)

@@ -119,8 +119,8 @@ def train_vae(run: Path, steps: int) -> WanVAE:
     run.mkdir(parents=True, exist_ok=True)
     vae, state, step = untrained_vae().to(DEVICE), run / "vae.pt", 0
     weights = [p for p in vae.parameters() if p.requires_grad]
-    matrices = [p for p in weights if p.ndim > 3 and p[0].numel() > 1]
-    optimizer = Muon(weights, matrices, rate=1.0, betas=(0.9, 0.95), weight_decay=0)
+    rates = {p: 1.0 for p in weights if p.ndim > 3 and p[0].numel() > 1}
+    optimizer = Muon(weights, rates, betas=(0.9, 0.95), weight_decay=0)
     if state.exists():
         stored = torch.load(state, map_location=DEVICE, weights_only=True)
         step = stored["step"]

@@ -63,7 +63,8 @@ from vae import WanVAE
 
 # What holds where no option says otherwise; the first is §5 and App. D.1, on 8 GPUs. steps None: one epoch;
 # warmup: share of the steps in which the rate rises; decay: by a cosine to 0 then; muon: for matrices instead of AdamW,
-# at so many times its rate; average: decay of the running mean of the weights that is exported; recompute: activations.
+# at so many times its rate (a quarter of that in the MLLM, whose words the DiT has to keep up with); average: decay of
+# the running mean of the weights that is exported; recompute: activations.
 RECIPES: dict[str, dict[str, Any]] = {
     "wan2.2-ti2v-5b": dict(size=(81, 704, 1280), batch=1, steps=None, lr=1e-5, timestep_shift=1.0,
                            warmup=0.0, decay=False, muon=0.0, average=0.0, recompute=True),
@@ -240,9 +241,10 @@ class Run:
         self.rank, self.ranks, self.step, self.samples = dist.get_rank(), dist.get_world_size(), 0, 0
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         apart = r"embed_tokens|queries|time_|head\.head"  # matrices by their shape only, or near the ends
-        matrices = [p for name, p in self.weights.items() if args.muon and p.ndim == 2 and not re.search(apart, name)]
+        matrices = {name: p for name, p in self.weights.items() if p.ndim == 2 and not re.search(apart, name)}
+        rates = {p: args.muon / (4 if "encoder." in name else 1) for name, p in matrices.items() if args.muon}
         # Without matrices it is AdamW.
-        self.optimizer = Muon([*self.weights.values()], matrices, args.muon, betas=(0.9, 0.999), weight_decay=0.01)
+        self.optimizer = Muon([*self.weights.values()], rates, betas=(0.9, 0.999), weight_decay=0.01)
         self.average = {name: p.detach().clone() for name, p in self.weights.items()} if args.average else {}
         for folder in finished(self.out)[-1:]:
             state = self.state()

@@ -31,10 +31,11 @@ def test_steps_equal_the_definition():
     generator = torch.Generator().manual_seed(1)
     shapes = (6, 9), (4, 2, 3), (5,)
     matrix, kernel, vector = (torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes)
-    optimizer = Muon([matrix, kernel, vector], [matrix, kernel], rate=3.0, lr=0.01, weight_decay=0.1)
+    optimizer = Muon([matrix, kernel, vector], {matrix: 3.0, kernel: 1.5}, lr=0.01, weight_decay=0.1)
     plain = torch.nn.Parameter(vector.detach().clone())
     adamw = torch.optim.AdamW([plain], lr=0.01, weight_decay=0.1)
     expected = {p: (p.detach().flatten(1).double(), 0.0) for p in (matrix, kernel)}
+    lr = {matrix: 0.03, kernel: 0.015}
     for _ in range(3):
         for p in (matrix, kernel, vector):
             p.grad = torch.randn(p.shape, generator=generator)
@@ -43,7 +44,7 @@ def test_steps_equal_the_definition():
             gradient = p.grad.flatten(1).double()
             momentum = 0.95 * momentum + 0.05 * gradient
             update = by_decomposition(0.05 * gradient + 0.95 * momentum)[0] * 0.2 * math.sqrt(max(weight.shape))
-            expected[p] = weight * (1 - 0.03 * 0.1) - 0.03 * update, momentum
+            expected[p] = weight * (1 - lr[p] * 0.1) - lr[p] * update, momentum
         optimizer.step()
         adamw.step()
     for p, (weight, _) in expected.items():
@@ -54,5 +55,5 @@ def test_steps_equal_the_definition():
 def test_a_zero_gradient_changes_nothing():
     matrix = torch.nn.Parameter(torch.ones(3, 5))
     matrix.grad = torch.zeros_like(matrix)
-    Muon([matrix], [matrix], rate=1.0, lr=0.1, weight_decay=0).step()
+    Muon([matrix], {matrix: 1.0}, lr=0.1, weight_decay=0).step()
     assert torch.equal(matrix, torch.ones(3, 5))
