@@ -245,7 +245,9 @@ def test_ctrl_c_ends_the_run_and_keeps_what_is_finished(tmp_path):
             end.wait()
         return {}
 
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with pytest.raises(KeyboardInterrupt):
         chat.run(path, {str(i): i for i in range(10)}, work, 2)
+    signal.signal(signal.SIGINT, former)
     end.set()
     assert [row["key"] for row in lines(path)] == ["0", "2", "3", "4", "5", "6", "7", "8"]
