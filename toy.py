@@ -54,7 +54,7 @@ SPECIAL_TOKENS = (  # Qwen's, in its order, without their brackets
 ).split()
 VAE_SEED, VAE_STEPS, VAE_RATE, SAVE_SECONDS = 1, 3000, 5e-3, 120
 NOISE = 0.2  # at most, added to the latents that the VAE's decoder learns from, in units of their scale
-BASE = "--size 1 64 64 --batch 32 --steps 8000 --routing-depth 6 --align-weight 0 --timestep-shift 5".split()
+BASE = "--size 1 64 64 --batch 16 --steps 12000 --routing-depth 6 --align-weight 0 --timestep-shift 5".split()
 CLIPS = ((8, 5, 96, 48), (4, 5, 64, 64), (1, 9, 96, 96))  # of a batch: clips, frames, side drawn, side cut; by turns
 
 
