@@ -286,19 +286,19 @@ VARIANTS = {  # of Table 2, as options of train.py; the preset has 6 blocks
 
 
 def ablate(run: Path, group: str, seeds: int, clips: int, options: list[str]) -> None:
-    """Train each variant of a group from scratch with each seed, assess it, and print the means as a Markdown table.
+    """Train each variant of a group from the base with each seed, assess it, and print the means as a Markdown table.
 
     Finished runs are kept in the run's folder and not done again; an unfinished one goes on from its last checkpoint.
-    The same seed means the same clips, noise and initial weights for all variants. Spread: standard deviation.
+    The same seed means the same clips and noise for all variants. Spread: standard deviation over the seeds.
     """
     table = {}
-    for variant, seed in itertools.product(VARIANTS[group], range(seeds)):
+    start = ["--checkpoint", f"{run}/base/start", "--validate-every", "1000000"]
+    recipe = [*start, *"--size 9 64 64 --batch 16 --steps 140".split()]
+    for seed, variant in itertools.product(range(seeds), VARIANTS[group]):
         out = run / "ablate" / f"{re.sub(r'[^a-zL0-9.]+', '-', variant).strip('-')}-{seed}"
         if not (out / "scores.json").exists():
-            recipe = ["--steps", "300", "--batch", "32", "--size", "9", "64", "64", "--validate-every", "1000000"]
-            train.main(
-                ["--out", str(out), "--resume", "--seed", str(seed), *recipe, *VARIANTS[group][variant], *options]
-            )
+            change = [*VARIANTS[group][variant], "--seed", str(seed)]
+            train.main(["--out", str(out), "--resume", *recipe, *change, *options])
             size = json.loads((out / "run.json").read_text())["size"][1]
             model, vae = rvedit.load(out / "model", device=DEVICE)
             scores = {name: values for name, what, values in assess(model, vae, 2026, clips, size) if what == "edit"}
@@ -336,10 +336,13 @@ def main(argv: list[str] | None = None) -> None:
     table = stages.add_parser("ablate", help="Table 2 at this scale; takes options of train.py", allow_abbrev=False)
     table.add_argument("--group", choices=VARIANTS, default="components", help="a block of it (default components)")
     table.add_argument("--seeds", type=whole, default=3, help="trainings of each variant (default 3)")
-    table.add_argument("--clips", type=whole, default=50, help="of each category to judge by (default 50)")
+    table.add_argument("--clips", type=whole, default=25, help="of each category to judge by (default 25)")
     args, options = parser.parse_known_args(argv)  # the rest is train.py's
     if options and args.stage not in ("base", "editor", "ablate"):
         parser.error(f"{' '.join(options)}: only `toy.py base`, `editor` and `ablate` take options of train.py")
+    start = args.run / "base" / "start"
+    if args.stage in ("editor", "ablate") and not start.exists():
+        parser.error(f"{start} does not exist yet: the stages vae and base make it")
     try:
         if args.stage == "evaluate":
             return evaluate(*rvedit.load(args.checkpoint, device=DEVICE), args.seed, args.clips, args.size)
@@ -350,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.stage in (None, "base"):
             train_base(args.run, options)
         if args.stage in (None, "editor"):
-            train.main(["--checkpoint", f"{args.run}/base/start", "--out", f"{args.run}/editor", "--resume", *options])
+            train.main(["--checkpoint", str(start), "--out", f"{args.run}/editor", "--resume", *options])
         if args.stage in (None, "export"):
             export(args.run)
     except (ValueError, OSError) as error:

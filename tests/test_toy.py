@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -181,6 +182,7 @@ def test_the_ablation_trains_every_variant_once(tmp_path, monkeypatch, capsys):
     """Its table has the mean and the spread of what the runs' folders hold; a second call trains nothing."""
     variants = {"full": [], "w/o GRTC (L_s = L)": ["--routing-depth", "6"]}
     monkeypatch.setitem(toy.VARIANTS, "components", variants)
+    shutil.copytree(rvedit.TOY, tmp_path / "base" / "start")
     run = ["--run", str(tmp_path), "ablate", "--seeds", "2", "--clips", "1"]
     toy.main([*run, "--steps", "1", "--batch", "1", "--size", "5", "32", "32", "--workers", "0"])
     table = capsys.readouterr().out.splitlines()[-4:]
