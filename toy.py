@@ -245,11 +245,11 @@ def score(output: Tensor, clip: dict[str, Any], ceiling: Tensor) -> Score:
 
 
 def assess(
-    model: rvedit.RVEDiT, vae: WanVAE, seed: int, number: int, size: int, batch: int = 25
+    model: rvedit.RVEDiT, vae: WanVAE, seed: int, number: int, frames: int, size: int, batch: int = 25
 ) -> Iterator[tuple[str, str, list[float]]]:
     """Category, what is judged, and its mean `Score` over `number` clips: of the edits, and of what bounds them."""
     for category in EVERYTHING:
-        shapes, rows = ShapesDataset(seed, number, 9, size, size, [category]), {}
+        shapes, rows = ShapesDataset(seed, number, frames, size, size, [category]), {}
         for first in tqdm(range(0, number, batch), desc=category, disable=None, leave=False):
             clips = [shapes[i] for i in range(first, min(first + batch, number))]
             sources, targets = (torch.stack([clip[name] for clip in clips]) for name in ("source", "target"))
@@ -262,10 +262,10 @@ def assess(
             yield category, name, torch.tensor(scores, dtype=torch.float64).nanmean(0).tolist()
 
 
-def evaluate(model: rvedit.RVEDiT, vae: WanVAE, seed: int, number: int, size: int) -> None:
+def evaluate(model: rvedit.RVEDiT, vae: WanVAE, seed: int, number: int, frames: int, size: int) -> None:
     """Print a table of `assess`."""
     print(f"{'':<36}PSNR inside   outside   temporal error   edited")
-    for category, name, (inside, outside, temporal, edited) in assess(model, vae, seed, number, size):
+    for category, name, (inside, outside, temporal, edited) in assess(model, vae, seed, number, frames, size):
         row = f"{inside:>8.2f} dB{outside:>7.2f} dB{temporal:>17.2f}{edited:>9.1%}"
         print(f"{category:<13}{name:<23}{row}", flush=True)
 
@@ -299,9 +299,9 @@ def ablate(run: Path, group: str, seeds: int, clips: int, options: list[str]) ->
         if not (out / "scores.json").exists():
             change = [*VARIANTS[group][variant], "--seed", str(seed)]
             train.main(["--out", str(out), "--resume", *recipe, *change, *options])
-            size = json.loads((out / "run.json").read_text())["size"][1]
             model, vae = rvedit.load(out / "model", device=DEVICE)
-            scores = {name: values for name, what, values in assess(model, vae, 2026, clips, size) if what == "edit"}
+            rows = assess(model, vae, 2026, clips, *json.loads((out / "run.json").read_text())["size"][:2])
+            scores = {name: values for name, what, values in rows if what == "edit"}
             (out / "partial").write_text(json.dumps(scores))
             (out / "partial").replace(out / "scores.json")
         table.setdefault(variant, []).append(list(json.loads((out / "scores.json").read_text()).values()))
@@ -332,6 +332,7 @@ def main(argv: list[str] | None = None) -> None:
     judge.add_argument("--checkpoint", type=Path, help="of ours; default: the built-in one")
     judge.add_argument("--seed", type=cli.number(int, 0), default=2026, help="of the clips (default 2026)")
     judge.add_argument("--clips", type=whole, default=50, help="of each category (default 50)")
+    judge.add_argument("--frames", type=whole, default=9, help="of each, 4k + 1 (default 9)")
     judge.add_argument("--size", type=whole, default=96, help="of their frames, in pixels (default 96)")
     table = stages.add_parser("ablate", help="Table 2 at this scale; takes options of train.py", allow_abbrev=False)
     table.add_argument("--group", choices=VARIANTS, default="components", help="a block of it (default components)")
@@ -345,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{start} does not exist yet: the stages vae and base make it")
     try:
         if args.stage == "evaluate":
-            return evaluate(*rvedit.load(args.checkpoint, device=DEVICE), args.seed, args.clips, args.size)
+            return evaluate(*rvedit.load(args.checkpoint, device=DEVICE), args.seed, args.clips, args.frames, args.size)
         if args.stage == "ablate":
             return ablate(args.run, args.group, args.seeds, args.clips, options)
         if args.stage in (None, "vae") and not (args.run / "start").exists():

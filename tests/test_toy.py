@@ -172,7 +172,7 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
 def test_the_built_in_checkpoint_restyles(monkeypatch):
     """The README's 92 % of clips in a new style, with a margin; its other categories are not learnt yet."""
     monkeypatch.setattr(toy, "EVERYTHING", ("Global Style",))
-    (_, _, edit), (_, _, source), (_, _, ceiling) = toy.assess(*rvedit.load(), seed=2026, number=25, size=64)
+    (_, _, edit), (_, _, source), (_, _, ceiling) = toy.assess(*rvedit.load(), seed=2026, number=25, frames=9, size=64)
     assert edit[3] >= 0.8 and edit[0] > 26
     assert source[3] == 0 and ceiling[3] == 1
 
