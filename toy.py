@@ -1,15 +1,16 @@
 """How the small checkpoint in assets/toy is made, end to end, and how well it edits.
 
-    python toy.py                         # makes it, from where the last call was stopped: the four stages below
-    python toy.py evaluate                # how many clips that were never trained on it edits, and how well
-    python toy.py editor --steps 20000    # one stage alone, base and editor with options of train.py
-    python toy.py ablate                  # the paper's Table 2 at this scale
+    python toy.py                       # makes it, from where the last call was stopped: the five stages below
+    python toy.py evaluate              # how many clips that were never trained on it edits, and how well
+    python toy.py clips --steps 20000   # one stage alone; stills, clips and editor take options of train.py
+    python toy.py ablate                # the paper's Table 2 at this scale
 
 vae: a tokenizer for the words of the instructions, and a VAE, trained on crops of clips. The built-in one, of 25
 minutes on a CPU core with bfloat16 units, gives targets back with 29.9 dB at 96 x 96 and 28.1 dB at 64 x 64.
-base: train.py, on those latents, from random weights and in the place of Kiwi-Edit: all blocks read only the editing
-tokens, and there is no alignment. On stills, which are cheap: it takes very many until words are matched with objects.
-editor: train.py from there, as the paper's run from Kiwi-Edit: the routing rule, the alignment, and clips that move.
+stills: train.py, on those latents, from random weights and in the place of Kiwi-Edit: all blocks read only the editing
+tokens, and there is no alignment. Stills are cheap, and it takes very many until words are matched with objects.
+clips: the same, from there, on clips that move.
+editor: train.py from there, as the paper's run from Kiwi-Edit: with the routing rule and the alignment.
 export: all of it in half precision as assets/toy.
 
 Letters: B batch, T H W frames, height and width of a video; C t h w channels and sides of the latents.
@@ -54,7 +55,12 @@ SPECIAL_TOKENS = (  # Qwen's, in its order, without their brackets
 ).split()
 VAE_SEED, VAE_STEPS, VAE_RATE, SAVE_SECONDS = 1, 3000, 5e-3, 120
 NOISE = 0.2  # at most, added to the latents that the VAE's decoder learns from, in units of their scale
-BASE = "--size 1 64 64 --batch 16 --steps 12000 --routing-depth 6 --align-weight 0 --timestep-shift 5".split()
+BASE = "--routing-depth 6 --align-weight 0"  # as Kiwi-Edit
+STAGES = {  # of train.py: the checkpoint that each starts from, and its options
+    "stills": ("start", f"{BASE} --size 1 64 64 --steps 12000"),
+    "clips": ("stills/model", f"{BASE} --steps 2600"),
+    "editor": ("base", "--steps 400"),
+}
 CLIPS = ((8, 5, 96, 48), (4, 5, 64, 64), (1, 9, 96, 96))  # of a batch: clips, frames, side drawn, side cut; by turns
 
 
@@ -190,14 +196,18 @@ def write_start(run: Path, vae: WanVAE) -> None:
     rvedit.save(run / "start", model, vae)
 
 
-def train_base(run: Path, options: list[str]) -> None:
-    """The base, and from it the editor's start, in which as after Kiwi-Edit the native connectors are copies."""
-    recipe = [] if (run / "base" / "run.json").exists() else BASE  # a run that goes on has its own
-    train.main(["--checkpoint", f"{run}/start", "--out", f"{run}/base", "--resume", *recipe, *options])
-    model, vae = rvedit.load(run / "base" / "model")
-    model.load_state_dict(rvedit.with_native_connectors(model.state_dict()))
-    model.config = dataclasses.replace(rvedit.preset("toy"), vae=vae.config)
-    rvedit.save(run / "base" / "start", model, vae)
+def train_stage(run: Path, stage: str, options: list[str]) -> None:
+    """The last stage before the editor also writes its start, where as after Kiwi-Edit all connectors are copies."""
+    start, recipe = STAGES[stage]
+    if not (run / start).exists():
+        raise ValueError(f"{run / start} does not exist yet: the stage before {stage!r} makes it")
+    recipe = [] if (run / stage / "run.json").exists() else recipe.split()  # a run that goes on has its own
+    train.main(["--checkpoint", f"{run / start}", "--out", f"{run / stage}", "--resume", *recipe, *options])
+    if stage == "clips":
+        model, vae = rvedit.load(run / stage / "model")
+        model.load_state_dict(rvedit.with_native_connectors(model.state_dict()))
+        model.config = dataclasses.replace(rvedit.preset("toy"), vae=vae.config)
+        rvedit.save(run / "base", model, vae)
 
 
 def export(run: Path) -> None:
@@ -286,14 +296,14 @@ VARIANTS = {  # of Table 2, as options of train.py; the preset has 6 blocks
 
 
 def ablate(run: Path, group: str, seeds: int, clips: int, options: list[str]) -> None:
-    """Train each variant of a group from the base with each seed, assess it, and print the means as a Markdown table.
+    """Train each variant of a group from the editor's start with each seed, assess it, print the means as Markdown.
 
     Finished runs are kept in the run's folder and not done again; an unfinished one goes on from its last checkpoint.
     The same seed means the same clips and noise for all variants. Spread: standard deviation over the seeds.
     """
-    table = {}
-    start = ["--checkpoint", f"{run}/base/start", "--validate-every", "1000000"]
-    recipe = [*start, *"--size 9 64 64 --batch 16 --steps 140".split()]
+    table, recipe = {}, ["--checkpoint", f"{run / 'base'}", "--steps", "140", "--validate-every", "1000000"]
+    if not (run / "base").exists():
+        raise ValueError(f"{run / 'base'} does not exist yet: the stage 'clips' makes it")
     for seed, variant in itertools.product(range(seeds), VARIANTS[group]):
         out = run / "ablate" / f"{re.sub(r'[^a-zL0-9.]+', '-', variant).strip('-')}-{seed}"
         if not (out / "scores.json").exists():
@@ -323,9 +333,10 @@ def main(argv: list[str] | None = None) -> None:
     whole = cli.number(int, 1)
     parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="folder of the training (default runs/toy)")
     parser.add_argument("--vae-steps", type=whole, default=VAE_STEPS, help="of the VAE's training (default 3000)")
-    stages = parser.add_subparsers(dest="stage", metavar="STAGE", help="one alone; default: the first four in turn")
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", help="one alone; default: the first five in turn")
     stages.add_parser("vae", help="train tokenizer and VAE")
-    stages.add_parser("base", help="train what the editor starts from, on stills; takes options of train.py")
+    stages.add_parser("stills", help="train what the editor starts from, on stills; takes options of train.py")
+    stages.add_parser("clips", help="the same on clips; takes options of train.py")
     stages.add_parser("editor", help="train the editor; takes options of train.py")
     stages.add_parser("export", help="write assets/toy from the editor's last checkpoint")
     judge = stages.add_parser("evaluate", help="edit clips that were never trained on", allow_abbrev=False)
@@ -339,11 +350,8 @@ def main(argv: list[str] | None = None) -> None:
     table.add_argument("--seeds", type=whole, default=3, help="trainings of each variant (default 3)")
     table.add_argument("--clips", type=whole, default=25, help="of each category to judge by (default 25)")
     args, options = parser.parse_known_args(argv)  # the rest is train.py's
-    if options and args.stage not in ("base", "editor", "ablate"):
-        parser.error(f"{' '.join(options)}: only `toy.py base`, `editor` and `ablate` take options of train.py")
-    start = args.run / "base" / "start"
-    if args.stage in ("editor", "ablate") and not start.exists():
-        parser.error(f"{start} does not exist yet: the stages vae and base make it")
+    if options and args.stage not in (*STAGES, "ablate"):
+        parser.error(f"{' '.join(options)}: only {', '.join(STAGES)} and ablate take options of train.py")
     try:
         if args.stage == "evaluate":
             return evaluate(*rvedit.load(args.checkpoint, device=DEVICE), args.seed, args.clips, args.frames, args.size)
@@ -351,10 +359,9 @@ def main(argv: list[str] | None = None) -> None:
             return ablate(args.run, args.group, args.seeds, args.clips, options)
         if args.stage in (None, "vae") and not (args.run / "start").exists():
             write_start(args.run, train_vae(args.run, args.vae_steps).cpu())
-        if args.stage in (None, "base"):
-            train_base(args.run, options)
-        if args.stage in (None, "editor"):
-            train.main(["--checkpoint", str(start), "--out", f"{args.run}/editor", "--resume", *options])
+        for stage in STAGES:
+            if args.stage in (None, stage):
+                train_stage(args.run, stage, options)
         if args.stage in (None, "export"):
             export(args.run)
     except (ValueError, OSError) as error:

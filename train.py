@@ -68,7 +68,7 @@ from vae import WanVAE
 RECIPES: dict[str, dict[str, Any]] = {
     "wan2.2-ti2v-5b": dict(size=(81, 704, 1280), batch=1, steps=None, lr=1e-5, timestep_shift=1.0,
                            warmup=0.0, decay=False, muon=0.0, average=0.0, recompute=True),
-    "toy": dict(size=(9, 96, 96), batch=32, steps=1500, lr=2e-3, timestep_shift=3.0,
+    "toy": dict(size=(9, 64, 64), batch=16, steps=2000, lr=2e-3, timestep_shift=5.0,
                 warmup=0.05, decay=True, muon=5.0, average=0.998, recompute=False),
 }  # fmt: skip
 CUDA = torch.cuda.is_available()

@@ -149,8 +149,13 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
     run = ["--run", str(tmp_path / "run")]
     options = ["--steps", "1", "--batch", "2", "--size", "9", "32", "32", "--workers", "0"]
     toy.main([*run, "--vae-steps", "1", "vae"])
-    toy.main([*run, "base", *options])
-    base, start = (rvedit.load(tmp_path / "run/base" / name)[0] for name in ("model", "start"))
+    for stage in ("clips", "editor", "ablate"):
+        with pytest.raises(SystemExit, match="2"):
+            toy.main([*run, stage])
+        assert "does not exist yet: the stage" in capsys.readouterr().err
+    toy.main([*run, "stills", *options])
+    toy.main([*run, "clips", *options])
+    base, start = (rvedit.load(tmp_path / "run" / name)[0] for name in ("clips/model", "base"))
     assert (base.config.routing_depth, base.config.align_weight) == (6, 0)
     assert start.config == dataclasses.replace(rvedit.preset("toy"), vae=start.config.vae)
     trained = base.encoder.editing_connector.state_dict()
@@ -182,7 +187,7 @@ def test_the_ablation_trains_every_variant_once(tmp_path, monkeypatch, capsys):
     """Its table has the mean and the spread of what the runs' folders hold; a second call trains nothing."""
     variants = {"full": [], "w/o GRTC (L_s = L)": ["--routing-depth", "6"]}
     monkeypatch.setitem(toy.VARIANTS, "components", variants)
-    shutil.copytree(rvedit.TOY, tmp_path / "base" / "start")
+    shutil.copytree(rvedit.TOY, tmp_path / "base")
     run = ["--run", str(tmp_path), "ablate", "--seeds", "2", "--clips", "1"]
     toy.main([*run, "--steps", "1", "--batch", "1", "--size", "5", "32", "32", "--workers", "0"])
     table = capsys.readouterr().out.splitlines()[-4:]
