@@ -291,7 +291,7 @@ VARIANTS = {  # of Table 2, as options of train.py; the preset has 6 blocks
         "all tokens everywhere (L_s = 0)": ["--routing-depth", "0"],  # the control that the paper lacks
     },
     "depth": {f"L_s = {depth}": ["--routing-depth", str(depth)] for depth in range(7)},
-    "weight": {f"λ = {weight}": ["--align-weight", str(weight)] for weight in (0, 0.02, 0.05, 0.25, 0.75)},
+    "weight": {f"λ = {weight}": ["--align-weight", str(weight)] for weight in (0, 0.005, 0.02, 0.05, 0.25, 0.75)},
 }
 
 
