@@ -174,11 +174,12 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_the_built_in_checkpoint_restyles(monkeypatch):
-    """The README's 92 % of clips in a new style, with a margin; its other categories are not learnt yet."""
-    monkeypatch.setattr(toy, "EVERYTHING", ("Global Style",))
+@pytest.mark.parametrize(("category", "share"), [("Global Style", 0.8), ("Local Remove", 0.44)])
+def test_the_built_in_checkpoint_edits(monkeypatch, category, share):
+    """The README's 94 % and 62 %, with a margin; change and addition are not learnt yet."""
+    monkeypatch.setattr(toy, "EVERYTHING", (category,))
     (_, _, edit), (_, _, source), (_, _, ceiling) = toy.assess(*rvedit.load(), seed=2026, number=25, frames=9, size=64)
-    assert edit[3] >= 0.8 and edit[0] > 26
+    assert edit[3] >= share
     assert source[3] == 0 and ceiling[3] == 1
 
 
