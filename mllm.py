@@ -321,7 +321,9 @@ class Qwen2_5_VL(nn.Module):
         self.config = config
         self.visual = VisionTower(config.vision, config.hidden_size)
         self.model = nn.ModuleDict()
-        self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not nn.Embedding(...), whose `normal_` on the meta device imports torch._dynamo: seconds.
+        words = torch.randn(config.vocab_size, config.hidden_size)
+        self.model["embed_tokens"] = nn.Embedding.from_pretrained(words, freeze=False)
         self.model["layers"] = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.model["norm"] = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -445,18 +447,12 @@ class EditEncoder(nn.Module):
         super().__init__()
         self.qwen, self.tokenizer, self.config = qwen, tokenizer, config
         in_dim, dim = qwen.config.hidden_size, config.dit.dim
-        self.queries = nn.Parameter(torch.empty(config.num_editing_tokens, in_dim))
+        self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.num_editing_tokens, in_dim), std=0.02))
         for name in ("editing_connector", "visual_connector", "textual_connector"):
             layers = (nn.Linear(in_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
-            self.add_module(name, nn.Sequential(*layers))
-        self.init()
-
-    def init(self) -> None:
-        """Connectors give zeros at first: training starts from a DiT without conditions, as Kiwi-Edit's."""
-        nn.init.normal_(self.queries, std=0.02)
-        for connector in (self.editing_connector, self.visual_connector, self.textual_connector):
-            for parameter in connector[2].parameters():
+            for parameter in layers[2].parameters():  # training starts from a DiT without conditions, as Kiwi-Edit's
                 nn.init.zeros_(parameter)
+            self.add_module(name, nn.Sequential(*layers))
 
     def prepare(self, frames: list[Tensor], instructions: list[str]) -> tuple[Any, ...]:
         """The part of `forward` that needs no weights (a data loader's): `encode`'s inputs, on the CPU."""

@@ -162,7 +162,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 6, config.dim), std=config.dim**-0.5))
 
     def forward(
         self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], context: Tensor, mask: Tensor | None
@@ -184,7 +184,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.head = Float32Linear(config.dim, config.out_channels * math.prod(config.patch_size))
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 2, config.dim), std=config.dim**-0.5))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, S, d), time (B, d) float32 -> one patch of velocity a token, (B, S, C·prod(patch_size)) float32."""

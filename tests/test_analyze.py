@@ -334,7 +334,7 @@ def test_base_checkpoint_and_triplets(checkpoints, tmp_path):
         (["--base", "nowhere"], "checkpoint nowhere does not exist"),
         (["--data", "nowhere.csv"], "nowhere.csv"),
         (["--clips", "0"], "--clips: '0' is not a whole number at least 1"),
-        (["--size", "5", "64", "70"], "--size: height and width must be multiples of 16"),
+        (["--size", "5", "64", "70"], "--size: height and width must be multiples of 8"),
         (["--timesteps", "many"], "--timesteps: 'many' is not a whole number"),
         (["--out", __file__], "test_analyze.py"),
     ],
