@@ -301,7 +301,7 @@ def ablate(run: Path, group: str, seeds: int, clips: int, options: list[str]) ->
     Finished runs are kept in the run's folder and not done again; an unfinished one goes on from its last checkpoint.
     The same seed means the same clips and noise for all variants. Spread: standard deviation over the seeds.
     """
-    table, recipe = {}, ["--checkpoint", f"{run / 'base'}", "--steps", "140", "--validate-every", "1000000"]
+    table, recipe = {}, ["--checkpoint", f"{run / 'base'}", *"--steps 140 --lr 3e-4 --validate-every 1000000".split()]
     if not (run / "base").exists():
         raise ValueError(f"{run / 'base'} does not exist yet: the stage 'clips' makes it")
     for seed, variant in itertools.product(range(seeds), VARIANTS[group]):
