@@ -22,6 +22,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,14 @@ def analyze(model: rvedit.RVEDiT, vae: WanVAE, clips: Dataset, args: argparse.Na
     if args.size and any(side % factor for side in args.size[1:]):
         raise ValueError(f"--size: height and width must be multiples of {factor} for this model")
     for index in tqdm(range(min(args.clips, len(clips))), desc="analyzing", unit="clip", disable=None, leave=False):
-        clip = clips[index]
-        sides = sample.model_size(*clip["target"].shape[1:3], config.max_pixels, factor)
-        size = args.size or (config.max_frames, *sides)
-        videos = [data.fit_clip(clip[name], *size) for name in ("source", "target")]
+        try:
+            clip = clips[index]
+            sides = sample.model_size(*clip["target"].shape[1:3], config.max_pixels, factor)
+            size = args.size or (config.max_frames, *sides)
+            videos = [data.fit_clip(clip[name], *size) for name in ("source", "target")]
+        except (ValueError, OSError) as error:
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            continue
         condition = model.encoder(videos, [clip["instruction"], clip["caption"] or clip["instruction"]])
         contexts, K = model.contexts(condition), condition.editing.shape[1]
         latents = torch.cat([vae.encode(to_float(x[None]).to(DEVICE)) for x in videos])  # VAE(v), VAE(v*)
@@ -125,6 +130,8 @@ def analyze(model: rvedit.RVEDiT, vae: WanVAE, clips: Dataset, args: argparse.Na
             z_t = ((1 - t) * latents[1:] + t * noise).expand_as(latents)  # the same for both branches
             traces.append(trace(model.dit, (K, K + condition.visual.shape[1]), z_t, t.expand(2), contexts, latents))
         rows.append(torch.stack(traces).double().mean(dim=0)[..., 0].cpu())
+    if not rows:
+        raise ValueError("none of the clips can be read")
     values = torch.stack(rows)  # (clips, L, 9)
     if values[..., 0].isnan().any():
         raise ValueError("attention is not a number: the weights of the checkpoint are broken")
@@ -189,7 +196,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, help="a folder of ours or Kiwi-Edit's; default: the built-in toy")
     parser.add_argument("--base", type=Path, help="likewise, to compare with; default: the same weights with L_s = L")
     parser.add_argument("--data", type=Path, metavar="FILE", help=".csv or .jsonl of triplets; default: moving shapes")
-    parser.add_argument("--clips", type=whole, default=20, help="the first so many of the data (default 20)")
+    parser.add_argument(
+        "--clips",
+        type=whole,
+        default=20,
+        help="the first so many of the data, less those that cannot be read (default 20)",
+    )
     parser.add_argument("--size", nargs=3, type=whole, metavar=tuple("THW"), help="to crop to: 4k + 1 frames, pixels")
     parser.add_argument("--timesteps", type=whole, default=5, help="of the sampler's schedule (default 5)")
     parser.add_argument("--seed", type=cli.number(int, 0), default=2026, help="of noise and shapes (default 2026)")

@@ -62,9 +62,12 @@ def ask(url: str, model: str, content: str | list, system: str = "", key: str = 
 
 
 def results(path: Path) -> dict[str, dict]:
-    """What `run` has written so far, by key; a last line that a kill cut off does not count."""
+    """What `run` has written so far, by key; a last line that a kill cut off does not count, others must be whole."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return {row.pop("key"): row for row in map(json.loads, lines)}
+    try:
+        return {row.pop("key"): row for row in map(json.loads, lines)}
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} has a line that is damaged, remove it: {error}") from None
 
 
 def run(path: Path, jobs: dict[str, object], work: Callable[[object], dict], workers: int = 8) -> dict[str, str]:

@@ -196,13 +196,18 @@ def write_start(run: Path, vae: WanVAE) -> None:
     rvedit.save(run / "start", model, vae)
 
 
+def train_from(start: Path, out: Path, options: list[str]) -> None:
+    """A run of train.py on moving shapes, from its last checkpoint if it has one."""
+    if not start.exists():
+        raise ValueError(f"{start} does not exist yet: an earlier stage makes it")
+    train.main(["--checkpoint", str(start), "--out", str(out), "--resume", *options])
+
+
 def train_stage(run: Path, stage: str, options: list[str]) -> None:
     """The last stage before the editor also writes its start, where as after Kiwi-Edit all connectors are copies."""
     start, recipe = STAGES[stage]
-    if not (run / start).exists():
-        raise ValueError(f"{run / start} does not exist yet: the stage before {stage!r} makes it")
     recipe = [] if (run / stage / "run.json").exists() else recipe.split()  # a run that goes on has its own
-    train.main(["--checkpoint", f"{run / start}", "--out", f"{run / stage}", "--resume", *recipe, *options])
+    train_from(run / start, run / stage, [*recipe, *options])
     if stage == "clips":
         model, vae = rvedit.load(run / stage / "model")
         model.load_state_dict(rvedit.with_native_connectors(model.state_dict()))
@@ -301,14 +306,11 @@ def ablate(run: Path, group: str, seeds: int, clips: int, options: list[str]) ->
     Finished runs are kept in the run's folder and not done again; an unfinished one goes on from its last checkpoint.
     The same seed means the same clips and noise for all variants. Spread: standard deviation over the seeds.
     """
-    table, recipe = {}, ["--checkpoint", f"{run / 'base'}", *"--steps 140 --lr 3e-4 --validate-every 1000000".split()]
-    if not (run / "base").exists():
-        raise ValueError(f"{run / 'base'} does not exist yet: the stage 'clips' makes it")
+    table, recipe = {}, "--steps 140 --lr 3e-4 --validate-every 1000000".split()
     for seed, variant in itertools.product(range(seeds), VARIANTS[group]):
         out = run / "ablate" / f"{re.sub(r'[^a-zL0-9.]+', '-', variant).strip('-')}-{seed}"
         if not (out / "scores.json").exists():
-            change = [*VARIANTS[group][variant], "--seed", str(seed)]
-            train.main(["--out", str(out), "--resume", *recipe, *change, *options])
+            train_from(run / "base", out, [*recipe, *VARIANTS[group][variant], "--seed", str(seed), *options])
             model, vae = rvedit.load(out / "model", device=DEVICE)
             rows = assess(model, vae, 2026, clips, *json.loads((out / "run.json").read_text())["size"][:2])
             scores = {name: values for name, what, values in rows if what == "edit"}

@@ -327,6 +327,26 @@ def test_base_checkpoint_and_triplets(checkpoints, tmp_path):
     assert not (tmp_path / "analysis.png").exists()
 
 
+def test_clips_that_cannot_be_read_are_skipped_and_said(checkpoints, tmp_path, capsys):
+    whole = checkpoints / "triplets.jsonl"
+    row = json.loads(whole.read_text())
+    for name, rows in dict(
+        mixed=[row | {"src_video": "gone.mp4"}, row], none=[row | {"tgt_video": "gone.mp4"}]
+    ).items():
+        (checkpoints / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    shared = ["--checkpoint", str(checkpoints / "depth-3"), "--timesteps", "1", "--seed", "1"]
+    reports = {}
+    for name in ("triplets", "mixed"):
+        analyze.main([*shared, "--data", str(checkpoints / f"{name}.jsonl"), "--out", str(tmp_path / name)])
+        reports[name] = json.loads((tmp_path / name / "analysis.json").read_text())["model"]
+    assert reports["mixed"]["clips"] == 1 and reports["mixed"].keys() == reports["triplets"].keys()
+    assert capsys.readouterr().err.count("skipped: ") == 1
+    with pytest.raises(SystemExit) as stop:
+        analyze.main([*shared, "--data", str(checkpoints / "none.jsonl"), "--out", str(tmp_path / "none")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "gone.mp4" in error and "error: none of the clips can be read" in error
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

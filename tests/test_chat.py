@@ -206,6 +206,14 @@ def test_a_line_that_was_cut_off_is_done_again(torn, tmp_path):
     assert path.read_bytes() == whole + b'{"key": "c", "answer": "new"}\n'
 
 
+@pytest.mark.parametrize("damaged", [b"\xff\xfe", b'{"key": "a", "answ', b'{"answer": 1}', b"[1]", b"7"])
+def test_a_damaged_line_before_the_last_is_an_error_that_names_the_file(damaged, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(damaged + b'\n{"key": "b", "answer": 2}\n')
+    with pytest.raises(ValueError, match=r"answers\.jsonl has a line that is damaged"):
+        chat.results(path)
+
+
 def test_jobs_are_worked_on_at_the_same_time(tmp_path):
     together = threading.Barrier(4)  # which lets nobody pass before four are there
 

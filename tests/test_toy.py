@@ -152,7 +152,7 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
     for stage in ("clips", "editor", "ablate"):
         with pytest.raises(SystemExit, match="2"):
             toy.main([*run, stage])
-        assert "does not exist yet: the stage" in capsys.readouterr().err
+        assert "does not exist yet: an earlier stage makes it" in capsys.readouterr().err
     toy.main([*run, "stills", *options])
     toy.main([*run, "clips", *options])
     base, start = (rvedit.load(tmp_path / "run" / name)[0] for name in ("clips/model", "base"))
