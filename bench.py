@@ -198,7 +198,7 @@ def offloaded_edit(
     """An edit by networks that rest on the CPU, in no more of the GPU's memory than was allowed."""
     if args.device.type == "cuda":
         total = torch.cuda.get_device_properties(args.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_limit * 1e9 / total), args.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_limit * 1e9 / total), args.device.index)
     config = dataclasses.replace(config, max_frames=size[0], max_pixels=size[1] * size[2])
     model, vae = random_networks(config, torch.device("cpu"), getattr(torch, args.dtype))
     clip = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
@@ -238,17 +238,17 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, int]:
     """Seconds, and the most bytes held meanwhile, 0 where nobody counts them."""
     cuda, clear = device.type == "cuda", Path("/proc/self/clear_refs")
     if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
     elif clear.exists():
         clear.write_text("5")  # forget the former peak
     start = time.perf_counter()
     run()
     if cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     took, status = time.perf_counter() - start, clear.with_name("status")
     if cuda:
-        return took, torch.cuda.max_memory_allocated()
+        return took, torch.cuda.max_memory_allocated(device)
     return took, 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0]) if status.exists() else 0
 
 
@@ -297,7 +297,8 @@ def line(row: dict[str, Any], peak: float) -> str:
 def bench(args: argparse.Namespace) -> None:
     config, dtype, cuda = rvedit.preset(args.preset), getattr(torch, args.dtype), args.device.type == "cuda"
     config, peak, rows = shrink(config, args.shrink), matmul_peak(args.device, dtype), []
-    machine = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads of {platform.machine()}"
+    machine = f"{torch.get_num_threads()} threads of {platform.machine()}"
+    machine = torch.cuda.get_device_name(args.device) if cuda else machine
     about = f"{machine}, torch {torch.__version__}, {args.dtype}{', compiled' * args.compile}"
     print(f"{about}; matrix products reach {peak / 1e12:.3g} TFLOP/s\n")
 

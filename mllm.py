@@ -471,7 +471,7 @@ class EditEncoder(nn.Module):
     def encode(self, inputs: tuple[Any, ...]) -> Condition:
         """The part of `forward` that is the network."""
         input_ids, pixel_values, grid_thw, mask, spans = inputs
-        device = self.queries.device
+        device, grid_thw = self.queries.device, grid_thw.cpu()  # on GPUs FSDP2 moves all that its root is given
         mask = None if mask is None else mask.to(device)
         hidden = self.qwen(input_ids.to(device), pixel_values.to(device), grid_thw, self.queries, mask)
 

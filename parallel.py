@@ -46,7 +46,8 @@ def shard(model: RVEDiT, mesh: DeviceMesh | None, recompute: bool, compile: bool
         if recompute:
             block.forward = functools.partial(checkpoint, block.forward, **selective)
         if compile:
-            block.forward = torch.compile(block.forward)
+            # All blocks of DiT and MLLM, with and without gradients, count together: 8, the default, are too few.
+            block.forward = torch.compile(block.forward, recompile_limit=64)
     if mesh is None:
         return
     dtype = torch.bfloat16 if mesh.device_type == "cuda" else torch.float32

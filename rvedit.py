@@ -252,7 +252,8 @@ def load(
     path: our checkpoint or Kiwi-Edit's release (folders), or Kiwi-Edit's training state (a file, with wan and qwen).
     wan: a Wan2.2-TI2V-5B folder, qwen: a Qwen2.5-VL-3B-Instruct folder; without a path they give a start for training,
     with random queries and LoRA and zero connectors. Nothing at all gives the built-in toy.
-    The model and the VAE's decoder are in `dtype`, its encoder always in float32: bf16 there harms the conditioning.
+    The model and the VAE's decoder are in `dtype`, its encoder always in float32 (as PyTorch has it on GPUs: TF32 in
+    convolutions), because bf16 there harms the conditioning.
     shard: called on the model between its construction on the meta device and the streaming of its weights.
     Raises ValueError for anything that does not fit.
     """

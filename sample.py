@@ -138,7 +138,7 @@ def stage(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     times[name] = time.perf_counter() - start
 
 
@@ -174,7 +174,9 @@ def edit_video(
         for where in tqdm(slices, desc="reading", unit="window", disable=None, leave=False):
             first, last = max(0, factor * (where.start - 1) + 1), factor * (where.stop - 1)  # frames of the window
             index = torch.arange(first, last + 1).clamp(max=len(frames) - 1)
-            contexts.append(model.contexts(model.encoder([small[index]], [instruction])))
+            # Not `encoder(...)`: under FSDP2 it would find its frames on the GPU, before they are prepared.
+            inputs = model.encoder.prepare([small[index]], [instruction])
+            contexts.append(model.contexts(model.encoder.encode(inputs)))
 
     with stage("encode", times, device, vae.encoder, vae.conv1, offload=offload):
         blocks = to_blocks(small, factor * (length - 1) + 1, factor)

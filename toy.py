@@ -58,8 +58,8 @@ NOISE = 0.2  # at most, added to the latents that the VAE's decoder learns from,
 BASE = "--routing-depth 6 --align-weight 0"  # as Kiwi-Edit
 STAGES = {  # of train.py: the checkpoint that each starts from, and its options
     "stills": ("start", f"{BASE} --size 1 64 64 --steps 12000"),
-    "clips": ("stills/model", f"{BASE} --steps 2600"),
-    "editor": ("base", "--steps 400 --lr 5e-4"),
+    "clips": ("stills/model", f"{BASE} --steps 7200"),
+    "editor": ("base", "--size 9 96 96 --steps 850 --lr 5e-4"),
 }
 CLIPS = ((8, 5, 96, 48), (4, 5, 64, 64), (1, 9, 96, 96))  # of a batch: clips, frames, side drawn, side cut; by turns
 
@@ -128,7 +128,7 @@ def train_vae(run: Path, steps: int) -> WanVAE:
     rates = {p: 1.0 for p in weights if p.ndim > 3 and p[0].numel() > 1}
     optimizer = Muon(weights, rates, betas=(0.9, 0.95), weight_decay=0)
     if state.exists():
-        stored = torch.load(state, map_location=DEVICE, weights_only=True)
+        stored = torch.load(state, map_location="cpu", weights_only=True)  # where AdamW counts its steps
         step = stored["step"]
         vae.load_state_dict(stored["weights"])
         optimizer.load_state_dict(stored["optimizer"])

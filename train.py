@@ -33,6 +33,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,8 +73,7 @@ RECIPES: dict[str, dict[str, Any]] = {
                 warmup=0.05, decay=True, muon=5.0, average=0.998, recompute=False),
 }  # fmt: skip
 CUDA = torch.cuda.is_available()
-T_BINS = 5  # equal parts of [0, 1], for which the flow loss is logged apart
-MAX_BAD_STEPS = 10  # in a row, whose loss or gradient is not finite
+T_BINS, MAX_BAD_STEPS = 5, 10  # parts of [0, 1] with a flow loss of their own; steps in a row that are not finite
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
 
@@ -141,8 +141,7 @@ def data_order(seed: int, epoch: int, length: int) -> Tensor:
 class Batches(Dataset):
     """This rank's minibatches by (step, accumulation step), from where the run stands.
 
-    The samples of an optimiser step are numbered through over accumulation steps, ranks and B: the same work, however
-    it is divided, gives the same numbers.
+    Samples are numbered over accumulation steps, ranks and B: the same work, however divided, gets the same numbers.
     """
 
     def __init__(self, triplets: Dataset, run: Run, args: argparse.Namespace) -> None:
@@ -243,8 +242,7 @@ class Run:
         apart = r"embed_tokens|queries|time_|head\.head"  # matrices by their shape only, or near the ends
         matrices = {name: p for name, p in self.weights.items() if p.ndim == 2 and not re.search(apart, name)}
         rates = {p: args.muon / (4 if "encoder." in name else 1) for name, p in matrices.items() if args.muon}
-        # Without matrices it is AdamW.
-        self.optimizer = Muon([*self.weights.values()], rates, betas=(0.9, 0.999), weight_decay=0.01)
+        self.optimizer = Muon([*self.weights.values()], rates, betas=(0.9, 0.999), weight_decay=0.01)  # or AdamW
         self.average = {name: p.detach().clone() for name, p in self.weights.items()} if args.average else {}
         for folder in finished(self.out)[-1:]:
             state = self.state()
@@ -477,6 +475,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     if CUDA:
+        if device.index >= torch.cuda.device_count():
+            fail(f"this machine has no GPU for its rank {device.index}: give a smaller --nproc_per_node")
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", **alone)
     try:
@@ -489,7 +489,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))  # those of a reader end a traceback
     finally:
-        dist.destroy_process_group()
+        # A rank that failed must not wait here for those that wait for it elsewhere: torchrun would not see it end.
+        if alone or not getattr(error := sys.exc_info()[1], "code", error):  # all stop alike with SystemExit(0)
+            dist.destroy_process_group()
         for kind, handler in former.items():
             signal.signal(kind, handler)
 

@@ -17,6 +17,7 @@ from test_video import encode
 
 import rvedit
 import sample
+from mllm import EditEncoder
 
 ROOT = Path(__file__).parents[1]
 REAL_CLIPS = ("bigbuckbunny_1280x720_audio.mp4", "monkey_1280x720_20fps_101f.mp4", "monkey_832x480_16fps_81f.mp4")
@@ -135,6 +136,12 @@ def test_edit_video_is_algorithm_2():
     assert edited.float().std() > 5  # a random VAE's picture, not a constant
 
 
+def test_the_encoder_is_given_prepared_frames(monkeypatch):
+    """On GPUs, a model that FSDP2 shards moves there what `encoder(...)` gets, but frames are prepared on the CPU."""
+    monkeypatch.setattr(EditEncoder, "forward", pytest.fail)
+    sample.edit_video(*tiny_model(), make_clip(5, 32, 32), "add snow", steps=1)
+
+
 def test_the_same_seed_gives_the_same_frames_offloaded_or_not():
     model, vae = tiny_model()
     frames = make_clip(5, 40, 30)
@@ -155,7 +162,8 @@ def test_offloading_keeps_only_the_network_in_use_on_the_device():
     for name, module in networks.items():
         module.to = lambda device, name=name: present.add(name)
         module.cpu = lambda name=name: present.discard(name)
-        module.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: set(present)}))
+        part = module.qwen if name == "encoder" else module  # whose `forward` is not what runs
+        part.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: set(present)}))
     sample.edit_video(model, vae, make_clip(5, 32, 32), "add snow", steps=1, device=torch.device("cpu"))
     encode, decode = {"vae.encoder", "vae.conv1"}, {"vae.decoder", "vae.conv2"}
     expected = {"encoder": {"encoder"}, "dit": {"dit"}} | dict.fromkeys(encode, encode) | dict.fromkeys(decode, decode)
