@@ -196,12 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, help="a folder of ours or Kiwi-Edit's; default: the built-in toy")
     parser.add_argument("--base", type=Path, help="likewise, to compare with; default: the same weights with L_s = L")
     parser.add_argument("--data", type=Path, metavar="FILE", help=".csv or .jsonl of triplets; default: moving shapes")
-    parser.add_argument(
-        "--clips",
-        type=whole,
-        default=20,
-        help="the first so many of the data, less those that cannot be read (default 20)",
-    )
+    parser.add_argument("--clips", type=whole, default=20, help="the first so many, less the unreadable (default 20)")
     parser.add_argument("--size", nargs=3, type=whole, metavar=tuple("THW"), help="to crop to: 4k + 1 frames, pixels")
     parser.add_argument("--timesteps", type=whole, default=5, help="of the sampler's schedule (default 5)")
     parser.add_argument("--seed", type=cli.number(int, 0), default=2026, help="of noise and shapes (default 2026)")

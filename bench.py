@@ -297,8 +297,8 @@ def line(row: dict[str, Any], peak: float) -> str:
 def bench(args: argparse.Namespace) -> None:
     config, dtype, cuda = rvedit.preset(args.preset), getattr(torch, args.dtype), args.device.type == "cuda"
     config, peak, rows = shrink(config, args.shrink), matmul_peak(args.device, dtype), []
-    machine = f"{torch.get_num_threads()} threads of {platform.machine()}"
-    machine = torch.cuda.get_device_name(args.device) if cuda else machine
+    threads = f"{torch.get_num_threads()} threads of {platform.machine()}"
+    machine = torch.cuda.get_device_name(args.device) if cuda else threads
     about = f"{machine}, torch {torch.__version__}, {args.dtype}{', compiled' * args.compile}"
     print(f"{about}; matrix products reach {peak / 1e12:.3g} TFLOP/s\n")
 
