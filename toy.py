@@ -353,6 +353,8 @@ def main(argv: list[str] | None = None) -> None:
     table.add_argument("--seeds", type=whole, default=3, help="trainings of each variant (default 3)")
     table.add_argument("--clips", type=whole, default=25, help="of each category to judge by (default 25)")
     args, options = parser.parse_known_args(argv)  # the rest is train.py's
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        cli.fail("toy.py is one process; for more, go on with a stage by torchrun train.py --out RUN/STAGE --resume")
     if options and args.stage not in (*STAGES, "ablate"):
         parser.error(f"{' '.join(options)}: only {', '.join(STAGES)} and ablate take options of train.py")
     try:

@@ -141,6 +141,13 @@ def test_a_mask_of_everything_has_no_outside():
     assert math.isnan(result.outside) and result.edited
 
 
+def test_several_processes_are_refused_before_they_write_over_each_other(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        toy.main(["clips"])
+    assert "toy.py is one process" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkeypatch, capsys):
     """All steps with hardly any training; a second call goes on from the first, with nothing left to do."""
