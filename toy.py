@@ -59,7 +59,7 @@ BASE = "--routing-depth 6 --align-weight 0"  # as Kiwi-Edit
 STAGES = {  # of train.py: the checkpoint that each starts from, and its options
     "stills": ("start", f"{BASE} --size 1 64 64 --steps 12000"),
     "clips": ("stills/model", f"{BASE} --steps 7200"),
-    "editor": ("base", "--size 9 96 96 --steps 850 --lr 5e-4"),
+    "editor": ("base", "--size 9 96 96 --steps 3050 --lr 1e-3"),
 }
 CLIPS = ((8, 5, 96, 48), (4, 5, 64, 64), (1, 9, 96, 96))  # of a batch: clips, frames, side drawn, side cut; by turns
 
