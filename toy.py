@@ -1,8 +1,8 @@
 """How the small checkpoint in assets/toy is made, end to end, and how well it edits.
 
-    python toy.py                       # makes it, from where the last call was stopped: the five stages below
+    python toy.py                       # makes it, from where the last call was stopped: the stages below
     python toy.py evaluate              # how many clips that were never trained on it edits, and how well
-    python toy.py clips --steps 20000   # one stage alone; stills, clips and editor take options of train.py
+    python toy.py clips --steps 20000   # one stage alone; all but vae and export take options of train.py
     python toy.py ablate                # the paper's Table 2 at this scale
 
 vae: a tokenizer for the words of the instructions, and a VAE, trained on crops of clips. The built-in one, of 25
@@ -10,7 +10,9 @@ minutes on a CPU core with bfloat16 units, gives targets back with 29.9 dB at 96
 stills: train.py, on those latents, from random weights and in the place of Kiwi-Edit: all blocks read only the editing
 tokens, and there is no alignment. Stills are cheap, and it takes very many until words are matched with objects.
 clips: the same, from there, on clips that move.
-editor: train.py from there, as the paper's run from Kiwi-Edit: with the routing rule and the alignment.
+large_clips: train.py from there, as the paper's run from Kiwi-Edit: with the routing rule and the alignment.
+large_stills: without the alignment, for the forms of what is painted, which stills teach sooner than clips.
+editor: as large_clips, from there.
 export: all of it in half precision as assets/toy.
 
 Letters: B batch, T H W frames, height and width of a video; C t h w channels and sides of the latents.
@@ -59,7 +61,9 @@ BASE = "--routing-depth 6 --align-weight 0"  # as Kiwi-Edit
 STAGES = {  # of train.py: the checkpoint that each starts from, and its options
     "stills": ("start", f"{BASE} --size 1 64 64 --steps 12000"),
     "clips": ("stills/model", f"{BASE} --steps 7200"),
-    "editor": ("base", "--size 9 96 96 --steps 3050 --lr 1e-3"),
+    "large_clips": ("base", "--size 9 96 96 --steps 3050 --lr 1e-3"),
+    "large_stills": ("large_clips/model", "--align-weight 0 --size 1 96 96 --steps 2700 --batch 32 --lr 1e-3"),
+    "editor": ("large_stills/model", "--align-weight 0.005 --size 9 96 96 --steps 1350 --lr 1e-3"),
 }
 CLIPS = ((8, 5, 96, 48), (4, 5, 64, 64), (1, 9, 96, 96))  # of a batch: clips, frames, side drawn, side cut; by turns
 
@@ -204,7 +208,7 @@ def train_from(start: Path, out: Path, options: list[str]) -> None:
 
 
 def train_stage(run: Path, stage: str, options: list[str]) -> None:
-    """The last stage before the editor also writes its start, where as after Kiwi-Edit all connectors are copies."""
+    """The last stage like Kiwi-Edit also writes the paper's start from it, where all connectors are copies."""
     start, recipe = STAGES[stage]
     recipe = [] if (run / stage / "run.json").exists() else recipe.split()  # a run that goes on has its own
     train_from(run / start, run / stage, [*recipe, *options])
@@ -301,7 +305,7 @@ VARIANTS = {  # of Table 2, as options of train.py; the preset has 6 blocks
 
 
 def ablate(run: Path, group: str, seeds: int, clips: int, options: list[str]) -> None:
-    """Train each variant of a group from the editor's start with each seed, assess it, print the means as Markdown.
+    """Train each variant of a group from large_clips' start with each seed, assess it, print the means as Markdown.
 
     Finished runs are kept in the run's folder and not done again; an unfinished one goes on from its last checkpoint.
     The same seed means the same clips and noise for all variants. Spread: standard deviation over the seeds.
@@ -336,11 +340,10 @@ def main(argv: list[str] | None = None) -> None:
     whole = cli.number(int, 1)
     parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="folder of the training (default runs/toy)")
     parser.add_argument("--vae-steps", type=whole, default=VAE_STEPS, help="of the VAE's training (default 3000)")
-    stages = parser.add_subparsers(dest="stage", metavar="STAGE", help="one alone; default: the first five in turn")
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", help="one alone; default: all up to export in turn")
     stages.add_parser("vae", help="train tokenizer and VAE")
-    stages.add_parser("stills", help="train what the editor starts from, on stills; takes options of train.py")
-    stages.add_parser("clips", help="the same on clips; takes options of train.py")
-    stages.add_parser("editor", help="train the editor; takes options of train.py")
+    for stage, (start, recipe) in STAGES.items():
+        stages.add_parser(stage, help=f"train.py from RUN/{start}, {recipe}; takes more of its options")
     stages.add_parser("export", help="write assets/toy from the editor's last checkpoint")
     judge = stages.add_parser("evaluate", help="edit clips that were never trained on", allow_abbrev=False)
     judge.add_argument("--checkpoint", type=Path, help="of ours; default: the built-in one")

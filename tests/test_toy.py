@@ -156,7 +156,7 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
     run = ["--run", str(tmp_path / "run")]
     options = ["--steps", "1", "--batch", "2", "--size", "9", "32", "32", "--workers", "0"]
     toy.main([*run, "--vae-steps", "1", "vae"])
-    for stage in ("clips", "editor", "ablate"):
+    for stage in ("clips", "large_clips", "large_stills", "editor", "ablate"):
         with pytest.raises(SystemExit, match="2"):
             toy.main([*run, stage])
         assert "does not exist yet: an earlier stage makes it" in capsys.readouterr().err
@@ -167,7 +167,11 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
     assert start.config == dataclasses.replace(rvedit.preset("toy"), vae=start.config.vae)
     trained = base.encoder.editing_connector.state_dict()
     assert all(torch.equal(trained[name], p) for name, p in start.encoder.visual_connector.state_dict().items())
-    toy.main([*run, "editor", *options])
+    for stage in ("large_clips", "large_stills", "editor"):
+        toy.main([*run, stage, *options])
+    small, editor = (rvedit.load(tmp_path / "run" / name / "model")[0] for name in ("large_stills", "editor"))
+    assert small.config == dataclasses.replace(editor.config, align_weight=0)
+    assert editor.config == start.config
     toy.main(run)
     size = sum(file.stat().st_size for file in (tmp_path / "assets").iterdir())
     assert size < 18e6
