@@ -186,12 +186,12 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("category", "share", "inside"), [("Global Style", 0.8, 27), ("Local Remove", 0.52, 17), ("Local Add", 0.16, 14)]
+    ("category", "share", "inside"), [("Global Style", 0.9, 28), ("Local Remove", 0.6, 18.5), ("Local Add", 0.34, 15)]
 )
 def test_the_built_in_checkpoint_edits(monkeypatch, category, share, inside):
-    """The README's 94, 66 and 32 %, with a margin; changes are not learnt yet."""
+    """The README's 96, 66 and 42 %, with a margin; changes are not learnt yet."""
     monkeypatch.setattr(toy, "EVERYTHING", (category,))
-    (_, _, edit), (_, _, source), (_, _, ceiling) = toy.assess(*rvedit.load(), seed=2026, number=25, frames=9, size=96)
+    (_, _, edit), (_, _, source), (_, _, ceiling) = toy.assess(*rvedit.load(), seed=2026, number=50, frames=9, size=96)
     assert edit[3] >= share and edit[0] > inside
     assert source[3] == 0 and ceiling[3] == 1
 
