@@ -169,8 +169,8 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
     assert all(torch.equal(trained[name], p) for name, p in start.encoder.visual_connector.state_dict().items())
     for stage in ("large_clips", "large_stills", "editor"):
         toy.main([*run, stage, *options])
-    small, editor = (rvedit.load(tmp_path / "run" / name / "model")[0] for name in ("large_stills", "editor"))
-    assert small.config == dataclasses.replace(editor.config, align_weight=0)
+    stills, editor = (rvedit.load(tmp_path / "run" / name / "model")[0] for name in ("large_stills", "editor"))
+    assert stills.config == dataclasses.replace(editor.config, align_weight=0)
     assert editor.config == start.config
     toy.main(run)
     size = sum(file.stat().st_size for file in (tmp_path / "assets").iterdir())
