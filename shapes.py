@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 CATEGORIES = ("Local Change", "Local Remove", "Local Add", "Global Style")
 COMPOSITION = "Composition"  # two edits in one instruction
 EVERYTHING = (*CATEGORIES, COMPOSITION)
+TRAINING_MIX = (*EVERYTHING, "Local Change", "Local Remove", "Local Change")  # more of what is learnt last
 
 # fmt: off
 COLORS = {"red": (214, 48, 58), "orange": (242, 134, 36), "yellow": (248, 208, 54), "green": (46, 148, 84),

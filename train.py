@@ -59,7 +59,7 @@ from muon import Muon
 from parallel import shard
 from rvedit import RVEDiT, RVEDiTConfig
 from sample import edit_video
-from shapes import EVERYTHING, ShapesDataset
+from shapes import TRAINING_MIX, ShapesDataset
 from vae import WanVAE
 
 # What holds where no option says otherwise; the first is §5 and App. D.1, on 8 GPUs. steps None: one epoch;
@@ -438,7 +438,7 @@ def launch(args: argparse.Namespace, device: torch.device, stop: list[int]) -> N
     if args.data:
         triplets = validation = ConcatDataset([data.TripletDataset(f, max_frames=args.size[0]) for f in args.data])
     else:
-        triplets, validation = (ShapesDataset(args.seed + i, 1_000_000, *args.size, EVERYTHING) for i in range(2))
+        triplets, validation = (ShapesDataset(args.seed + i, 1_000_000, *args.size, TRAINING_MIX) for i in range(2))
     args.steps = args.steps or max(1, len(triplets) // (args.batch * args.accumulate * ranks))
     run = Run(model, vae, device, args)
     if rank == 0:
