@@ -62,7 +62,7 @@ def edit_parser() -> Parser:
     net.add_argument("--qwen", type=Path, help="Qwen2.5-VL-3B-Instruct, likewise")
     net.add_argument("--routing-depth", type=number(int, 0), help="L_s of Eq. 3; default: the checkpoint's")
     run = parser.add_argument_group("sampling")
-    run.add_argument("--steps", type=number(int, 1), default=50, help="of Euler's method (default 50)")
+    run.add_argument("--steps", type=number(int, 1), help="of Euler's method; default: the checkpoint's, 50 for most")
     run.add_argument(
         "--shift", type=number(float, 0.01), default=5.0, help="of the schedule, towards noise (default 5)"
     )

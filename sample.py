@@ -148,7 +148,7 @@ def edit_video(
     vae: WanVAE,
     frames: Tensor,
     instruction: str,
-    steps: int = 50,
+    steps: int | None = None,
     shift: float = 5.0,
     seed: int = 0,
     device: torch.device | None = None,
@@ -156,10 +156,10 @@ def edit_video(
 ) -> Tensor:
     """Edit a clip: uint8 (T, H, W, 3) of any length and size -> uint8 (T, H, W, 3), the same length and size.
 
-    steps, shift: of the sampler's schedule. The same seed on the same machine gives the same frames. device: where to
-    compute if the networks rest on the CPU (offloading: only the one in use is moved there); None computes where the
-    networks are. times: filled with the seconds of each stage. Raises ValueError for an instruction that is empty or
-    longer than the MLLM's context.
+    steps, shift: of the sampler's schedule; None: the model's sampling_steps, 50 but for the toy. The same seed on the
+    same machine gives the same frames. device: where to compute if the networks rest on the CPU (offloading: only the
+    one in use is moved there); None computes where the networks are. times: filled with the seconds of each stage.
+    Raises ValueError for an instruction that is empty or longer than the MLLM's context.
     """
     times = {} if times is None else times
     offload, device = device is not None, device or model.dit.patch_embedding.weight.device
@@ -192,7 +192,8 @@ def edit_video(
         return blend(parts, slices, length)
 
     with stage("denoise", times, device, model.dit, offload=offload):
-        latents = denoise(velocity, initial_noise(source.shape, seed).to(device), steps, shift)
+        noise = initial_noise(source.shape, seed).to(device)
+        latents = denoise(velocity, noise, steps or config.sampling_steps, shift)
 
     with stage("decode", times, device, vae.decoder, vae.conv2, offload=offload):
         return decode(vae, latents, frames.shape)
@@ -216,6 +217,7 @@ def load_model(args: argparse.Namespace) -> tuple[rvedit.RVEDiT, WanVAE]:
     resting = torch.device("cpu") if args.offload else args.device
     model, vae = rvedit.load(args.checkpoint, args.wan, args.qwen, resting, getattr(torch, args.dtype))
     config, depth = model.config, args.routing_depth
+    args.steps = args.steps or config.sampling_steps
     if depth is not None:
         if depth > config.dit.num_blocks:
             raise ValueError(f"--routing-depth {depth}: the model has only {config.dit.num_blocks} blocks")

@@ -28,7 +28,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +55,10 @@ SPECIAL_TOKENS = (  # Qwen's, in its order, without their brackets
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
     "vision_start vision_end vision_pad image_pad video_pad"
 ).split()
-VAE_SEED, VAE_STEPS, VAE_RATE, SAVE_SECONDS = 1, 3000, 5e-3, 120
-NOISE = 0.2  # at most, added to the latents that the VAE's decoder learns from, in units of their scale
+VAE_SEED, SAVE_SECONDS = 1, 120
+VAE_STEPS = 3000, 8000  # of the whole VAE, and then of its decoder alone, which leaves the latents as they are
+VAE_RATES = 5e-3, 4e-3  # of either, at their highest
+NOISES = 0.2, 0.1  # at most, added to the latents that the decoder learns from, in units of their scale
 BASE = "--routing-depth 6 --align-weight 0"  # as Kiwi-Edit
 STAGES = {  # of train.py: the checkpoint that each starts from, and its options
     "stills": ("start", f"{BASE} --size 1 64 64 --steps 12000"),
@@ -119,8 +121,10 @@ def untrained_vae() -> WanVAE:
     return vae
 
 
-def train_vae(run: Path, steps: int) -> WanVAE:
+def train_vae(run: Path, steps: Sequence[int]) -> WanVAE:
     """Train the toy preset's VAE, from the last saved step if there is one; on a GPU the forward pass is in bfloat16.
+
+    steps: of the whole VAE, and of its decoder alone.
 
     An autoencoder for the squared error, with noise in the latents in the place of a prior: it makes them smooth, and
     spends their one scale on what counts in the picture instead of whitening them. Muon makes the pictures 18.4 dB
@@ -137,23 +141,28 @@ def train_vae(run: Path, steps: int) -> WanVAE:
         vae.load_state_dict(stored["weights"])
         optimizer.load_state_dict(stored["optimizer"])
     recent, saved = deque(maxlen=50), time.monotonic()
-    for video in DataLoader(Crops(), None, sampler=range(step, steps), num_workers=8 if DEVICE == "cuda" else 0):
+    for video in DataLoader(Crops(), None, sampler=range(step, sum(steps)), num_workers=8 if DEVICE == "cuda" else 0):
         torch.manual_seed(step)
+        part = int(step >= steps[0])
+        done = step - part * steps[0]
+        if part:
+            for frozen in (vae.encoder, vae.conv1):
+                frozen.requires_grad_(False)
         video = video.to(DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-            decoded, scale = reconstruct(vae, video, NOISE * torch.rand(len(video), device=DEVICE))
+            decoded, scale = reconstruct(vae, video, NOISES[part] * torch.rand(len(video), device=DEVICE))
         loss = F.mse_loss(decoded.float(), video)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        rate = VAE_RATE * min(1, (step + 1) / 30) * (1 + math.cos(math.pi * step / steps)) / 2
+        rate = VAE_RATES[part] * min(1, (done + 1) / 30) * (1 + math.cos(math.pi * done / steps[part])) / 2
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         step += 1
         recent.append(10 * math.log10(4 / loss.item()))
         if step % 50 == 0:
-            print(f"VAE step {step}/{steps}: {sum(recent) / len(recent):.2f} dB, latents {scale:.1f}", flush=True)
-        if time.monotonic() - saved > SAVE_SECONDS or step == steps:
+            print(f"VAE step {step}/{sum(steps)}: {sum(recent) / len(recent):.2f} dB, latents {scale:.1f}", flush=True)
+        if time.monotonic() - saved > SAVE_SECONDS or step == sum(steps):
             stored = {"step": step, "weights": vae.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(stored, f"{state}.partial")
             os.replace(f"{state}.partial", state)
@@ -230,10 +239,11 @@ def export(run: Path) -> None:
 
 
 @torch.no_grad()
-def edit_clips(model: rvedit.RVEDiT, vae: WanVAE, clips: Tensor, instructions: list[str], steps: int = 50) -> Tensor:
+def edit_clips(model: rvedit.RVEDiT, vae: WanVAE, clips: Tensor, instructions: list[str]) -> Tensor:
     """`sample.edit_video`, with its defaults, of many short clips at once: uint8 (B, T, H, W, 3), likewise."""
     contexts, source = model.contexts(model.encoder(list(clips), instructions)), vae.encode(to_float(clips))
     noise = sample.initial_noise((1, *source.shape[1:]), seed=0).expand(len(source), -1, -1, -1, -1).to(source.device)
+    steps = model.config.sampling_steps
     latents = sample.denoise(lambda z, t: model.dit(z, t.expand(len(z)), contexts, source), noise, steps, shift=5.0)
     return to_uint8(vae.decode(latents))
 
@@ -339,7 +349,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(description="Make assets/toy, from where it was left, and evaluate it.", allow_abbrev=False)
     whole = cli.number(int, 1)
     parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="folder of the training (default runs/toy)")
-    parser.add_argument("--vae-steps", type=whole, default=VAE_STEPS, help="of the VAE's training (default 3000)")
+    steps = parser.add_argument("--vae-steps", type=whole, nargs=2, default=VAE_STEPS, metavar=("ALL", "DECODER"))
+    steps.help = "of the VAE's training, and of its decoder's after that (default 3000 8000)"
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", help="one alone; default: all up to export in turn")
     stages.add_parser("vae", help="train tokenizer and VAE")
     for stage, (start, recipe) in STAGES.items():

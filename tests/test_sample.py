@@ -152,6 +152,20 @@ def test_the_same_seed_gives_the_same_frames_offloaded_or_not():
     assert not torch.equal(first, sample.edit_video(model, vae, frames, "add snow", steps=2, seed=2))
 
 
+def test_without_a_number_of_steps_it_is_the_models(tmp_path):
+    model, vae = tiny_model(sampling_steps=3)
+    frames = make_clip(5, 32, 32)
+    edit = sample.edit_video(model, vae, frames, "add snow")
+    assert torch.equal(edit, sample.edit_video(model, vae, frames, "add snow", steps=3))
+    assert not torch.equal(edit, sample.edit_video(model, vae, frames, "add snow", steps=2))
+    rvedit.save(tmp_path / "tiny", model, vae)
+    for given, steps in (([], 3), (["--steps", "2"], 2)):
+        args = sample.parse_arguments(["--video", "", "--prompt", "", "--checkpoint", str(tmp_path / "tiny"), *given])
+        sample.load_model(args)
+        assert args.steps == steps
+    assert rvedit.preset("wan2.2-ti2v-5b").sampling_steps == 50
+
+
 @torch.no_grad()
 def test_offloading_keeps_only_the_network_in_use_on_the_device():
     """Each network runs only after it was moved there, with none but the ones it needs beside it, and goes back."""
