@@ -5,14 +5,13 @@
     python toy.py clips --steps 20000   # one stage alone; all but vae and export take options of train.py
     python toy.py ablate                # the paper's Table 2 at this scale
 
-vae: a tokenizer for the words of the instructions, and a VAE, trained on crops of clips. The built-in one, of 25
-minutes on a CPU core with bfloat16 units, gives targets back with 29.9 dB at 96 x 96 and 28.1 dB at 64 x 64.
+vae: a tokenizer for the words of the instructions, and a VAE, trained on crops of clips; 70 minutes on a CPU core.
 stills: train.py, on those latents, from random weights and in the place of Kiwi-Edit: all blocks read only the editing
 tokens, and there is no alignment. Stills are cheap, and it takes very many until words are matched with objects.
 clips: the same, from there, on clips that move.
 large_clips: train.py from there, as the paper's run from Kiwi-Edit: with the routing rule and the alignment.
 large_stills: without the alignment, for the forms of what is painted, which stills teach sooner than clips.
-editor: as large_clips, from there.
+editor: as large_clips, from there, and nearer to pure noise, where the few steps of its sampler look.
 export: all of it in half precision as assets/toy.
 
 Letters: B batch, T H W frames, height and width of a video; C t h w channels and sides of the latents.
@@ -64,8 +63,8 @@ STAGES = {  # of train.py: the checkpoint that each starts from, and its options
     "stills": ("start", f"{BASE} --size 1 64 64 --steps 12000"),
     "clips": ("stills/model", f"{BASE} --steps 7200"),
     "large_clips": ("base", "--size 9 96 96 --steps 3050 --lr 1e-3"),
-    "large_stills": ("large_clips/model", "--align-weight 0 --size 1 96 96 --steps 2700 --batch 32 --lr 1e-3"),
-    "editor": ("large_stills/model", "--align-weight 0.005 --size 9 96 96 --steps 1350 --lr 1e-3"),
+    "large_stills": ("large_clips/model", "--align-weight 0 --size 1 96 96 --steps 7000 --lr 1e-3"),
+    "editor": ("large_stills/model", "--align-weight 0.005 --timestep-shift 15 --size 9 96 96 --steps 2950 --lr 1e-3"),
 }
 CLIPS = ((8, 5, 96, 48), (4, 5, 64, 64), (1, 9, 96, 96))  # of a batch: clips, frames, side drawn, side cut; by turns
 
