@@ -348,8 +348,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(description="Make assets/toy, from where it was left, and evaluate it.", allow_abbrev=False)
     whole = cli.number(int, 1)
     parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="folder of the training (default runs/toy)")
-    steps = parser.add_argument("--vae-steps", type=whole, nargs=2, default=VAE_STEPS, metavar=("ALL", "DECODER"))
-    steps.help = "of the VAE's training, and of its decoder's after that (default 3000 8000)"
+    parser.add_argument(
+        "--vae-steps", type=whole, nargs=2, default=VAE_STEPS, metavar=("VAE", "DECODER"), help="default 3000 8000"
+    )
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", help="one alone; default: all up to export in turn")
     stages.add_parser("vae", help="train tokenizer and VAE")
     for stage, (start, recipe) in STAGES.items():
