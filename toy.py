@@ -10,8 +10,9 @@ stills: train.py, on those latents, from random weights and in the place of Kiwi
 tokens, and there is no alignment. Stills are cheap, and it takes very many until words are matched with objects.
 clips: the same, from there, on clips that move.
 large_clips: train.py from there, as the paper's run from Kiwi-Edit: with the routing rule and the alignment.
-large_stills: without the alignment, for the forms of what is painted, which stills teach sooner than clips.
-editor: as large_clips, from there, and nearer to pure noise, where the few steps of its sampler look.
+large_stills: without the alignment, for the forms of what is painted, which stills teach sooner than clips; and nearer
+to pure noise, where the few steps of its sampler look.
+editor: as large_clips, from there, and as near to pure noise.
 export: all of it in half precision as assets/toy.
 
 Letters: B batch, T H W frames, height and width of a video; C t h w channels and sides of the latents.
@@ -63,8 +64,8 @@ STAGES = {  # of train.py: the checkpoint that each starts from, and its options
     "stills": ("start", f"{BASE} --size 1 64 64 --steps 12000"),
     "clips": ("stills/model", f"{BASE} --steps 7200"),
     "large_clips": ("base", "--size 9 96 96 --steps 3050 --lr 1e-3"),
-    "large_stills": ("large_clips/model", "--align-weight 0 --size 1 96 96 --steps 7000 --lr 1e-3"),
-    "editor": ("large_stills/model", "--align-weight 0.005 --timestep-shift 15 --size 9 96 96 --steps 2950 --lr 1e-3"),
+    "large_stills": ("large_clips/model", "--align-weight 0 --timestep-shift 15 --size 1 96 96 --steps 10300 --lr 1e-3"),
+    "editor": ("large_stills/model", "--align-weight 0.005 --timestep-shift 15 --size 9 96 96 --steps 4850 --lr 1e-3"),
 }
 CLIPS = ((8, 5, 96, 48), (4, 5, 64, 64), (1, 9, 96, 96))  # of a batch: clips, frames, side drawn, side cut; by turns
 
