@@ -60,12 +60,13 @@ VAE_STEPS = 3000, 8000  # of the whole VAE, and then of its decoder alone, which
 VAE_RATES = 5e-3, 4e-3  # of either, at their highest
 NOISES = 0.2, 0.1  # at most, added to the latents that the decoder learns from, in units of their scale
 BASE = "--routing-depth 6 --align-weight 0"  # as Kiwi-Edit
+LAST = "--timestep-shift 15 --lr 1e-3"
 STAGES = {  # of train.py: the checkpoint that each starts from, and its options
     "stills": ("start", f"{BASE} --size 1 64 64 --steps 12000"),
     "clips": ("stills/model", f"{BASE} --steps 7200"),
     "large_clips": ("base", "--size 9 96 96 --steps 3050 --lr 1e-3"),
-    "large_stills": ("large_clips/model", "--align-weight 0 --timestep-shift 15 --size 1 96 96 --steps 10300 --lr 1e-3"),
-    "editor": ("large_stills/model", "--align-weight 0.005 --timestep-shift 15 --size 9 96 96 --steps 4850 --lr 1e-3"),
+    "large_stills": ("large_clips/model", f"{LAST} --align-weight 0 --size 1 96 96 --steps 10300"),
+    "editor": ("large_stills/model", f"{LAST} --align-weight 0.005 --size 9 96 96 --steps 4850"),
 }
 CLIPS = ((8, 5, 96, 48), (4, 5, 64, 64), (1, 9, 96, 96))  # of a batch: clips, frames, side drawn, side cut; by turns
 
