@@ -60,7 +60,7 @@ VAE_STEPS = 3000, 8000  # of the whole VAE, and then of its decoder alone, which
 VAE_RATES = 5e-3, 4e-3  # of either, at their highest
 NOISES = 0.2, 0.1  # at most, added to the latents that the decoder learns from, in units of their scale
 BASE = "--routing-depth 6 --align-weight 0"  # as Kiwi-Edit
-LAST = "--timestep-shift 15 --lr 1e-3"
+LAST = "--timestep-shift 15 --lr 1e-3"  # of the last two stages
 STAGES = {  # of train.py: the checkpoint that each starts from, and its options
     "stills": ("start", f"{BASE} --size 1 64 64 --steps 12000"),
     "clips": ("stills/model", f"{BASE} --steps 7200"),
