@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -14,6 +17,24 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from rvedit import RVEDiT
 
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nothing changes in place
+
+
+def gloo_on_one_thread(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+    """Gloo with one thread in the place of two, which damage the heap when two collectives end at once.
+
+    Seen in PyTorch 2.13: each thread notes the name of its last collective in one string for both, without a lock, and
+    a long one, ALLGATHER_COALESCED, is freed twice. Runs on CPUs died of it after some hours. The main thread waits for
+    every collective before it asks for the next, so there is nothing that a second thread could do meanwhile.
+    """
+    gloo, names = dist.ProcessGroupGloo, os.environ.get("GLOO_SOCKET_IFNAME")
+    options = gloo._Options()
+    options._devices = [gloo.create_device(interface=name) for name in names.split(",")] if names else []
+    options._devices = options._devices or [gloo.create_default_device()]
+    options._threads, options._timeout = 1, timeout
+    return gloo(store, rank, size, options)
+
+
+dist.Backend.register_backend("gloo_on_one_thread", gloo_on_one_thread, devices="cpu")
 
 
 def keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -478,7 +478,7 @@ def main(argv: list[str] | None = None) -> None:
         if device.index >= torch.cuda.device_count():
             fail(f"this machine has no GPU for its rank {device.index}: give a smaller --nproc_per_node")
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo_on_one_thread", **alone)
     try:
         launch(args, device, stop)
     except torch.OutOfMemoryError:
