@@ -1,4 +1,4 @@
-"""How the model is spread over the ranks (FSDP2), and what of a block is kept for the backward pass."""
+"""How the model is spread over the ranks (FSDP2), what of a block is kept for the backward pass, and gloo for CPUs."""
 
 from __future__ import annotations
 
