@@ -26,10 +26,9 @@ def gloo_on_one_thread(store: dist.Store, rank: int, size: int, timeout: timedel
     a long one, ALLGATHER_COALESCED, is freed twice. Runs on CPUs died of it after some hours. The main thread waits for
     every collective before it asks for the next, so there is nothing that a second thread could do meanwhile.
     """
-    gloo, names = dist.ProcessGroupGloo, os.environ.get("GLOO_SOCKET_IFNAME")
+    gloo, names = dist.ProcessGroupGloo, filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
     options = gloo._Options()
-    options._devices = [gloo.create_device(interface=name) for name in names.split(",")] if names else []
-    options._devices = options._devices or [gloo.create_default_device()]
+    options._devices = [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]
     options._threads, options._timeout = 1, timeout
     return gloo(store, rank, size, options)
 
