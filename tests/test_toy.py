@@ -191,11 +191,11 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
 @pytest.mark.parametrize(
     ("category", "share", "inside", "possible"),  # the last: of the targets themselves, through the VAE
     [
-        ("Local Change", 0.46, 16.6, 0.98),
-        ("Local Remove", 0.8, 22.6, 1),
-        ("Local Add", 0.92, 19.7, 1),
+        ("Local Change", 0.54, 17.0, 0.98),
+        ("Local Remove", 0.84, 23.0, 1),
+        ("Local Add", 0.96, 20.0, 1),
         ("Global Style", 0.98, 31.5, 1),
-        ("Composition", 0.5, 19.3, 1),
+        ("Composition", 0.56, 19.8, 1),
     ],
 )
 def test_the_built_in_checkpoint_edits(monkeypatch, category, share, inside, possible):
