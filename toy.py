@@ -66,7 +66,7 @@ STAGES = {  # of train.py: the checkpoint that each starts from, and its options
     "clips": ("stills/model", f"{BASE} --steps 7200"),
     "large_clips": ("base", "--size 9 96 96 --steps 3050 --lr 1e-3"),
     "large_stills": ("large_clips/model", f"{LAST} --align-weight 0 --size 1 96 96 --steps 10300"),
-    "editor": ("large_stills/model", f"{LAST} --align-weight 0.005 --size 9 96 96 --steps 26750"),
+    "editor": ("large_stills/model", f"{LAST} --align-weight 0.005 --size 9 96 96 --steps 29850"),
 }
 CLIPS = ((8, 5, 96, 48), (4, 5, 64, 64), (1, 9, 96, 96))  # of a batch: clips, frames, side drawn, side cut; by turns
 
