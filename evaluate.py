@@ -283,7 +283,7 @@ def shapes(args: Namespace) -> None:
     import toy  # and with it what trains it
 
     model, vae = rvedit.load(args.checkpoint, device=toy.DEVICE)
-    dataset = ShapesDataset(2026, args.clips * len(CATEGORIES), 9, 96, 96)
+    dataset = ShapesDataset(2026, args.clips * len(CATEGORIES), 9, 128, 128)
     rows, about = [], {"judge": "exact targets", "rubrics": "none"}
     for first in tqdm(range(0, len(dataset), 20), desc="editing", unit="batch", disable=None):
         clips = [dataset[i] for i in range(first, min(first + 20, len(dataset)))]

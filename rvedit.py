@@ -166,7 +166,7 @@ def preset(name: str) -> RVEDiTConfig:
             max_mllm_frames=4,
             min_mllm_pixels=4 * 16**2,
             max_mllm_pixels=128**2,
-            max_pixels=96**2,
+            max_pixels=128**2,
             max_frames=17,  # it trains on 9: in windows of 33 it edits far less
             sampling_steps=2,  # few end near the mean of what it holds possible, many at one draw: README
         )

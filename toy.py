@@ -12,7 +12,8 @@ clips: the same, from there, on clips that move.
 large_clips: train.py from there, as the paper's run from Kiwi-Edit: with the routing rule and the alignment.
 large_stills: without the alignment, for the forms of what is painted, which stills teach sooner than clips; and nearer
 to pure noise, where the few steps of its sampler look.
-editor: as large_clips, from there, and as near to pure noise.
+small_editor: as large_clips, from there, and as near to pure noise.
+editor: the same, from there, on clips of the size that it ships for.
 export: all of it in half precision as assets/toy.
 
 Letters: B batch, T H W frames, height and width of a video; C t h w channels and sides of the latents.
@@ -60,13 +61,14 @@ VAE_STEPS = 3000, 8000  # of the whole VAE, and then of its decoder alone, which
 VAE_RATES = 5e-3, 4e-3  # of either, at their highest
 NOISES = 0.2, 0.1  # at most, added to the latents that the decoder learns from, in units of their scale
 BASE = "--routing-depth 6 --align-weight 0"  # as Kiwi-Edit
-LAST = "--timestep-shift 15 --lr 1e-3"  # of the last two stages
+LAST = "--timestep-shift 15"  # of the last three stages
 STAGES = {  # of train.py: the checkpoint that each starts from, and its options
     "stills": ("start", f"{BASE} --size 1 64 64 --steps 12000"),
     "clips": ("stills/model", f"{BASE} --steps 7200"),
     "large_clips": ("base", "--size 9 96 96 --steps 3050 --lr 1e-3"),
-    "large_stills": ("large_clips/model", f"{LAST} --align-weight 0 --size 1 96 96 --steps 10300"),
-    "editor": ("large_stills/model", f"{LAST} --align-weight 0.005 --size 9 96 96 --steps 29850"),
+    "large_stills": ("large_clips/model", f"{LAST} --lr 1e-3 --align-weight 0 --size 1 96 96 --steps 10300"),
+    "small_editor": ("large_stills/model", f"{LAST} --lr 1e-3 --align-weight 0.005 --size 9 96 96 --steps 29850"),
+    "editor": ("small_editor/model", f"{LAST} --lr 5e-4 --size 9 128 128 --steps 3900"),
 }
 CLIPS = ((8, 5, 96, 48), (4, 5, 64, 64), (1, 9, 96, 96))  # of a batch: clips, frames, side drawn, side cut; by turns
 
@@ -363,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     judge.add_argument("--seed", type=cli.number(int, 0), default=2026, help="of the clips (default 2026)")
     judge.add_argument("--clips", type=whole, default=50, help="of each category (default 50)")
     judge.add_argument("--frames", type=whole, default=9, help="of each, 4k + 1 (default 9)")
-    judge.add_argument("--size", type=whole, default=96, help="of their frames, in pixels (default 96)")
+    judge.add_argument("--size", type=whole, default=128, help="of their frames, in pixels (default 128)")
     table = stages.add_parser("ablate", help="Table 2 at this scale; takes options of train.py", allow_abbrev=False)
     table.add_argument("--group", choices=VARIANTS, default="components", help="a block of it (default components)")
     table.add_argument("--seeds", type=whole, default=3, help="trainings of each variant (default 3)")

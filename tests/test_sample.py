@@ -444,7 +444,7 @@ def test_the_built_in_checkpoint_edits_the_sample_clip(tmp_path, monkeypatch):
     clip = ROOT / "assets" / "shapes.mp4"
     sample.main(["--video", str(clip), "--prompt", "remove the red circle", "--steps", "2", "--device", "cpu"])
     times, sizes, rate, _ = contents(tmp_path / "shapes_edited.mp4")
-    assert times == source_times(clip) and sizes == {(96, 96)} and rate == 8
+    assert times == source_times(clip) and sizes == {(128, 128)} and rate == 8
 
 
 def test_a_kiwi_edit_checkpoint_keeps_its_routing_depth(checkpoint, monkeypatch, tmp_path, capsys):
