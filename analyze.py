@@ -37,7 +37,7 @@ import data
 import rvedit
 import sample
 from model import Attention, WanDiT
-from shapes import EVERYTHING, ShapesDataset
+from shapes import EVERYTHING, TOY_EXTENT, ShapesDataset
 from vae import WanVAE
 from video import to_float
 
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/analysis"), help="folder (default runs/analysis)")
     parser.add_argument("--plot", action="store_true", help="also draw OUT/analysis.png; needs matplotlib")
     args = parser.parse_args(argv)
-    shapes = (args.seed, args.clips, *(args.size or (9, 128, 128)), EVERYTHING)
+    shapes = (args.seed, args.clips, *(args.size or TOY_EXTENT), EVERYTHING)
     try:
         if args.plot and not importlib.util.find_spec("matplotlib"):
             raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave it out and read analysis.json")

@@ -36,7 +36,7 @@ import data
 import rvedit
 import sample
 import video
-from shapes import ShapesDataset
+from shapes import TOY_EXTENT, ShapesDataset
 
 CATEGORIES = {name.lower().replace(" ", "_"): name for name in data.CATEGORIES}  # by their names in OpenVE-Bench
 OTHERS = ("background_change", "subtitle_edit", "camera_edit", "creative_edit")  # that the paper leaves out
@@ -283,7 +283,7 @@ def shapes(args: Namespace) -> None:
     import toy  # and with it what trains it
 
     model, vae = rvedit.load(args.checkpoint, device=toy.DEVICE)
-    dataset = ShapesDataset(2026, args.clips * len(CATEGORIES), 9, 128, 128)
+    dataset = ShapesDataset(2026, args.clips * len(CATEGORIES), *TOY_EXTENT)
     rows, about = [], {"judge": "exact targets", "rubrics": "none"}
     for first in tqdm(range(0, len(dataset), 20), desc="editing", unit="batch", disable=None):
         clips = [dataset[i] for i in range(first, min(first + 20, len(dataset)))]

@@ -107,6 +107,7 @@ MIN_GAP = 0.15  # "on the left" is further left by so much
 # --- Scenes and how they are drawn -----------------------------------------------------------------------------------
 
 Extent = tuple[int, int, int]  # of a clip: T, H, W
+TOY_EXTENT: Extent = (9, 128, 128)  # of the clips that the built-in toy was last trained on, and is measured on
 
 
 @dataclass(frozen=True)

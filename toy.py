@@ -47,7 +47,7 @@ import sample
 import train
 from mllm import CHAT_START
 from muon import Muon
-from shapes import EVERYTHING, ShapesDataset
+from shapes import EVERYTHING, TOY_EXTENT, ShapesDataset
 from vae import WanVAE, patchify, split_time, unpatchify
 from video import to_float, to_uint8
 
@@ -364,8 +364,8 @@ def main(argv: list[str] | None = None) -> None:
     judge.add_argument("--checkpoint", type=Path, help="of ours; default: the built-in one")
     judge.add_argument("--seed", type=cli.number(int, 0), default=2026, help="of the clips (default 2026)")
     judge.add_argument("--clips", type=whole, default=50, help="of each category (default 50)")
-    judge.add_argument("--frames", type=whole, default=9, help="of each, 4k + 1 (default 9)")
-    judge.add_argument("--size", type=whole, default=128, help="of their frames, in pixels (default 128)")
+    judge.add_argument("--frames", type=whole, default=TOY_EXTENT[0], help="of each, 4k + 1 (default %(default)s)")
+    judge.add_argument("--size", type=whole, default=TOY_EXTENT[1], help="of their sides, pixels (default %(default)s)")
     table = stages.add_parser("ablate", help="Table 2 at this scale; takes options of train.py", allow_abbrev=False)
     table.add_argument("--group", choices=VARIANTS, default="components", help="a block of it (default components)")
     table.add_argument("--seeds", type=whole, default=3, help="trainings of each variant (default 3)")
