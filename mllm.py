@@ -11,6 +11,7 @@ t h w the patch grid of a clip, t counting pairs of frames.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -188,7 +189,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def patch_layout(grids: list[list[int]], merge: int, window: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # the layout outlives the call: training may need it after a sampling pass
+def patch_layout(
+    grids: tuple[tuple[int, int, int], ...], merge: int, window: int, device: torch.device
+) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
     """Row and column (P, 2) of each patch; window order (P,); its runs, (number of windows, patches in each).
 
     Window order makes the patches of a window neighbours. A window is `window` patches wide and high, less
@@ -204,7 +209,8 @@ def patch_layout(grids: list[list[int]], merge: int, window: int) -> tuple[Tenso
     _, index, sizes = cells.unique(return_inverse=True, return_counts=True)  # one number for each window
     order = torch.argsort(sizes[index] * len(sizes) + index, stable=True)  # by size, then by window
     sizes, numbers = sizes.unique(return_counts=True)
-    return positions[:, 2:], order, list(zip(numbers.tolist(), sizes.tolist(), strict=True))
+    runs = list(zip(numbers.tolist(), sizes.tolist(), strict=True))
+    return positions[:, 2:].to(device), order.to(device), runs
 
 
 class VisionAttention(nn.Module):
@@ -252,14 +258,13 @@ class VisionTower(nn.Module):
         mlp = nn.Sequential(nn.Linear(merged_dim, merged_dim), nn.GELU(), nn.Linear(merged_dim, out_dim))
         self.merger = nn.ModuleDict({"ln_q": RMSNorm(dim, eps=1e-6), "mlp": mlp})
 
-    def forward(self, pixel_values: Tensor, grids: list[list[int]]) -> Tensor:
+    def forward(self, pixel_values: Tensor, grids: tuple[tuple[int, int, int], ...]) -> Tensor:
         """pixel_values (P, 3 * 2 * patch * patch) of clips with (t, h, w) grids -> (M, out_dim)."""
         config, merge = self.config, self.config.spatial_merge_size
         weight = self.patch_embed.proj.weight.flatten(1)  # patches do not overlap: a matrix product does it
         x = F.linear(pixel_values.to(weight.dtype), weight)  # (P, d)
         window = config.window_size // (config.patch_size * merge) * merge
-        positions, order, windows = patch_layout(grids, merge, window)
-        positions, order = positions.to(x.device), order.to(x.device)
+        positions, order, windows = patch_layout(grids, merge, window, x.device)
         back, frames = order.argsort(), [(t, h * w) for t, h, w in grids]
         # Half of the rotary frequencies turn with the row, half with the column.
         frequencies = rotary_frequencies(config.hidden_size // config.num_heads // 2, 10_000.0, x.device)
@@ -329,7 +334,7 @@ class Qwen2_5_VL(nn.Module):
 
     def encode_video(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Patches (P, 3 * 2 * patch^2) of B clips, grid_thw (B, 3) on the CPU -> visual tokens (M, d)."""
-        return self.visual(pixel_values, grid_thw.tolist())
+        return self.visual(pixel_values, tuple(map(tuple, grid_thw.tolist())))
 
     def position_ids(self, input_ids: Tensor, grid_thw: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """M-RoPE positions (3, B, N): time, row, column of each token. One clip in a row, padding is at 0.
@@ -373,7 +378,11 @@ class Qwen2_5_VL(nn.Module):
         x = x.masked_scatter(is_video, self.encode_video(pixel_values, grid_thw).to(x.dtype))
         x = x.masked_scatter(is_query, queries.to(x.dtype).expand(len(x), -1, -1))
 
-        config, positions = self.config, self.position_ids(input_ids, grid_thw, attention_mask)
+        return self.decode(x, self.position_ids(input_ids, grid_thw, attention_mask), attention_mask)
+
+    def decode(self, x: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The language tower on embedded tokens x (B, N, d) at M-RoPE positions (3, B, N)."""
+        config = self.config
         head_dim = config.hidden_size // config.num_attention_heads
         sections = rotary_frequencies(head_dim, config.rope_theta, x.device).split(config.mrope_section)
         angles = [axis[..., None] * section for axis, section in zip(positions, sections, strict=True)]

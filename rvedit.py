@@ -133,7 +133,7 @@ def preset(name: str) -> RVEDiTConfig:
         # takes about twice as many clips until words are matched with shapes.
         return RVEDiTConfig(
             dit=DiTConfig(
-                dim=128, ffn_dim=384, num_heads=4, num_blocks=6, in_channels=24, out_channels=24, patch_size=(1, 1, 1)
+                dim=256, ffn_dim=768, num_heads=8, num_blocks=6, in_channels=24, out_channels=24, patch_size=(1, 1, 1)
             ),
             vae=VAEConfig(
                 dim=8, dec_dim=12, z_dim=24, dim_mult=(1, 4, 4), num_res_blocks=1, temporal_downsample=(True, True)

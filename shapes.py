@@ -34,16 +34,16 @@ COLORS = {"red": (214, 48, 58), "orange": (242, 134, 36), "yellow": (248, 208, 5
           "cyan": (52, 196, 208), "blue": (44, 92, 206), "purple": (128, 62, 172), "pink": (242, 128, 178)}
 SIZES = {"small": 0.105, "medium": 0.145, "large": 0.2}  # radius
 FORMS = {  # signed distance, near the outline, from a form of radius 1; symmetric, so x is >= 0
-    "circle": lambda x, y: np.hypot(x, y) - 0.95,
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.28,
-    "square": lambda x, y: np.maximum(x, np.abs(y)) - 0.86,
-    "diamond": lambda x, y: 0.8 * x + 0.6 * np.abs(y) - 0.72,
-    "triangle": lambda x, y: np.maximum(y - 0.2, 0.866 * x - 0.5 * (y - 0.2)) - 0.62,
-    "cross": lambda x, y: np.maximum(np.maximum(x, np.abs(y)) - 1, np.minimum(x, np.abs(y)) - 0.36),
+    "circle": lambda m, x, y: m.hypot(x, y) - 0.95,
+    "ring": lambda m, x, y: m.abs(m.hypot(x, y) - 0.72) - 0.28,
+    "square": lambda m, x, y: m.maximum(x, m.abs(y)) - 0.86,
+    "diamond": lambda m, x, y: 0.8 * x + 0.6 * m.abs(y) - 0.72,
+    "triangle": lambda m, x, y: m.maximum(y - 0.2, 0.866 * x - 0.5 * (y - 0.2)) - 0.62,
+    "cross": lambda m, x, y: m.maximum(m.maximum(x, m.abs(y)) - 1, m.minimum(x, m.abs(y)) - 0.36),
     # a square on its corner and two half discs
-    "heart": lambda x, y: np.minimum(0.7071 * (x + np.abs(y)), np.hypot(x - 0.4243, y + 0.4243)) - 0.6,
+    "heart": lambda m, x, y: m.minimum(0.7071 * (x + m.abs(y)), m.hypot(x - 0.4243, y + 0.4243)) - 0.6,
     # the plane folded onto one of the ten edges: from a tip at 1.2 to a notch at 0.6, 36 degrees away
-    "star": lambda x, y: np.hypot(x, y) * np.cos(np.abs((np.arctan2(x, -y) + 0.628) % 1.257 - 0.628) - 1.1125) - 0.531,
+    "star": lambda m, x, y: m.hypot(x, y) * m.cos(m.abs((m.arctan2(x, -y) + 0.628) % 1.257 - 0.628) - 1.1125) - 0.531,
 }
 MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1),
            "diagonally up and left": (-1, -1), "diagonally up and right": (1, -1),
@@ -130,6 +130,7 @@ class Scene:
     style: str | None = None
 
 
+@functools.lru_cache(maxsize=64)
 def trajectory(shape: Shape, extent: Extent) -> np.ndarray:
     """The centre in every frame, (T, 2) as (x, y): straight on, reflected at the margins."""
     step = np.array(MOTIONS[shape.motion]) * SPEED
@@ -140,7 +141,7 @@ def trajectory(shape: Shape, extent: Extent) -> np.ndarray:
     return MARGIN + span - np.abs(way % (2 * span) - span)  # a triangle wave
 
 
-@functools.lru_cache(maxsize=8)  # source and target have most shapes in common
+@functools.lru_cache(maxsize=16)  # source and target have most shapes in common
 def _raster(shape: Shape, extent: Extent) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray]:
     """The box (T, h, w) of pixels that a shape comes to, how much of each it covers, and its colour (T, h, 1, 3)."""
     radius, unit = SIZES[shape.size], min(extent[1:])
@@ -152,7 +153,7 @@ def _raster(shape: Shape, extent: Extent) -> tuple[tuple[slice, ...], np.ndarray
         box.append(slice(low, high))
         offsets.append((positions / radius).astype(np.float32))  # (T, pixels), in radii from the centre
     y, x = offsets[0][:, :, None], offsets[1][:, None, :]
-    distance = FORMS[shape.form](np.abs(x), y) * (radius * unit)  # (T, h, w), pixels
+    distance = FORMS[shape.form](np, np.abs(x), y) * (radius * unit)  # (T, h, w), pixels
     light = 1.02 - 0.08 * y[..., None]  # a little brighter at the top
     return tuple(box), np.clip(0.5 - distance, 0, 1), np.array(COLORS[shape.color], np.float32) * light
 

@@ -2,7 +2,7 @@
 
     python toy.py                       # makes it, from where the last call was stopped: the stages below
     python toy.py evaluate              # how many clips that were never trained on it edits, and how well
-    python toy.py clips --steps 20000   # one stage alone; all but vae and export take options of train.py
+    python toy.py clips --steps 20000   # one stage alone; from stills to narrow_editor they take options of train.py
     python toy.py ablate                # the paper's Table 2 at this scale
 
 vae: a tokenizer for the words of the instructions, and a VAE, trained on crops of clips; 70 minutes on a CPU core.
@@ -13,7 +13,8 @@ large_clips: train.py from there, as the paper's run from Kiwi-Edit: with the ro
 large_stills: without the alignment, for the forms of what is painted, which stills teach sooner than clips; and nearer
 to pure noise, where the few steps of its sampler look.
 small_editor: as large_clips, from there, and as near to pure noise.
-editor: the same, from there, on clips of the size that it ships for.
+narrow_editor: the same, from there, on clips of the size that it ships for.
+editor: from there by toy_gpu.py, twice as wide and with batches 16 times as large, in minutes on a GPU.
 export: all of it in half precision as assets/toy.
 
 Letters: B batch, T H W frames, height and width of a video; C t h w channels and sides of the latents.
@@ -21,6 +22,7 @@ Letters: B batch, T H W frames, height and width of a video; C t h w channels an
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -44,6 +46,7 @@ from tqdm import tqdm
 import cli
 import rvedit
 import sample
+import toy_gpu
 import train
 from mllm import CHAT_START
 from muon import Muon
@@ -61,14 +64,15 @@ VAE_STEPS = 3000, 8000  # of the whole VAE, and then of its decoder alone, which
 VAE_RATES = 5e-3, 4e-3  # of either, at their highest
 NOISES = 0.2, 0.1  # at most, added to the latents that the decoder learns from, in units of their scale
 BASE = "--routing-depth 6 --align-weight 0"  # as Kiwi-Edit
-LAST = "--timestep-shift 15"  # of the last three stages
+LAST = "--timestep-shift 15"  # of the last three of these stages
+NARROW = dict(dim=128, ffn_dim=384, num_heads=4)  # the DiT of all of them
 STAGES = {  # of train.py: the checkpoint that each starts from, and its options
     "stills": ("start", f"{BASE} --size 1 64 64 --steps 12000"),
     "clips": ("stills/model", f"{BASE} --steps 7200"),
     "large_clips": ("base", "--size 9 96 96 --steps 3050 --lr 1e-3"),
     "large_stills": ("large_clips/model", f"{LAST} --lr 1e-3 --align-weight 0 --size 1 96 96 --steps 10300"),
     "small_editor": ("large_stills/model", f"{LAST} --lr 1e-3 --align-weight 0.005 --size 9 96 96 --steps 29850"),
-    "editor": ("small_editor/model", f"{LAST} --lr 5e-4 --size 9 128 128 --steps 3900"),
+    "narrow_editor": ("small_editor/model", f"{LAST} --lr 5e-4 --size 9 128 128 --steps 3900"),
 }
 CLIPS = ((8, 5, 96, 48), (4, 5, 64, 64), (1, 9, 96, 96))  # of a batch: clips, frames, side drawn, side cut; by turns
 
@@ -207,7 +211,8 @@ def write_start(run: Path, vae: WanVAE) -> None:
     std = (latents - mean).square().mean().sqrt().item()
     config, mean = rvedit.preset("toy"), tuple(mean.flatten().tolist())
     vae.config = dataclasses.replace(config.vae, latents_mean=mean, latents_std=(std,) * len(mean))
-    model = rvedit.RVEDiT(dataclasses.replace(config, vae=vae.config), train_tokenizer())
+    config = dataclasses.replace(config, vae=vae.config, dit=dataclasses.replace(config.dit, **NARROW))
+    model = rvedit.RVEDiT(config, train_tokenizer())
     rvedit.initialise(model)
     rvedit.save(run / "start", model, vae)
 
@@ -227,13 +232,12 @@ def train_stage(run: Path, stage: str, options: list[str]) -> None:
     if stage == "clips":
         model, vae = rvedit.load(run / stage / "model")
         model.load_state_dict(rvedit.with_native_connectors(model.state_dict()))
-        model.config = dataclasses.replace(rvedit.preset("toy"), vae=vae.config)
+        model.config = dataclasses.replace(rvedit.preset("toy"), vae=vae.config, dit=model.config.dit)
         rvedit.save(run / "base", model, vae)
 
 
 def export(run: Path) -> None:
-    """The editor as it stands in the run, as the built-in checkpoint: in half precision, which halves its size."""
-    train.main(["--out", str(run / "editor"), "--export"])
+    """The editor as the built-in checkpoint: in half precision, which halves its size."""
     model, vae = rvedit.load(run / "editor" / "model", dtype=torch.float16)
     rvedit.save(rvedit.TOY, model, vae.half())
 
@@ -359,7 +363,12 @@ def main(argv: list[str] | None = None) -> None:
     stages.add_parser("vae", help="train tokenizer and VAE")
     for stage, (start, recipe) in STAGES.items():
         stages.add_parser(stage, help=f"train.py from RUN/{start}, {recipe}; takes more of its options")
-    stages.add_parser("export", help="write assets/toy from the editor's last checkpoint")
+    wide = stages.add_parser("editor", help="by toy_gpu.py from RUN/narrow_editor", argument_default=argparse.SUPPRESS)
+    wide.add_argument("--steps", type=whole, help=f"default {toy_gpu.STEPS}")
+    wide.add_argument("--batch", type=whole, help=f"clips of a step (default {toy_gpu.BATCH})")
+    wide.add_argument("--size", nargs=3, type=whole, metavar=tuple("THW"), help="of the clips (default 9 128 128)")
+    wide.add_argument("--workers", type=cli.number(int, 0), help="processes that draw scenes (default: one a core)")
+    stages.add_parser("export", help="write assets/toy from the editor")
     judge = stages.add_parser("evaluate", help="edit clips that were never trained on", allow_abbrev=False)
     judge.add_argument("--checkpoint", type=Path, help="of ours; default: the built-in one")
     judge.add_argument("--seed", type=cli.number(int, 0), default=2026, help="of the clips (default 2026)")
@@ -385,6 +394,9 @@ def main(argv: list[str] | None = None) -> None:
         for stage in STAGES:
             if args.stage in (None, stage):
                 train_stage(args.run, stage, options)
+        if args.stage in (None, "editor"):
+            given = {name: value for name, value in vars(args).items() if name in ("steps", "batch", "size", "workers")}
+            toy_gpu.train_editor(args.run / "narrow_editor" / "model", args.run / "editor", **given)
         if args.stage in (None, "export"):
             export(args.run)
     except (ValueError, OSError) as error:

@@ -55,7 +55,7 @@ import losses
 import rvedit
 import video
 from cli import Parser, fail, number
-from muon import Muon
+from muon import Muon, muon_rates
 from parallel import shard
 from rvedit import RVEDiT, RVEDiTConfig
 from sample import edit_video
@@ -105,8 +105,7 @@ def training_step(model: RVEDiT, vae: WanVAE, batch: Batch, depth: int) -> tuple
     edit_contexts = model.contexts(edit_condition)  # line 9, Eq. 3
     velocity, edit_features = model.dit(z_t, batch.t, edit_contexts, source_latents, capture=depth)  # line 11
 
-    samples = zip(velocity, batch.noise, target_latents, strict=True)
-    flow = torch.stack([losses.flow_matching_loss(*one) for one in samples])  # line 14, first term of Eq. 6
+    flow = torch.vmap(losses.flow_matching_loss)(velocity, batch.noise, target_latents)  # line 14, (B,), Eq. 6
     if model.config.align_weight == 0:
         return flow.mean(), flow.detach(), torch.zeros_like(flow[0])
 
@@ -239,9 +238,7 @@ class Run:
         self.model, self.vae, self.device, self.out, self.decay = model, vae, device, args.out, args.average
         self.rank, self.ranks, self.step, self.samples = dist.get_rank(), dist.get_world_size(), 0, 0
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        apart = r"embed_tokens|queries|time_|head\.head"  # matrices by their shape only, or near the ends
-        matrices = {name: p for name, p in self.weights.items() if p.ndim == 2 and not re.search(apart, name)}
-        rates = {p: args.muon / (4 if "encoder." in name else 1) for name, p in matrices.items() if args.muon}
+        rates = muon_rates(self.weights, args.muon) if args.muon else {}
         self.optimizer = Muon([*self.weights.values()], rates, betas=(0.9, 0.999), weight_decay=0.01)  # or AdamW
         self.average = {name: p.detach().clone() for name, p in self.weights.items()} if args.average else {}
         for folder in finished(self.out)[-1:]:

@@ -159,7 +159,7 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
     run = ["--run", str(tmp_path / "run")]
     options = ["--steps", "1", "--batch", "2", "--size", "9", "32", "32", "--workers", "0"]
     toy.main([*run, "--vae-steps", "1", "1", "vae"])
-    for stage in ("clips", "large_clips", "large_stills", "small_editor", "editor", "ablate"):
+    for stage in ("clips", "large_clips", "large_stills", "small_editor", "narrow_editor", "editor", "ablate"):
         with pytest.raises(SystemExit, match="2"):
             toy.main([*run, stage])
         assert "does not exist yet: an earlier stage makes it" in capsys.readouterr().err
@@ -167,15 +167,17 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
     toy.main([*run, "clips", *options])
     base, start = (rvedit.load(tmp_path / "run" / name)[0] for name in ("clips/model", "base"))
     assert (base.config.routing_depth, base.config.align_weight) == (6, 0)
-    assert start.config == dataclasses.replace(rvedit.preset("toy"), vae=start.config.vae)
+    assert start.config == dataclasses.replace(rvedit.preset("toy"), vae=start.config.vae, dit=base.config.dit)
     trained = base.encoder.editing_connector.state_dict()
     assert all(torch.equal(trained[name], p) for name, p in start.encoder.visual_connector.state_dict().items())
-    for stage in ("large_clips", "large_stills", "small_editor", "editor"):
+    for stage in ("large_clips", "large_stills", "small_editor", "narrow_editor"):
         toy.main([*run, stage, *options])
-    stills, editor = (rvedit.load(tmp_path / "run" / name / "model")[0] for name in ("large_stills", "editor"))
-    assert stills.config == dataclasses.replace(editor.config, align_weight=0)
-    assert editor.config == start.config
+    stills, narrow = (rvedit.load(tmp_path / "run" / name / "model")[0] for name in ("large_stills", "narrow_editor"))
+    assert stills.config == dataclasses.replace(narrow.config, align_weight=0)
+    assert narrow.config == start.config
+    toy.main([*run, "editor", "--steps", "1", "--batch", "2", "--size", "5", "64", "64", "--workers", "1"])
     toy.main(run)
+    assert rvedit.load()[0].config == dataclasses.replace(rvedit.preset("toy"), vae=start.config.vae)
     size = sum(file.stat().st_size for file in (tmp_path / "assets").iterdir())
     assert size < 18e6
     stored = {file.name: file.read_bytes() for file in (tmp_path / "assets").iterdir()}
