@@ -336,6 +336,17 @@ def _throw(rng: np.random.Generator, category: str, extent: Extent) -> tuple[Sce
     return source, target, instruction if all(sentences) else ""
 
 
+def draw_edit(
+    rng: np.random.Generator, category: str, extent: Extent, looked_at: Extent | None = None
+) -> tuple[Scene, Scene, str]:
+    """A source, its edit and the instruction: the dice roll until both are clear, in frames of `looked_at`'s size."""
+    looked_at = looked_at or extent
+    while True:
+        source, target, instruction = _throw(rng, category, extent)
+        if instruction and _clear(source, looked_at) and _clear(target, looked_at):
+            return source, target, instruction
+
+
 # --- The data set ----------------------------------------------------------------------------------------------------
 
 
@@ -371,9 +382,7 @@ class ShapesDataset(Dataset):
             raise IndexError(f"clip {index} of {self.size}")
         rng, category = np.random.default_rng((self.seed, index)), self.categories[index % len(self.categories)]
         while True:
-            source, target, instruction = _throw(rng, category, self.extent)
-            if not instruction or not _clear(source, self.extent) or not _clear(target, self.extent):
-                continue
+            source, target, instruction = draw_edit(rng, category, self.extent)
             clips = render(source, self.extent), render(target, self.extent)
             mask = (clips[0] != clips[1]).any(-1) | (target.style is not None)
             change = np.square(clips[0][mask].astype(np.float32) - clips[1][mask])

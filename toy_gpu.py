@@ -38,7 +38,7 @@ SLOTS = 6  # shapes of a scene at most: four, and two added
 WORDS, CAPTION_WORDS = 40, 72  # tokens of an instruction and of a caption at most
 MIX = ("Local Change", "Composition") * 7 + ("Local Remove", "Local Add", "Global Style") * 2
 STEPS, BATCH, RATE, WARMUP, SHIFT = 2509, 256, 8e-4, 150, 15.0
-ALIGN_FROM = 0.88  # λ is 0 in the steps before this part of them
+ALIGN_FROM = 0.956  # λ is 0 in so large a part of the steps, then the model's
 SAVE_SECONDS = 60
 
 
@@ -117,17 +117,14 @@ class Draws(Dataset):
 
     def __init__(self, encoder: mllm.EditEncoder, extent: Extent, batch: int, seed: int, align_from: int) -> None:
         self.encoder, self.extent, self.batch, self.seed, self.align_from = encoder, extent, batch, seed, align_from
-        self.visual = encoder.prepare([torch.zeros(*extent, 3, dtype=torch.uint8)], ["x"])[-1][0][0]
-        self.visual = self.visual.stop - self.visual.start
+        [(clip, _)] = encoder.prepare([torch.zeros(*extent, 3, dtype=torch.uint8)], ["x"])[-1]
+        self.visual = clip.stop - clip.start
 
     def __getitem__(self, number: int) -> Draw:
-        rng, drawn = np.random.default_rng((self.seed, number)), []
+        rng, first = np.random.default_rng((self.seed, number)), number * self.batch
         coarse = (self.extent[0], self.extent[1] // 4, self.extent[2] // 4)  # fine enough to see what is clear
-        while len(drawn) < self.batch:
-            category = MIX[(number * self.batch + len(drawn)) % len(MIX)]
-            source, target, words = shapes._throw(rng, category, self.extent)
-            if words and shapes._clear(source, coarse) and shapes._clear(target, coarse):
-                drawn.append((source, target, words))
+        categories = [MIX[i % len(MIX)] for i in range(first, first + self.batch)]
+        drawn = [shapes.draw_edit(rng, category, self.extent, coarse) for category in categories]
         sources, targets, instructions = zip(*drawn, strict=True)
         scenes = sources + targets
         columns = zip(*(pack(scene, self.extent) for scene in scenes), strict=True)
@@ -255,7 +252,7 @@ class Reader:
         self.mean, self.std = (255 * torch.tensor(x, device=device).view(3, 1, 1, 1) for x in mean_and_std)
 
     def patches(self, video: Tensor) -> Tensor:
-        """`mllm.preprocess_frames`, which see, of whole levels (B, 3, T, H, W)."""
+        """Of whole levels (B, 3, T, H, W), as `mllm.preprocess_frames` makes them of one clip."""
         (t, h, w), merge, patch = self.grid, self.vision.spatial_merge_size, self.vision.patch_size
         x = (video[:, :, self.frames] - self.mean) / self.std
         x = x.reshape(len(x), 3, t, -1, h // merge, merge, patch, w // merge, merge, patch)
