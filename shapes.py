@@ -33,7 +33,7 @@ TRAINING_MIX = (*EVERYTHING, "Local Change", "Local Remove", "Local Change")  # 
 COLORS = {"red": (214, 48, 58), "orange": (242, 134, 36), "yellow": (248, 208, 54), "green": (46, 148, 84),
           "cyan": (52, 196, 208), "blue": (44, 92, 206), "purple": (128, 62, 172), "pink": (242, 128, 178)}
 SIZES = {"small": 0.105, "medium": 0.145, "large": 0.2}  # radius
-FORMS = {  # signed distance, near the outline, from a form of radius 1; symmetric, so x is >= 0
+FORMS = {  # signed distance, near the outline, from a form of radius 1; symmetric, so x is >= 0; m: numpy or torch
     "circle": lambda m, x, y: m.hypot(x, y) - 0.95,
     "ring": lambda m, x, y: m.abs(m.hypot(x, y) - 0.72) - 0.28,
     "square": lambda m, x, y: m.maximum(x, m.abs(y)) - 0.86,
@@ -54,7 +54,16 @@ PLACES = {"at the top left": (1, 1), "at the top": (2, 1), "at the top right": (
           "on the left": (1, 2), "in the center": (2, 2), "on the right": (3, 2),
           "at the bottom left": (1, 3), "at the bottom": (2, 3), "at the bottom right": (3, 3)}
 SIDES = {"on the left": (0, 1), "on the right": (0, -1), "at the top": (1, 1), "at the bottom": (1, -1)}  # axis, sign
-PATTERNS = ("plain", "gradient", "striped", "checkered", "cloudy")
+PATTERNS = {  # the share of the second tone, cut to [0, 1]; u, v: rotated coordinates, ramp: u from 0 to 1 in a frame,
+    # k: wave number, edge: makes the zeros of a wave edges of one pixel
+    "plain": lambda m, u, v, ramp, k, edge: 0 * u,
+    "gradient": lambda m, u, v, ramp, k, edge: ramp,
+    "striped": lambda m, u, v, ramp, k, edge: 0.5 + edge * m.sin(k * u),
+    "checkered": lambda m, u, v, ramp, k, edge: 0.5 + edge * m.sin(k * u) * m.sin(k * v),
+    "cloudy": lambda m, u, v, ramp, k, edge: (
+        0.5 + 0.25 * (m.sin(k / 2 * u + 2 * m.sin(k / 3 * v)) + m.sin(k / 1.5 * v + m.sin(k * u)))
+    ),
+}
 BACKGROUNDS = {  # the two tones of a pattern
     "cream": ((250, 243, 226), (235, 219, 187)), "sand": ((229, 211, 173), (205, 181, 138)),
     "sky": ((206, 227, 244), (170, 202, 230)), "mint": ((211, 235, 221), (172, 212, 190)),
@@ -180,15 +189,8 @@ def _background(scene: Scene, extent: Extent) -> np.ndarray:
     y, x = ((np.arange(pixels, dtype=np.float32) + 0.5) / unit for pixels in extent[1:])
     u = x * math.cos(scene.angle) + y[:, None] * math.sin(scene.angle)  # (H, W), rotated coordinates
     v = y[:, None] * math.cos(scene.angle) - x * math.sin(scene.angle)
-    k = 2 * math.pi / scene.period
-    edge = unit / k  # makes the zeros of a wave edges of one pixel
-    mix = {
-        "plain": np.zeros_like(u),
-        "gradient": (u - u.min()) / (u.max() - u.min()),
-        "striped": 0.5 + edge * np.sin(k * u),
-        "checkered": 0.5 + edge * np.sin(k * u) * np.sin(k * v),
-        "cloudy": 0.5 + 0.25 * (np.sin(k / 2 * u + 2 * np.sin(k / 3 * v)) + np.sin(k / 1.5 * v + np.sin(k * u))),
-    }[scene.pattern]
+    ramp, k = (u - u.min()) / (u.max() - u.min()), 2 * math.pi / scene.period
+    mix = PATTERNS[scene.pattern](np, u, v, ramp, k, unit / k)
     first, second = np.array(BACKGROUNDS[scene.tone], np.float32)
     return first + np.clip(mix, 0, 1)[..., None] * (second - first)
 

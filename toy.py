@@ -5,7 +5,7 @@
     python toy.py clips --steps 20000   # one stage alone; from stills to narrow_editor they take options of train.py
     python toy.py ablate                # the paper's Table 2 at this scale
 
-vae: a tokenizer for the words of the instructions, and a VAE, trained on crops of clips; 70 minutes on a CPU core.
+vae: a tokenizer for the words of the instructions, and a VAE, trained on crops of clips; two hours on a CPU core.
 stills: train.py, on those latents, from random weights and in the place of Kiwi-Edit: all blocks read only the editing
 tokens, and there is no alignment. Stills are cheap, and it takes very many until words are matched with objects.
 clips: the same, from there, on clips that move.
@@ -60,7 +60,7 @@ SPECIAL_TOKENS = (  # Qwen's, in its order, without their brackets
     "vision_start vision_end vision_pad image_pad video_pad"
 ).split()
 VAE_SEED, SAVE_SECONDS = 1, 120
-VAE_STEPS = 3000, 8000  # of the whole VAE, and then of its decoder alone, which leaves the latents as they are
+VAE_STEPS = 3000, 17800  # of the whole VAE, and then of its decoder alone, which leaves the latents as they are
 VAE_RATES = 5e-3, 4e-3  # of either, at their highest
 NOISES = 0.2, 0.1  # at most, added to the latents that the decoder learns from, in units of their scale
 BASE = "--routing-depth 6 --align-weight 0"  # as Kiwi-Edit
@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
     whole = cli.number(int, 1)
     parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="folder of the training (default runs/toy)")
     parser.add_argument(
-        "--vae-steps", type=whole, nargs=2, default=VAE_STEPS, metavar=("VAE", "DECODER"), help="default 3000 8000"
+        "--vae-steps", type=whole, nargs=2, default=VAE_STEPS, metavar=("VAE", "DECODER"), help="default 3000 17800"
     )
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", help="one alone; default: all up to export in turn")
     stages.add_parser("vae", help="train tokenizer and VAE")

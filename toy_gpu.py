@@ -108,7 +108,7 @@ def pack(scene: Scene, extent: Extent) -> tuple[np.ndarray, ...]:
     limits = np.sum(ends, axis=0)  # u of the corners
     ground = [cos, sin, 2 * math.pi / scene.period, *limits, *np.ravel(BACKGROUNDS[scene.tone])]
     matrix, bias = COLOR_MAPS.get(scene.style, (np.eye(3), (0, 0, 0)))
-    pattern, grade = PATTERNS.index(scene.pattern), [*np.ravel(matrix), *bias]
+    pattern, grade = [*PATTERNS].index(scene.pattern), [*np.ravel(matrix), *bias]
     return centers, looks, forms, np.array(ground, np.float32), np.array(pattern), np.array(grade, np.float32)
 
 
@@ -169,14 +169,8 @@ def background(ground: Tensor, patterns: Tensor, extent: Extent) -> Tensor:
     y, x = pixel_centers(extent, ground.device)
     cos, sin, k, low, high = (c.view(-1, 1, 1) for c in ground[:, :5].unbind(1))
     u, v = x * cos + y * sin, y * cos - x * sin  # (Z, H, W)
-    edge = min(extent[1:]) / k
-    mixes = (
-        torch.zeros_like(u),
-        (u - low) / (high - low),
-        0.5 + edge * torch.sin(k * u),
-        0.5 + edge * torch.sin(k * u) * torch.sin(k * v),
-        0.5 + 0.25 * (torch.sin(k / 2 * u + 2 * torch.sin(k / 3 * v)) + torch.sin(k / 1.5 * v + torch.sin(k * u))),
-    )
+    ramp, edge = (u - low) / (high - low), min(extent[1:]) / k
+    mixes = [pattern(torch, u, v, ramp, k, edge) for pattern in PATTERNS.values()]
     mix = choose(mixes, patterns.view(-1, 1, 1)).clamp(0, 1)[:, None, None]  # (Z, 1, 1, H, W)
     first, second = ground[:, 5:].view(-1, 2, 3, 1, 1, 1).unbind(1)
     return (first + mix * (second - first)).repeat(1, 1, extent[0], 1, 1)

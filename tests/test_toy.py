@@ -193,11 +193,11 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
 @pytest.mark.parametrize(
     ("category", "share", "inside", "possible"),  # the last: of the targets themselves, through the VAE
     [
-        ("Local Change", 0.74, 18.1, 0.98),
-        ("Local Remove", 0.94, 24.5, 1),
-        ("Local Add", 0.96, 20.7, 1),
-        ("Global Style", 0.96, 32.1, 1),
-        ("Composition", 0.64, 20.5, 1),
+        ("Local Change", 0.92, 19.9, 0.98),
+        ("Local Remove", 0.96, 26.5, 1),
+        ("Local Add", 0.98, 23.0, 1),
+        ("Global Style", 0.98, 32.7, 1),
+        ("Composition", 0.88, 23.7, 1),
     ],
 )
 def test_the_built_in_checkpoint_edits(monkeypatch, category, share, inside, possible):
