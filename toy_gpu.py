@@ -359,12 +359,12 @@ def train_editor(start: Path, out: Path, workers: int = os.cpu_count() or 1, **g
     """
     if not start.exists():
         raise ValueError(f"{start} does not exist yet: an earlier stage makes it")
-    out.mkdir(parents=True, exist_ok=True)
     options, file = dict(steps=STEPS, batch=BATCH, size=shapes.TOY_EXTENT), out / "run.json"
     options |= (json.loads(file.read_text()) if file.exists() else {}) | given
-    file.write_text(json.dumps(options))
     steps = options["steps"]
     editor = Editor(start, out, steps, options["batch"], tuple(options["size"]))
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(options))
     fork = dict(multiprocessing_context="fork", prefetch_factor=6) if workers else {}
     draws = DataLoader(editor.draws, None, sampler=range(editor.step, steps), num_workers=workers, **fork)
     if DEVICE == "cuda":

@@ -81,9 +81,12 @@ def test_the_reader_is_the_encoder(toy):
         assert relative_error(mine, theirs) < 1e-5
 
 
-def test_clips_that_the_mllm_would_resize_are_refused(toy):
+def test_clips_that_the_mllm_would_resize_are_refused(toy, tmp_path):
+    """And nothing is written that a later call would go on with."""
+    rvedit.save(tmp_path / "start", *toy)
     with pytest.raises(ValueError, match="would be resized for the MLLM"):
-        toy_gpu.Reader(toy[0].encoder, (9, 32, 32), "cpu")
+        toy_gpu.train_editor(tmp_path / "start", tmp_path / "out", size=(9, 32, 32))
+    assert not (tmp_path / "out").exists()
 
 
 def test_twice_the_width_is_the_same_function(toy):
