@@ -112,6 +112,12 @@ def pack(scene: Scene, extent: Extent) -> tuple[np.ndarray, ...]:
     return centers, looks, forms, np.array(ground, np.float32), np.array(pattern), np.array(grade, np.float32)
 
 
+def pack_all(scenes: Sequence[Scene], extent: Extent) -> Scenes:
+    columns = zip(*(pack(scene, extent) for scene in scenes), strict=True)
+    mosaics = torch.tensor([i for i, scene in enumerate(scenes) if scene.style == "mosaic"], dtype=torch.long)
+    return Scenes(*(torch.from_numpy(np.stack(column)) for column in columns), mosaics)
+
+
 class Draws(Dataset):
     """Minibatches by number, each a function of (seed, number); from `align_from` on with captions."""
 
@@ -126,14 +132,10 @@ class Draws(Dataset):
         categories = [MIX[i % len(MIX)] for i in range(first, first + self.batch)]
         drawn = [shapes.draw_edit(rng, category, self.extent, coarse) for category in categories]
         sources, targets, instructions = zip(*drawn, strict=True)
-        scenes = sources + targets
-        columns = zip(*(pack(scene, self.extent) for scene in scenes), strict=True)
-        mosaics = torch.tensor([i for i, scene in enumerate(scenes) if scene.style == "mosaic"], dtype=torch.long)
-        packed = Scenes(*(torch.from_numpy(np.stack(column)) for column in columns), mosaics)
         edit, ref = self.rows(instructions, WORDS), (None, None)
         if number >= self.align_from:
             ref = self.rows([shapes.caption(scene) for scene in targets], CAPTION_WORDS)
-        return Draw(packed, *edit, *ref)
+        return Draw(pack_all(sources + targets, self.extent), *edit, *ref)
 
     def rows(self, texts: Sequence[str], most: int) -> tuple[Tensor, Tensor]:
         """Token ids (B, N), and how many of a row are the text's, (B,). N, a multiple of 8, has room for `most`."""

@@ -32,13 +32,6 @@ def draw(model, number=0, batch=6, align_from=0, extent=EXTENT):
     return toy_gpu.Draws(model.encoder, extent, batch, 0, align_from)[number]
 
 
-def scenes_of(packed, extent):
-    """As `Draws` would do it."""
-    columns = zip(*(toy_gpu.pack(scene, extent) for scene in packed), strict=True)
-    mosaics = torch.tensor([i for i, scene in enumerate(packed) if scene.style == "mosaic"], dtype=torch.long)
-    return toy_gpu.Scenes(*(torch.from_numpy(np.stack(column)) for column in columns), mosaics)
-
-
 @pytest.mark.parametrize("extent", [(5, 64, 64), (3, 48, 80)])
 def test_painted_scenes_are_rendered_ones(extent):
     """Every form, colour, pattern, tone and style: but for a level in a few pixels, where float32 rounds otherwise."""
@@ -49,7 +42,7 @@ def test_painted_scenes_are_rendered_ones(extent):
         looks = [(next(colors), size, motion) for size, motion in zip(shapes.SIZES, motions, strict=True)]
         placed = tuple(Shape(form, *look, *rng.uniform(0.2, 0.8, 2).tolist()) for look in looks)
         scenes.append(Scene(pattern, next(tones), *rng.uniform((0, 0.3), (3.14, 0.5)).tolist(), placed, next(styles)))
-    painted = toy_gpu.paint(scenes_of(scenes, extent), extent).movedim(1, -1)
+    painted = toy_gpu.paint(toy_gpu.pack_all(scenes, extent), extent).movedim(1, -1)
     rendered = torch.stack([torch.from_numpy(shapes.render(scene, extent)) for scene in scenes]).float()
     off = (painted - rendered).abs()
     assert off.max() <= 1 and (off > 0).float().mean() < 1e-4
