@@ -51,10 +51,10 @@ import train
 from mllm import CHAT_START
 from muon import Muon
 from shapes import EVERYTHING, TOY_EXTENT, ShapesDataset
+from toy_gpu import DEVICE
 from vae import WanVAE, patchify, split_time, unpatchify
 from video import to_float, to_uint8
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPECIAL_TOKENS = (  # Qwen's, in its order, without their brackets
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
     "vision_start vision_end vision_pad image_pad video_pad"
@@ -171,8 +171,7 @@ def train_vae(run: Path, steps: Sequence[int]) -> WanVAE:
             print(f"VAE step {step}/{sum(steps)}: {sum(recent) / len(recent):.2f} dB, latents {scale:.1f}", flush=True)
         if time.monotonic() - saved > SAVE_SECONDS or step == sum(steps):
             stored = {"step": step, "weights": vae.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(stored, f"{state}.partial")
-            os.replace(f"{state}.partial", state)
+            toy_gpu.save_state(stored, state)
             saved = time.monotonic()
     return vae
 

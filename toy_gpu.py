@@ -113,6 +113,7 @@ def pack(scene: Scene, extent: Extent) -> tuple[np.ndarray, ...]:
 
 
 def pack_all(scenes: Sequence[Scene], extent: Extent) -> Scenes:
+    """The rows of Z scenes, and which of them are mosaics."""
     columns = zip(*(pack(scene, extent) for scene in scenes), strict=True)
     mosaics = torch.tensor([i for i, scene in enumerate(scenes) if scene.style == "mosaic"], dtype=torch.long)
     return Scenes(*(torch.from_numpy(np.stack(column)) for column in columns), mosaics)
@@ -155,6 +156,7 @@ class Draws(Dataset):
 
 
 def choose(options: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Of tensors of one shape, in each place the one whose number the index, broadcast, has there."""
     out = options[0]
     for i, option in enumerate(options[1:], start=1):
         out = torch.where(index == i, option, out)
@@ -287,6 +289,12 @@ class Reader:
 # --- The run ----------------------------------------------------------------------------------------------------------
 
 
+def save_state(state: dict[str, Any], file: Path) -> None:
+    """Complete or not at all."""
+    torch.save(state, f"{file}.partial")
+    os.replace(f"{file}.partial", file)
+
+
 class Editor:
     """What is trained, and how: from the last saved step in `out`, or from `start` made twice as wide."""
 
@@ -312,8 +320,7 @@ class Editor:
 
     def save(self) -> None:
         state = {"step": self.step, "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, self.out / "partial")
-        os.replace(self.out / "partial", self.out / "state.pt")
+        save_state(state, self.out / "state.pt")
 
     def compile(self) -> None:
         """Every block of a kind has the same sizes in all steps, but those before and behind the routing boundary."""
