@@ -1,59 +1,35 @@
-"""Instruction-video-target triplets to learn editing from (§5, App. D.1 of the paper); for others see shapes.py.
+"""Instruction-video-target triplets to learn editing from (§5, App. D.1 of the paper), and minibatches of them.
 
-    python data.py sample --openve DIR --reco DIR --ditto DIR --out triplets.jsonl  # §5's 120,000, from three sets
-    python data.py check triplets.jsonl                                    # decodes some: what training would meet
-    python data.py caption triplets.jsonl --url URL --out captioned.jsonl  # ℓ* of every target, by a model on a server
-
-§5 draws 10,000 clips "per category from each dataset", 120,000 in all: four categories from each of the three sets.
-Which of a set's own those are is not given in the paper; we take what is one of the four of its Table 1:
-
-              OpenVE-3M     ReCo-Data  Ditto-1M
-Local Change  local_change  replace    local, unless it is one of the next two
-Local Remove  local_remove  remove     local, if the instruction begins with "remove" or the like
-Local Add     local_add     add        local, if the instruction begins with "add" or the like
-Global Style  global_style  style      global_style1, global_style2
+The synthetic clips are in shapes.py, the three public sets in experiments/datasets.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import functools
 import hashlib
-import heapq
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.pool import ThreadPool
-from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-import chat
 import video
-from cli import Parser, fail, number
-from shapes import CATEGORIES, ShapesDataset  # noqa: F401  (data.ShapesDataset is its public name)
+from mllm import EditEncoder
+from shapes import ShapesDataset  # noqa: F401  (data.ShapesDataset is its public name)
+from vae import VAEConfig
 
 COLUMNS = ("src_video", "tgt_video", "prompt")
-SETS = {  # the tables of each (where there are none, those after them), and COLUMNS in them; `video` is a target
-    "OpenVE-3M": {"*.csv": "original_video video prompt", "*/*.csv": "original_video video prompt"},
-    "ReCo-Data": {"*/*_data_configs.json": "src_video tar_video instruction_final_refine"},
-    "Ditto-1M": {"training_metadata/*.json": "source_path edited_path instruction",
-                 "csvs_for_DiffSynth/*.csv": "vace_video video prompt"},
-}  # fmt: skip
-# CATEGORIES in the name of a table or, in Ditto-1M, in the path of a target; there, what begins an instruction
-KIND = re.compile(r"\b(?:(local_change|replace_|local/)|(local_remove|remove_)|(local_add|add_)|(global_style|style_))")
-VERB = re.compile(r"\W*(?:please )?(?:(remove|delete|erase|get rid|take (?:away|off))|(add|insert|put|place))\b", re.I)
 PATHS = {"src_video", "tgt_video", "original_video", "vace_video", "video"}  # columns of a CSV
-CAPTION_PROMPT = """These are frames of one video in order of time. Describe it in one paragraph for someone who cannot
-see it: who and what is there, with looks, number and place; what each does and how that changes; surroundings, light,
-colors, visual style, camera. Tell only what can be seen, do not mention frames, and add nothing to the description."""
 
-# --- Tables ----------------------------------------------------------------------------------------------------------
+# --- Tables ---------------------------------------------------------------------------------------
 
 
 def _csv_rows(file: TextIO) -> Iterator[tuple[int, dict[str, str]]]:
@@ -69,16 +45,28 @@ def _csv_rows(file: TextIO) -> Iterator[tuple[int, dict[str, str]]]:
     for fields in filter(None, reader):
         whole = len(fields) == len(names)
         if len(fields) > len(names) and {*names} - PATHS - {"category", "dataset"} == {"prompt"}:
-            fields, at, mended = lines[reader.line_num - 1].split(delimiter), names.index("prompt"), mended + 1
+            fields, at, mended = (
+                lines[reader.line_num - 1].split(delimiter),
+                names.index("prompt"),
+                mended + 1,
+            )
             end = at + 1 + len(fields) - len(names)
             fields[at:end] = [delimiter.join(fields[at:end])]
             paths = [field for name, field in zip(names, fields, strict=False) if name in PATHS]
             whole = end > at + 1 and all(re.search(r"\.\w+\s*$", path) for path in paths)
         if not whole:
-            raise ValueError(f'{file.name}, line {reader.line_num}: fields do not fit; commas need "double quotes"')
-        yield reader.line_num, {name: field.strip() for name, field in zip(names, fields, strict=True)}
+            raise ValueError(
+                f'{file.name}, line {reader.line_num}: fields do not fit; commas need "double quotes"'
+            )
+        yield (
+            reader.line_num,
+            {name: field.strip() for name, field in zip(names, fields, strict=True)},
+        )
     if mended:
-        print(f"note: {file.name}: {mended} prompts whose commas lacked quotes were put together", file=sys.stderr)
+        print(
+            f"note: {file.name}: {mended} prompts whose commas lacked quotes were put together",
+            file=sys.stderr,
+        )
 
 
 def triplets(path: Path, *names: str) -> Iterator[dict[str, Any]]:
@@ -94,90 +82,29 @@ def triplets(path: Path, *names: str) -> Iterator[dict[str, Any]]:
             rows = _csv_rows(file) if path.suffix == ".csv" else lines
             for line, row in enumerate(json.load(file), 1) if path.suffix == ".json" else rows:
                 row = row if isinstance(row, dict) else {}
-                values = [value.strip() if isinstance(value := row.get(name), str) else "" for name in names]
+                values = [
+                    value.strip() if isinstance(value := row.get(name), str) else ""
+                    for name in names
+                ]
                 if all(values):
                     count += 1
                     yield row | dict(zip(COLUMNS, values, strict=True))
                 else:
-                    problems.append(f"{path}, line {line}: no {names[values.index('')]} in columns {', '.join(row)}")
+                    problems.append(
+                        f"{path}, line {line}: no {names[values.index('')]} in columns {', '.join(row)}"
+                    )
         except (csv.Error, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, line {line} or the next: {error}") from error
     if count == 0 or (problems and path.suffix != ".json"):
         raise ValueError(problems[0] if problems else f"{path}: no rows")
     if problems:
-        print(f"note: {len(problems)} entries are left out, the first is {problems[0]}", file=sys.stderr)
+        print(
+            f"note: {len(problems)} entries are left out, the first is {problems[0]}",
+            file=sys.stderr,
+        )
 
 
-# --- The public sets as they lie on disk, and the sample of §5 --------------------------------------------------------
-
-
-def read_set(dataset: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """The triplets of a public set that are of one of the four categories.
-
-    OpenVE-3M has a CSV for each category, ReCo-Data a list for each task. Ditto-1M's lists have names that are nowhere
-    documented, so there the folder of the target tells; its CSVs have the same rows. Assumed, as no row is published:
-    OpenVE-3M's columns, after the one reader seen, and that its CSVs are named for their category; that the refined one
-    is the instruction of ReCo-Data, as for all readers; that a local edit of Ditto-1M does what the first verb says.
-    """
-    for pattern, names in SETS[dataset].items():
-        for path in (tables := sorted(folder.glob(pattern))):
-            for row in triplets(path, *names.split()) if dataset == "Ditto-1M" or KIND.match(path.name) else ():
-                if kind := KIND.search(row["tgt_video"] if dataset == "Ditto-1M" else path.name):
-                    verb = VERB.match(row["prompt"]) if kind[0].endswith("local/") else None
-                    category = CATEGORIES[verb.lastindex if verb else kind.lastindex - 1]
-                    yield {name: row[name] for name in COLUMNS} | dict(category=category, dataset=dataset)
-        if tables:
-            return
-
-
-def locate(dataset: str, folders: list[Path], path: str) -> str | None:
-    """Where a clip of a data set lies: the first place of an ordered list that has it, or None.
-
-    Paths start in one of the folders, in its videos/ or its videos_folders/, and may begin with the name of the folder
-    or of the set. A folder on the way may be doubled: archives are often unpacked inside of the folder they contain.
-    """
-    for folder in map(Path.absolute, folders):
-        parts = PurePosixPath(path.removeprefix(f"{dataset}/").removeprefix(f"{folder.name}/")).parts
-        for base in (folder, folder / "videos", folder / "videos_folders"):
-            for depth in range(len(parts)):
-                place = base.joinpath(*parts[:depth], *parts[max(0, depth - 1) :])
-                if place.is_file():
-                    return str(place)
-
-
-def stratified_sample(folders: dict[str, list[Path]], count: int, seed: int) -> list[str]:
-    """At most `count` triplets of each category from each set in `folders`, as JSON lines; prints a table of them.
-
-    Those with the smallest hash of (seed, paths, instruction) are taken: the order of files and rows does not matter,
-    and equal rows count once. "Not found" are those that might have been taken, but for a clip that is not there.
-    """
-    lines, table = [], [("data set", "category", "asked", "available", "not found", "taken")]
-    for dataset, places in folders.items():
-        heaps, seen, missing = {c: [] for c in CATEGORIES}, {c: set() for c in CATEGORIES}, Counter()
-        for row in tqdm(read_set(dataset, places[0]), desc=dataset, unit=" rows", disable=None):
-            category, values = row["category"], [row[name] for name in COLUMNS]
-            key = int(hashlib.sha256(repr((seed, *values)).encode()).hexdigest()[:16], 16)
-            heap = heaps[category]  # of negative numbers, so that the largest is on top
-            if key not in seen[category] and (len(heap) < count or key < -heap[0][0]):
-                clips = [locate(dataset, places, path) for path in values[:2]]
-                if None in clips:
-                    missing[category] += 1
-                else:
-                    item = -key, json.dumps(row | dict(src_video=clips[0], tgt_video=clips[1]))
-                    (heapq.heappush if len(heap) < count else heapq.heapreplace)(heap, item)
-            seen[category].add(key)
-        if not any(heaps.values()):
-            found = f"{missing.total()} triplets of {dataset}, none with its clips"
-            raise ValueError(f"{places[0]}: {found}; name the folder of its tables and, after it, that of its clips")
-        for category, heap in heaps.items():
-            lines += [line for _, line in sorted(heap, reverse=True)]
-            table.append((dataset, category, count, len(seen[category]), missing[category], len(heap)))
-    table.append(("all", "", *map(sum, list(zip(*table[1:], strict=True))[2:])))
-    print(*("{:<11}{:<13}{:>10}{:>11}{:>11}{:>10}".format(*row) for row in table), sep="\n")
-    return lines
-
-
-# --- Triplets for training --------------------------------------------------------------------------------------------
+# --- Triplets for training ------------------------------------------------------------------------
 
 
 class TripletDataset(Dataset):
@@ -189,14 +116,20 @@ class TripletDataset(Dataset):
     such a table, and ValueError or OSError for an item whose clips cannot be read, are too short or are not in step.
     """
 
-    def __init__(self, path: str | Path, root: str | Path | None = None, max_frames: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, root: str | Path | None = None, max_frames: int | None = None
+    ) -> None:
         path = Path(path)
         if path.suffix not in (".csv", ".jsonl"):
             raise ValueError(f"{path}: triplets come in .csv or .jsonl files")
         root, self.max_frames, rows = Path(root or path.parent).absolute(), max_frames, []
         for row in triplets(path, *COLUMNS):
-            row = {name: row.get(name) or "" for name in (*COLUMNS, "caption", "category", "dataset")}
-            rows.append(json.dumps(row | {name: str(root / row[name]) for name in COLUMNS[:2]}).encode())
+            row = {
+                name: row.get(name) or "" for name in (*COLUMNS, "caption", "category", "dataset")
+            }
+            rows.append(
+                json.dumps(row | {name: str(root / row[name]) for name in COLUMNS[:2]}).encode()
+            )
         # One string: of many objects each worker process would make a copy, just by counting references to them.
         self.text, self.ends = b"".join(rows), np.cumsum([0, *map(len, rows)])
 
@@ -213,10 +146,16 @@ class TripletDataset(Dataset):
         if length < min(5, self.max_frames or 5):
             raise ValueError(f"{target.path}: too short, it or its source has only {length} frames")
         if abs(source.total - target.total) > 3 or abs(source.rate / target.rate - 1) > 0.01:
-            here, there = (f"{clip.total} frames at {float(clip.rate):.4g} fps" for clip in (target, source))
-            raise ValueError(f"{target.path}: its {here} are not in step with the {there} of its source, {source.path}")
+            here, there = (
+                f"{clip.total} frames at {float(clip.rate):.4g} fps" for clip in (target, source)
+            )
+            raise ValueError(
+                f"{target.path}: its {here} are not in step with the {there} of its source, {source.path}"
+            )
         clips = dict(source=source.frames[:length], target=target.frames[:length])
-        return clips | dict(instruction=row["prompt"], caption=row["caption"], category=row["category"])
+        return clips | dict(
+            instruction=row["prompt"], caption=row["caption"], category=row["category"]
+        )
 
 
 def fit_clip(frames: torch.Tensor, num_frames: int, height: int, width: int) -> torch.Tensor:
@@ -232,91 +171,103 @@ def fit_clip(frames: torch.Tensor, num_frames: int, height: int, width: int) -> 
     return video.resize(frames[:length], *size)[:, top : top + height, left : left + width]
 
 
-def check(dataset: TripletDataset, count: int, workers: int) -> None:
-    """Decode `count` random rows as training does, and print what it would meet."""
+class Batch(NamedTuple):
+    """Line 3: a minibatch (v, ℓ, v*, ℓ*) with t and ε."""
 
-    def decode(index: int) -> str:
-        try:
-            return "{0} frames of {2}x{1}".format(*dataset[index]["target"].shape)
-        except (ValueError, OSError) as error:
-            return f"bad: triplet {index + 1}: {error}"
-
-    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    with ThreadPool(workers) as pool:
-        found = Counter(tqdm(pool.imap(decode, drawn), total=len(drawn), disable=None))
-    for line, times in found.most_common():
-        print(f"{times:>8}  {line}")
-    bad = sum(line.startswith("bad") for line in found) / len(drawn)
-    bare = sum(not dataset.row(i)["caption"] for i in range(len(dataset)))
-    print(f"{len(dataset)} triplets, {bare} of them without a caption; {len(drawn)} decoded, {bad:.1%} of them bad")
+    source: Tensor  # v, uint8 (B, T, H, W, 3)
+    target: Tensor  # v*, likewise
+    t: Tensor  # (B,)
+    noise: Tensor  # ε, of the latents' shape, (B, C, T', H', W')
+    edit_inputs: tuple[Any, ...]  # (v, ℓ) as the MLLM reads it
+    ref_inputs: tuple[Any, ...] | None  # (v*, ℓ*); None if λ = 0
+    broken: int  # clips that could not be read and were replaced
 
 
-def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: int) -> list[str]:
-    """The rows as JSON lines, each with a new caption of its target; those whose target got none are left out.
+# --- Line 3: what is random, and the data ---------------------------------------------------------
 
-    Captions are kept in OUT.answers as they come, and none is asked for twice. ValueError if 1 in 100 lacks.
+
+def generator(*key: int | str) -> torch.Generator:
+    """On the CPU, a function of the key alone."""
+    return torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+    )
+
+
+def draw(
+    seed: int, step: int, sample: int, shape: tuple[int, ...], shift: float
+) -> tuple[Tensor, Tensor]:
+    """t from U[0, 1], moved towards noise as s·u / (1 + (s - 1)·u) by a shift s other than 1, and ε from N(0, I)."""
+    random = generator(seed, "noise", step, sample)
+    u = torch.rand((), generator=random)
+    return shift * u / (1 + (shift - 1) * u), torch.randn(shape, generator=random)
+
+
+@functools.lru_cache(maxsize=2)
+def data_order(seed: int, epoch: int, length: int) -> Tensor:
+    return torch.randperm(length, generator=generator(seed, "order", epoch))
+
+
+class Batches(Dataset):
+    """This rank's minibatches by (step, accumulation step), from where the run stands.
+
+    Samples are numbered over accumulation steps, ranks and B: the same work, however divided, gets the same numbers.
     """
 
-    def describe(clip: str) -> dict[str, str]:
-        parts = chat.image_parts(video.read_video(clip, dataset.max_frames).frames, 8)
-        if text := chat.ask(url, model, [*parts, {"type": "text", "text": CAPTION_PROMPT}]).strip():
-            return {"caption": text}
-        raise ValueError("the answer is empty")
+    def __init__(
+        self,
+        triplets: Dataset,
+        encoder: EditEncoder,
+        vae: VAEConfig,
+        args: argparse.Namespace,
+        rank: int = 0,
+        ranks: int = 1,
+        step: int = 0,
+        samples: int = 0,
+        needs_reference: bool = True,
+    ) -> None:
+        self.triplets, self.args, self.encoder, self.vae = triplets, args, encoder, vae
+        self.ranks, self.rank, self.first_step, self.first_sample = ranks, rank, step, samples
+        self.needs_reference = needs_reference
 
-    rows, answers = list(map(dataset.row, range(len(dataset)))), out.with_name(f"{out.name}.answers")
-    failed = chat.run(answers, {row["tgt_video"]: row["tgt_video"] for row in rows}, describe, workers)
-    for clip, problem in failed.items():
-        print(f"note: no caption for {clip}: {problem}", file=sys.stderr)
-    if len(failed) > 0.01 * len(rows):
-        raise ValueError(f"{len(failed)} of {len(rows)} clips have no caption; run it again to ask for those alone")
-    captions = chat.results(answers)
-    return [json.dumps(row | captions[row["tgt_video"]]) for row in rows if row["tgt_video"] in captions]
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        (step, micro), args, B, factor = key, self.args, self.args.batch, self.vae.spatial_factor
+        numbers = range(
+            (micro * self.ranks + self.rank) * B, (micro * self.ranks + self.rank + 1) * B
+        )
+        first = self.first_sample + (step - self.first_step) * args.accumulate * self.ranks * B
+        sources, instructions, targets, captions, broken = zip(
+            *(self.read(first + n) for n in numbers), strict=True
+        )
+        length = (len(targets[0]) - 1) // self.vae.temporal_factor + 1
+        shape = self.vae.z_dim, length, args.size[1] // factor, args.size[2] // factor
+        t, noise = zip(
+            *(draw(args.seed, step, n, shape, args.timestep_shift) for n in numbers), strict=True
+        )
+        edit_inputs = self.encoder.prepare(list(sources), list(instructions))
+        ref_inputs = (
+            self.encoder.prepare(list(targets), list(captions)) if self.needs_reference else None
+        )
+        return Batch(
+            *map(torch.stack, (sources, targets, t, noise)), edit_inputs, ref_inputs, sum(broken)
+        )
 
+    def read(self, position: int) -> tuple[Tensor, str, Tensor, str, int]:
+        """v, ℓ, v*, ℓ* at a position in the endless row of epochs, after so many broken ones in their place."""
+        length = len(self.triplets)
+        index = int(data_order(self.args.seed, position // length, length)[position % length])
+        for broken in range(20):
+            try:
+                return *self.fit((index + broken) % length), broken
+            except (ValueError, OSError) as error:
+                with open(self.args.out / "broken.txt", "a", encoding="utf-8") as file:
+                    file.write(f"triplet {(index + broken) % length + 1}: {error}\n")
+        raise ValueError(f"20 triplets, one after the other, are broken: see {file.name}")
 
-# --- Command line -----------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description="Triplets to train on: draw them, look at them, caption them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    draw = commands.add_parser("sample", help="draw as many for each category and public data set")
-    for option, dataset in zip(("--openve", "--reco", "--ditto"), SETS, strict=True):
-        folders = f"of {dataset}: with its tables; then others, if its clips are elsewhere"
-        draw.add_argument(option, dest=dataset, nargs="+", type=Path, metavar="DIR", help=folders)
-    draw.add_argument("--count", type=number(int, 1), default=10_000, help="of each (default 10000, as in §5)")
-    draw.add_argument("--seed", type=number(int, 0), default=0, help="of what is drawn (default 0)")
-    look = commands.add_parser("check", help="decode some and say what training would meet")
-    look.add_argument("--clips", type=number(int, 1), default=200, help="so many (default 200)")
-    ask = commands.add_parser("caption", help="have every target clip described by a model on a server")
-    ask.add_argument("--url", required=True, help="OpenAI-compatible, such as http://localhost:8000/v1")
-    ask.add_argument("--model", default="Qwen/Qwen3-VL-8B-Instruct", help="default %(default)s, as in App. D.1")
-    for command in (draw, ask):
-        command.add_argument("--out", type=Path, required=True, help="the .jsonl file to write, for train.py --data")
-    for command in (look, ask):
-        command.add_argument("file", type=Path, metavar="FILE", help="triplets, .csv or .jsonl")
-        command.add_argument("--frames", type=number(int, 1), default=81, help="of each clip's start (default 81)")
-        command.add_argument("--workers", type=number(int, 1), default=8, help="clips at a time (default 8)")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "check":
-            return check(TripletDataset(args.file, max_frames=args.frames), args.clips, args.workers)
-        if args.out.suffix != ".jsonl" or not args.out.parent.is_dir():
-            raise ValueError(f"--out {args.out}: name a .jsonl file in a folder that exists")
-        if args.command == "caption":
-            dataset = TripletDataset(args.file, max_frames=args.frames)
-            lines = caption(dataset, args.out, args.url, args.model, args.workers)
-        else:
-            sets = {name: vars(args)[name] for name in SETS if vars(args)[name]} or fail("name a set, as --openve DIR")
-            lines = stratified_sample(sets, args.count, args.seed)
-        partial = args.out.with_name(f"{args.out.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        partial.replace(args.out)
-        print(f"{args.out}: {len(lines)} triplets")
-    except (ValueError, OSError, chat.Refused) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-if __name__ == "__main__":
-    main()
+    def fit(self, index: int) -> tuple[Tensor, str, Tensor, str]:
+        args, item = self.args, self.triplets[index]
+        source, target = (fit_clip(item[name], *args.size) for name in ("source", "target"))
+        if args.batch > 1 and len(target) < args.size[0]:
+            raise ValueError(
+                f"it has {len(target)} frames, but with --batch above 1 all must have {args.size[0]}"
+            )
+        return source, item["instruction"], target, item["caption"] or item["instruction"]

@@ -35,12 +35,16 @@ def flow_matching_loss(velocity: Tensor, noise: Tensor, target_latents: Tensor) 
     """
     if not velocity.shape == noise.shape == target_latents.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (velocity, noise, target_latents))
-        raise ValueError(f"velocity, noise and target_latents must have the same shape, got {shapes}")
+        raise ValueError(
+            f"velocity, noise and target_latents must have the same shape, got {shapes}"
+        )
     target_velocity = _at_least_float32(noise) - _at_least_float32(target_latents)
     return F.mse_loss(_at_least_float32(velocity), target_velocity)
 
 
-def _logits_by_rows(a: Tensor, a_ref: Tensor, temperature: float, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+def _logits_by_rows(
+    a: Tensor, a_ref: Tensor, temperature: float, chunk: int
+) -> Iterator[tuple[slice, Tensor]]:
     """Yields at most `chunk` rows at a time of the logits ã ã*ᵀ / τ: (which rows, logits (B, R, S))."""
     for start in range(0, a.shape[1], chunk):
         rows = slice(start, start + chunk)
@@ -56,7 +60,9 @@ class _SymmetricInfoNCE(torch.autograd.Function):
     """Eq. 5 for normalised features, averaged over the batch; keeps a log-sum-exp for each row and column."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, a: Tensor, a_ref: Tensor, temperature: float, chunk: int) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, a: Tensor, a_ref: Tensor, temperature: float, chunk: int
+    ) -> Tensor:
         B, S, _ = a.shape
         positive, row_lse = a.new_empty(B, S), a.new_empty(B, S)
         col_lse = a.new_full((B, S), -torch.inf)
@@ -84,7 +90,9 @@ class _SymmetricInfoNCE(torch.autograd.Function):
         return grad.mul_(-grad_output / (2 * row_lse.numel() * ctx.temperature)), None, None, None
 
 
-def symmetric_info_nce(a: Tensor, a_ref: Tensor, temperature: float = 0.07, chunk: int = 512) -> Tensor:
+def symmetric_info_nce(
+    a: Tensor, a_ref: Tensor, temperature: float = 0.07, chunk: int = 512
+) -> Tensor:
     """Î(A; A*) of Eq. 5, a scalar <= 0 (a lower bound on mutual information, less its constant log S).
 
     a, a_ref: (B, S, d) or (S, d), features of the editing and of the reference branch at the same positions.

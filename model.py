@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Context = Tensor | tuple[Tensor, Tensor | None]  # (B, N, d), or with a (B, N) bool mask, True where a token counts
+Context = (
+    Tensor | tuple[Tensor, Tensor | None]
+)  # (B, N, d), or with a (B, N) bool mask, True where a token counts
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,18 @@ class DiTConfig:
     def __post_init__(self):
         object.__setattr__(self, "patch_size", tuple(self.patch_size))  # JSON has only lists
         if self.dim % self.num_heads or self.dim // self.num_heads % 2:
-            raise ValueError(f"dim {self.dim} does not split into {self.num_heads} heads of an even width")
+            raise ValueError(
+                f"dim {self.dim} does not split into {self.num_heads} heads of an even width"
+            )
 
 
-# --- Positions -------------------------------------------------------------------------------------------------------
+# --- Positions ------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=8)
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rope_table(
+    grid: tuple[int, int, int], head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines, (S, 1, D) each, of the rotary angles of a (t, h, w) grid: made once for a grid.
 
     The D/2 rotated pairs are shared out to time, height and width, time taking the remainder. Angles are formed in
@@ -55,16 +61,22 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
     """
     sizes = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
     angles = []
-    with torch.inference_mode(False):  # the table outlives the call: training may need it after a sampling pass
+    with torch.inference_mode(
+        False
+    ):  # the table outlives the call: training may need it after a sampling pass
         for axis, (length, size) in enumerate(zip(grid, sizes, strict=True)):
             rate = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size)
-            angle = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rate  # (length, size/2)
+            angle = (
+                torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rate
+            )  # (length, size/2)
             shape = [1, 1, 1, -1]
             shape[axis] = length
             angles.append(angle.view(shape).expand(*grid, -1))
         angles = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)  # (S, 1, D/2)
         cos, sin = angles.cos().float(), angles.sin().float()
-        return tuple(torch.stack(pair, dim=-1).flatten(-2).to(device) for pair in ((cos, cos), (-sin, sin)))
+        return tuple(
+            torch.stack(pair, dim=-1).flatten(-2).to(device) for pair in ((cos, cos), (-sin, sin))
+        )
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -81,12 +93,14 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoids of 1000·t: (B,) in [0, 1] -> (B, dim) float32, cosines first."""
-    rate = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    rate = torch.exp(
+        -math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2)
+    )
     angle = (1000 * t.float())[:, None] * rate
     return torch.cat((angle.cos(), angle.sin()), dim=1)
 
 
-# --- Layers that stay in float32 under a bf16 model, by explicit casts: autocast breaks recomputation under FSDP2 ----
+# --- Layers that stay in float32 under a bf16 model, by explicit casts: autocast breaks recomputation under FSDP2
 
 
 class Float32Linear(nn.Linear):
@@ -96,7 +110,9 @@ class Float32Linear(nn.Linear):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(
+            x.dtype
+        )
 
 
 class LayerNorm(nn.LayerNorm):
@@ -115,10 +131,12 @@ class Modulation(NamedTuple):
 
 def modulate(x: Tensor, modulation: Modulation, eps: float) -> Tensor:
     """Parameter-free LayerNorm, then scale and shift; float32 inside and out."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + modulation.scale) + modulation.shift
+    return (
+        F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + modulation.scale) + modulation.shift
+    )
 
 
-# --- Attention and blocks --------------------------------------------------------------------------------------------
+# --- Attention and blocks -------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -135,7 +153,11 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(config.dim, eps=config.eps)
 
     def forward(
-        self, x: Tensor, context: Tensor, mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        context: Tensor,
+        mask: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """x (B, S, d) attends to context (B, N, d), all of it or where the (B, N) mask is True -> (B, S, d)."""
         heads = (self.num_heads, -1)
@@ -146,7 +168,9 @@ class Attention(nn.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if mask is not None:
             mask = mask[:, None, None, :]  # (B, N) -> the same for every head and query
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+        )
         return self.o(out.transpose(1, 2).flatten(2))  # (B, n, S, D) -> (B, S, d)
 
 
@@ -157,21 +181,34 @@ class Block(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.self_attn = Attention(config)
-        self.norm3 = LayerNorm(config.dim, eps=config.eps)  # Wan's name; its norm1 and norm2 have no parameters
+        self.norm3 = LayerNorm(
+            config.dim, eps=config.eps
+        )  # Wan's name; its norm1 and norm2 have no parameters
         self.cross_attn = Attention(config)
         self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
         )
-        self.modulation = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 6, config.dim), std=config.dim**-0.5))
+        self.modulation = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, 6, config.dim), std=config.dim**-0.5)
+        )
 
     def forward(
-        self, x: Tensor, time: Tensor, rope: tuple[Tensor, Tensor], context: Tensor, mask: Tensor | None
+        self,
+        x: Tensor,
+        time: Tensor,
+        rope: tuple[Tensor, Tensor],
+        context: Tensor,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """x (B, S, d), time (B, 6, d) float32 -> the stream and A^(l), the cross-attention output, both (B, S, d)."""
         vectors = (self.modulation.float() + time.float()).chunk(6, dim=1)  # 6 × (B, 1, d)
         attn, ffn = Modulation(*vectors[:3]), Modulation(*vectors[3:])
         y = modulate(x, attn, self.eps).to(x.dtype)
-        x = (x + self.self_attn(y, y, rope=rope) * attn.gate).to(x.dtype)  # the gate makes the sum float32
+        x = (x + self.self_attn(y, y, rope=rope) * attn.gate).to(
+            x.dtype
+        )  # the gate makes the sum float32
         features = self.cross_attn(self.norm3(x), context, mask)
         x = x + features
         y = modulate(x, ffn, self.eps).to(x.dtype)
@@ -184,7 +221,9 @@ class Head(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.head = Float32Linear(config.dim, config.out_channels * math.prod(config.patch_size))
-        self.modulation = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 2, config.dim), std=config.dim**-0.5))
+        self.modulation = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, 2, config.dim), std=config.dim**-0.5)
+        )
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, S, d), time (B, d) float32 -> one patch of velocity a token, (B, S, C·prod(patch_size)) float32."""
@@ -199,13 +238,19 @@ class WanDiT(nn.Module):
         super().__init__()
         self.config = config
         patch = config.patch_size
-        self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, kernel_size=patch, stride=patch)
-        self.source_embedding = nn.Conv3d(config.in_channels, config.dim, kernel_size=patch, stride=patch)
+        self.patch_embedding = nn.Conv3d(
+            config.in_channels, config.dim, kernel_size=patch, stride=patch
+        )
+        self.source_embedding = nn.Conv3d(
+            config.in_channels, config.dim, kernel_size=patch, stride=patch
+        )
         # Training starts from a backbone that knows no source clip, so at first its embedding must change nothing.
         nn.init.zeros_(self.source_embedding.weight)
         nn.init.zeros_(self.source_embedding.bias)
         self.time_embedding = nn.Sequential(
-            Float32Linear(config.freq_dim, config.dim), nn.SiLU(), Float32Linear(config.dim, config.dim)
+            Float32Linear(config.freq_dim, config.dim),
+            nn.SiLU(),
+            Float32Linear(config.dim, config.dim),
         )
         self.time_projection = nn.Sequential(nn.SiLU(), Float32Linear(config.dim, 6 * config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
@@ -227,13 +272,20 @@ class WanDiT(nn.Module):
         """
         time = self.time_embedding(timestep_embedding(t, self.config.freq_dim))  # (B, d)
         captured = None
-        for number, (x, features) in enumerate(self._stream(z_t, t, time, contexts, source_latents), start=1):
+        for number, (x, features) in enumerate(
+            self._stream(z_t, t, time, contexts, source_latents), start=1
+        ):
             last, captured = x, features if number == capture else captured
         velocity = self._unpatchify(self.head(last, time), z_t.shape)
         return velocity if capture is None else (velocity, captured)
 
     def features(
-        self, z_t: Tensor, t: Tensor, contexts: list[Context], source_latents: Tensor | None, block: int
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        contexts: list[Context],
+        source_latents: Tensor | None,
+        block: int,
     ) -> Tensor:
         """A^(block) alone, (B, S, d), bit for bit that of forward(capture=block): the pass ends at that block."""
         time = self.time_embedding(timestep_embedding(t, self.config.freq_dim))
@@ -242,7 +294,12 @@ class WanDiT(nn.Module):
         return features
 
     def _stream(
-        self, z_t: Tensor, t: Tensor, time: Tensor, contexts: list[Context], source_latents: Tensor | None
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        time: Tensor,
+        contexts: list[Context],
+        source_latents: Tensor | None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield, block after block, the residual stream and the cross-attention features, (B, S, d) each."""
         self._check(z_t, contexts, source_latents)
@@ -250,7 +307,9 @@ class WanDiT(nn.Module):
         x = self.patch_embedding(z_t.to(dtype))  # (B, d, t, h, w)
         if source_latents is not None:
             # Scaled by t: the more of z_t is noise, the more the source has to say (Kiwi-Edit's rule).
-            x = x + (t.view(-1, 1, 1, 1, 1) * self.source_embedding(source_latents.to(dtype))).to(dtype)
+            x = x + (t.view(-1, 1, 1, 1, 1) * self.source_embedding(source_latents.to(dtype))).to(
+                dtype
+            )
         rope = rope_table(tuple(x.shape[2:]), self.config.dim // self.config.num_heads, x.device)
         x = x.flatten(2).transpose(1, 2).contiguous()  # (B, S, d)
         time = self.time_projection(time).unflatten(-1, (6, -1))  # (B, 6, d)
@@ -261,14 +320,26 @@ class WanDiT(nn.Module):
 
     def _check(self, z_t: Tensor, contexts: list[Context], source_latents: Tensor | None) -> None:
         if len(contexts) != len(self.blocks):
-            raise ValueError(f"{len(contexts)} contexts for {len(self.blocks)} blocks: give one for each")
-        if any(side % patch for side, patch in zip(z_t.shape[2:], self.config.patch_size, strict=True)):
-            raise ValueError(f"latents {tuple(z_t.shape)} do not divide into patches of {self.config.patch_size}")
+            raise ValueError(
+                f"{len(contexts)} contexts for {len(self.blocks)} blocks: give one for each"
+            )
+        if any(
+            side % patch for side, patch in zip(z_t.shape[2:], self.config.patch_size, strict=True)
+        ):
+            raise ValueError(
+                f"latents {tuple(z_t.shape)} do not divide into patches of {self.config.patch_size}"
+            )
         if source_latents is not None and source_latents.shape != z_t.shape:
-            raise ValueError(f"source latents {tuple(source_latents.shape)} beside z_t {tuple(z_t.shape)}")
+            raise ValueError(
+                f"source latents {tuple(source_latents.shape)} beside z_t {tuple(z_t.shape)}"
+            )
 
     def _unpatchify(self, patches: Tensor, shape: torch.Size) -> Tensor:
         """(B, S, pt·ph·pw·C), each token ordered as patch frame, row, column, channel -> (B, C, T', H', W')."""
-        grid = [side // patch for side, patch in zip(shape[2:], self.config.patch_size, strict=True)]
-        x = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)  # (B, t, h, w, pt, ph, pw, C)
+        grid = [
+            side // patch for side, patch in zip(shape[2:], self.config.patch_size, strict=True)
+        ]
+        x = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(
+            1, grid
+        )  # (B, t, h, w, pt, ph, pw, C)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

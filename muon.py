@@ -23,7 +23,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(
+            x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445
+        )
     return (x if wide else x.mT).float()
 
 
@@ -35,10 +37,14 @@ class Muon(torch.optim.AdamW):
     and every rank does the same work.
     """
 
-    def __init__(self, parameters: list[Tensor], rates: dict[Tensor, float], **options: Any) -> None:
+    def __init__(
+        self, parameters: list[Tensor], rates: dict[Tensor, float], **options: Any
+    ) -> None:
         super().__init__(parameters, foreach=True, **options)
         self.rates = rates
-        for p in parameters:  # as AdamW's first step would do it: a checkpoint must have something to be loaded into
+        for p in (
+            parameters
+        ):  # as AdamW's first step would do it: a checkpoint must have something to be loaded into
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             self.state[p] = {"step": torch.tensor(0.0)} | moments
 
@@ -61,13 +67,21 @@ class Muon(torch.optim.AdamW):
             for p, update in zip(matrices, updates, strict=True):
                 update = update.view(p.shape)
                 if isinstance(p, DTensor):
-                    update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
-                p.mul_(1 - rate * group["lr"] * group["weight_decay"]).sub_(update, alpha=rate * group["lr"])
+                    update = distribute_tensor(
+                        update, p.device_mesh, p.placements, src_data_rank=None
+                    )
+                p.mul_(1 - rate * group["lr"] * group["weight_decay"]).sub_(
+                    update, alpha=rate * group["lr"]
+                )
         super().step()
 
 
 def muon_rates(weights: dict[str, Tensor], rate: float) -> dict[Tensor, float]:
     """The matrices of an editor that Muon trains, in the MLLM at a quarter of the rate: `train.RECIPES`."""
-    apart = r"embed_tokens|queries|time_|head\.head"  # matrices by their shape only, or near the ends
-    matrices = {name: p for name, p in weights.items() if p.ndim == 2 and not re.search(apart, name)}
+    apart = (
+        r"embed_tokens|queries|time_|head\.head"  # matrices by their shape only, or near the ends
+    )
+    matrices = {
+        name: p for name, p in weights.items() if p.ndim == 2 and not re.search(apart, name)
+    }
     return {p: rate / 4 if "encoder." in name else rate for name, p in matrices.items()}

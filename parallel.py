@@ -12,23 +12,36 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from rvedit import RVEDiT
 
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nothing changes in place
+warnings.filterwarnings(
+    "ignore", message="FSDP2-wrapped module .* returned a view"
+)  # which nothing changes in place
 
 
-def gloo_on_one_thread(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+def gloo_on_one_thread(
+    store: dist.Store, rank: int, size: int, timeout: timedelta
+) -> dist.ProcessGroupGloo:
     """Gloo with one thread in the place of two, which damage the heap when two collectives end at once.
 
     Seen in PyTorch 2.13: each thread notes the name of its last collective in one string for both, without a lock, and
     a long one, ALLGATHER_COALESCED, is freed twice. Runs on CPUs died of it after some hours. The main thread waits for
     every collective before it asks for the next, so there is nothing that a second thread could do meanwhile.
     """
-    gloo, names = dist.ProcessGroupGloo, filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
+    gloo, names = (
+        dist.ProcessGroupGloo,
+        filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")),
+    )
     options = gloo._Options()
-    options._devices = [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]
+    options._devices = [gloo.create_device(interface=name) for name in names] or [
+        gloo.create_default_device()
+    ]
     options._threads, options._timeout = 1, timeout
     return gloo(store, rank, size, options)
 
@@ -46,7 +59,9 @@ def keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointP
     """
     kept = "scaled_dot_product" in str(operation)
     if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-        inside, outside = args[-1].shape  # of the weight, the last of (x, weight) or (bias, x, weight)
+        inside, outside = args[
+            -1
+        ].shape  # of the weight, the last of (x, weight) or (bias, x, weight)
         kept = outside <= inside
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -59,7 +74,11 @@ def shard(model: RVEDiT, mesh: DeviceMesh | None, recompute: bool, compile: bool
     """
     visual = model.encoder.qwen.visual
     frozen = set() if next(visual.parameters()).requires_grad else set(visual.parameters())
-    blocks = [*model.dit.blocks, *model.encoder.qwen.model["layers"], *(() if frozen else visual.blocks)]
+    blocks = [
+        *model.dit.blocks,
+        *model.encoder.qwen.model["layers"],
+        *(() if frozen else visual.blocks),
+    ]
     contexts = functools.partial(create_selective_checkpoint_contexts, keep)
     selective = dict(use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     for block in blocks:
@@ -71,9 +90,13 @@ def shard(model: RVEDiT, mesh: DeviceMesh | None, recompute: bool, compile: bool
     if mesh is None:
         return
     dtype = torch.bfloat16 if mesh.device_type == "cuda" else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for module in (*blocks, model.dit, model.encoder):
         # Even after the last module: weights that validation left gathered would be those of an earlier step.
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=frozen)
+        fully_shard(
+            module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=frozen
+        )
     register_fsdp_forward_method(model.dit, "features")
     register_fsdp_forward_method(model.encoder, "encode")

@@ -33,7 +33,7 @@ import rvedit
 import video
 from vae import WanVAE
 
-# --- Algorithm 2 ------------------------------------------------------------------------------------------------------
+# --- Algorithm 2 ----------------------------------------------------------------------------------
 
 
 def timesteps(steps: int, shift: float) -> Tensor:
@@ -42,7 +42,9 @@ def timesteps(steps: int, shift: float) -> Tensor:
     return (shift * u / (1 + (shift - 1) * u)).float()
 
 
-def denoise(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, shift: float) -> Tensor:
+def denoise(
+    velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, shift: float
+) -> Tensor:
     """Algorithm 2, lines 4-7, with Euler's step: from noise z at t = 1 to clean latents at t = 0, in float32.
 
     velocity(z, t) -> dz/dt in z's shape; t is (1,). noise: (1, C, t, h, w).
@@ -58,7 +60,7 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- Clips longer than the model's window -----------------------------------------------------------------------------
+# --- Clips longer than the model's window ---------------------------------------------------------
 
 
 def windows(length: int, size: int) -> list[slice]:
@@ -75,7 +77,9 @@ def blend(parts: list[Tensor], slices: list[slice], length: int) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     size = parts[0].shape[2]
-    distance = torch.arange(1, size + 1, device=parts[0].device)  # of each frame to the window's nearer end
+    distance = torch.arange(
+        1, size + 1, device=parts[0].device
+    )  # of each frame to the window's nearer end
     ramp = torch.minimum(distance, distance.flip(0)).clamp(max=size // 4 + 1).float().view(-1, 1, 1)
     total = parts[0].new_zeros(*parts[0].shape[:2], length, *parts[0].shape[3:])
     weight = total.new_zeros(length, 1, 1)
@@ -85,7 +89,7 @@ def blend(parts: list[Tensor], slices: list[slice], length: int) -> Tensor:
     return total / weight
 
 
-# --- From clip to clip ------------------------------------------------------------------------------------------------
+# --- From clip to clip ----------------------------------------------------------------------------
 
 
 def model_size(height: int, width: int, max_pixels: int, factor: int) -> tuple[int, int]:
@@ -172,7 +176,10 @@ def edit_video(
     with stage("understand", times, device, model.encoder, offload=offload):  # Alg. 2, lines 2-3
         contexts = []
         for where in tqdm(slices, desc="reading", unit="window", disable=None, leave=False):
-            first, last = max(0, factor * (where.start - 1) + 1), factor * (where.stop - 1)  # frames of the window
+            first, last = (
+                max(0, factor * (where.start - 1) + 1),
+                factor * (where.stop - 1),
+            )  # frames of the window
             index = torch.arange(first, last + 1).clamp(max=len(frames) - 1)
             # Not `encoder(...)`: under FSDP2 it would find its frames on the GPU, before they are prepared.
             inputs = model.encoder.prepare([small[index]], [instruction])
@@ -180,7 +187,9 @@ def edit_video(
 
     with stage("encode", times, device, vae.encoder, vae.conv1, offload=offload):
         blocks = to_blocks(small, factor * (length - 1) + 1, factor)
-        progress = tqdm(vae.encode_chunks(blocks), desc="encoding", total=length, disable=None, leave=False)
+        progress = tqdm(
+            vae.encode_chunks(blocks), desc="encoding", total=length, disable=None, leave=False
+        )
         source = torch.cat(list(progress), dim=2)  # (1, C, t, h, w)
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
@@ -199,7 +208,7 @@ def edit_video(
         return decode(vae, latents, frames.shape)
 
 
-# --- Command line -----------------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -213,15 +222,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def load_model(args: argparse.Namespace) -> tuple[rvedit.RVEDiT, WanVAE]:
     """The checkpoint with the options that change its configuration, or ValueError where it cannot edit."""
     if args.checkpoint is None and (args.wan or args.qwen):
-        raise ValueError("--wan and --qwen alone cannot edit yet, they are a start for training: add --checkpoint")
+        raise ValueError(
+            "--wan and --qwen alone cannot edit yet, they are a start for training: add --checkpoint"
+        )
     resting = torch.device("cpu") if args.offload else args.device
-    model, vae = rvedit.load(args.checkpoint, args.wan, args.qwen, resting, getattr(torch, args.dtype))
+    model, vae = rvedit.load(
+        args.checkpoint, args.wan, args.qwen, resting, getattr(torch, args.dtype)
+    )
     config, depth = model.config, args.routing_depth
     args.steps = args.steps or config.sampling_steps
     if depth is not None:
         if depth > config.dit.num_blocks:
-            raise ValueError(f"--routing-depth {depth}: the model has only {config.dit.num_blocks} blocks")
-        if depth < config.dit.num_blocks and rvedit.layout(args.checkpoint or rvedit.TOY).startswith("kiwi-edit"):
+            raise ValueError(
+                f"--routing-depth {depth}: the model has only {config.dit.num_blocks} blocks"
+            )
+        if depth < config.dit.num_blocks and rvedit.layout(
+            args.checkpoint or rvedit.TOY
+        ).startswith("kiwi-edit"):
             raise ValueError(
                 f"--routing-depth {depth}: Kiwi-Edit's blocks were never shown visual and textual tokens; "
                 f"train it at that depth first, or leave the option out"
@@ -241,7 +258,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("--prompt is empty: say what to change")
         video.check_writable(args.out)
         if args.out.exists() and args.video.exists() and args.out.samefile(args.video):
-            raise ValueError(f"--out {args.out} is the source itself, which would be lost: choose another name")
+            raise ValueError(
+                f"--out {args.out} is the source itself, which would be lost: choose another name"
+            )
         compare = args.out.with_stem(f"{args.out.stem}_compare")
         if args.compare:
             video.check_writable(compare)
@@ -264,11 +283,14 @@ def main(argv: list[str] | None = None) -> None:
             height, width = video.write_video(args.out, frames, like=clip)
             if args.compare:
                 side_by_side = (
-                    torch.cat(pair, dim=2) for pair in zip(clip.frames.split(8), frames.split(8), strict=True)
+                    torch.cat(pair, dim=2)
+                    for pair in zip(clip.frames.split(8), frames.split(8), strict=True)
                 )
                 video.write_video(compare, side_by_side, like=clip)
     except torch.OutOfMemoryError:
-        fail(f"out of memory on {args.device}: add --offload, or --max-pixels with a smaller number")
+        fail(
+            f"out of memory on {args.device}: add --offload, or --max-pixels with a smaller number"
+        )
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:

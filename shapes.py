@@ -22,12 +22,17 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-# --- Vocabulary ------------------------------------------------------------------------------------------------------
+# --- Vocabulary -----------------------------------------------------------------------------------
 
 CATEGORIES = ("Local Change", "Local Remove", "Local Add", "Global Style")
 COMPOSITION = "Composition"  # two edits in one instruction
 EVERYTHING = (*CATEGORIES, COMPOSITION)
-TRAINING_MIX = (*EVERYTHING, "Local Change", "Local Remove", "Local Change")  # more of what is learnt last
+TRAINING_MIX = (
+    *EVERYTHING,
+    "Local Change",
+    "Local Remove",
+    "Local Change",
+)  # more of what is learnt last
 
 # fmt: off
 COLORS = {"red": (214, 48, 58), "orange": (242, 134, 36), "yellow": (248, 208, 54), "green": (46, 148, 84),
@@ -113,10 +118,14 @@ MIN_CHANGE = 24  # of 255, root mean square over what is changed
 MIN_CONTRAST = 100  # RGB distance of a shape from the background
 MIN_GAP = 0.15  # "on the left" is further left by so much
 
-# --- Scenes and how they are drawn -----------------------------------------------------------------------------------
+# --- Scenes and how they are drawn ----------------------------------------------------------------
 
 Extent = tuple[int, int, int]  # of a clip: T, H, W
-TOY_EXTENT: Extent = (9, 128, 128)  # of the clips that the built-in toy was last trained on, and is measured on
+TOY_EXTENT: Extent = (
+    9,
+    128,
+    128,
+)  # of the clips that the built-in toy was last trained on, and is measured on
 
 
 @dataclass(frozen=True)
@@ -155,16 +164,24 @@ def _raster(shape: Shape, extent: Extent) -> tuple[tuple[slice, ...], np.ndarray
     """The box (T, h, w) of pixels that a shape comes to, how much of each it covers, and its colour (T, h, 1, 3)."""
     radius, unit = SIZES[shape.size], min(extent[1:])
     box, offsets = [slice(None)], []
-    for pixels, centers in zip(extent[1:], trajectory(shape, extent).T[::-1], strict=True):  # rows, columns
+    for pixels, centers in zip(
+        extent[1:], trajectory(shape, extent).T[::-1], strict=True
+    ):  # rows, columns
         low = max(0, math.floor((centers.min() - 1.25 * radius) * unit))
         high = min(pixels, math.ceil((centers.max() + 1.25 * radius) * unit))
         positions = (np.arange(low, high) + 0.5) / unit - centers[:, None]
         box.append(slice(low, high))
-        offsets.append((positions / radius).astype(np.float32))  # (T, pixels), in radii from the centre
+        offsets.append(
+            (positions / radius).astype(np.float32)
+        )  # (T, pixels), in radii from the centre
     y, x = offsets[0][:, :, None], offsets[1][:, None, :]
     distance = FORMS[shape.form](np, np.abs(x), y) * (radius * unit)  # (T, h, w), pixels
     light = 1.02 - 0.08 * y[..., None]  # a little brighter at the top
-    return tuple(box), np.clip(0.5 - distance, 0, 1), np.array(COLORS[shape.color], np.float32) * light
+    return (
+        tuple(box),
+        np.clip(0.5 - distance, 0, 1),
+        np.array(COLORS[shape.color], np.float32) * light,
+    )
 
 
 def _clear(scene: Scene, extent: Extent) -> bool:
@@ -177,7 +194,9 @@ def _clear(scene: Scene, extent: Extent) -> bool:
             return False
         uncovered[box] *= 1 - coverage
     for a, b in itertools.combinations(scene.shapes, 2):
-        apart = np.linalg.norm(trajectory(a, extent) - trajectory(b, extent), axis=1) / (SIZES[a.size] + SIZES[b.size])
+        apart = np.linalg.norm(trajectory(a, extent) - trajectory(b, extent), axis=1) / (
+            SIZES[a.size] + SIZES[b.size]
+        )
         if a.color == b.color and (apart < 1).mean() > 0.25:
             return False
     return True
@@ -187,7 +206,9 @@ def _background(scene: Scene, extent: Extent) -> np.ndarray:
     """The background, the same in every frame, (H, W, 3)."""
     unit = min(extent[1:])
     y, x = ((np.arange(pixels, dtype=np.float32) + 0.5) / unit for pixels in extent[1:])
-    u = x * math.cos(scene.angle) + y[:, None] * math.sin(scene.angle)  # (H, W), rotated coordinates
+    u = x * math.cos(scene.angle) + y[:, None] * math.sin(
+        scene.angle
+    )  # (H, W), rotated coordinates
     v = y[:, None] * math.cos(scene.angle) - x * math.sin(scene.angle)
     ramp, k = (u - u.min()) / (u.max() - u.min()), 2 * math.pi / scene.period
     mix = PATTERNS[scene.pattern](np, u, v, ramp, k, unit / k)
@@ -204,7 +225,9 @@ def stylize(frames: np.ndarray, style: str) -> np.ndarray:
     for axis in (1, 2):  # averages over sixths of the shorter side
         starts = np.unique(np.arange(frames.shape[axis]) * 6 // unit, return_index=True)[1]
         lengths = np.diff(starts, append=frames.shape[axis])
-        tiles = np.add.reduceat(tiles, starts, axis) / lengths.reshape([-1 if a == axis else 1 for a in range(4)])
+        tiles = np.add.reduceat(tiles, starts, axis) / lengths.reshape(
+            [-1 if a == axis else 1 for a in range(4)]
+        )
         tiles = tiles.repeat(lengths, axis)
     return (tiles + 0.5).astype(np.uint8)
 
@@ -219,7 +242,7 @@ def render(scene: Scene, extent: Extent) -> np.ndarray:
     return stylize(frames, scene.style) if scene.style else frames
 
 
-# --- Words and edits -------------------------------------------------------------------------------------------------
+# --- Words and edits ------------------------------------------------------------------------------
 
 
 def _pick(rng: np.random.Generator, options: Sequence | dict) -> Any:
@@ -244,7 +267,11 @@ def refer(rng: np.random.Generator, shape: Shape, pool: Sequence[Shape], extent:
     """Words that name one shape of a pool and no other; "" if there are none."""
 
     def alike(*attributes: str) -> list[Shape]:
-        return [s for s in pool if s != shape and all(getattr(s, a) == getattr(shape, a) for a in attributes)]
+        return [
+            s
+            for s in pool
+            if s != shape and all(getattr(s, a) == getattr(shape, a) for a in attributes)
+        ]
 
     twins = alike("color", "form")
     names = [
@@ -254,15 +281,22 @@ def refer(rng: np.random.Generator, shape: Shape, pool: Sequence[Shape], extent:
         not alike("motion", "color", "form") and f"the {shape.color} {shape.form} {_moving(shape)}",
     ]
     for side, (axis, sign) in SIDES.items():
-        gaps = [sign * (trajectory(twin, extent) - trajectory(shape, extent))[:, axis] for twin in twins]
-        names.append(bool(twins) and np.min(gaps) > MIN_GAP and f"the {shape.color} {shape.form} {side}")
+        gaps = [
+            sign * (trajectory(twin, extent) - trajectory(shape, extent))[:, axis] for twin in twins
+        ]
+        names.append(
+            bool(twins) and np.min(gaps) > MIN_GAP and f"the {shape.color} {shape.form} {side}"
+        )
     return _pick(rng, [name for name in names if name] or [""])
 
 
 @functools.cache
 def _colors(tone: str) -> list[str]:
     """The colours that stand out from a background."""
-    distance = {color: np.linalg.norm(np.subtract(BACKGROUNDS[tone], rgb), axis=1) for color, rgb in COLORS.items()}
+    distance = {
+        color: np.linalg.norm(np.subtract(BACKGROUNDS[tone], rgb), axis=1)
+        for color, rgb in COLORS.items()
+    }
     return [color for color in COLORS if distance[color].min() > MIN_CONTRAST]
 
 
@@ -292,23 +326,31 @@ def _add(rng: np.random.Generator, scene: Scene, extent: Extent) -> tuple[Scene,
     place = _pick(rng, PLACES)
     column, row = PLACES[place]
     center = np.array([column * W, row * H]) / (4 * min(H, W))
-    inward = [m for m, (dx, dy) in MOTIONS.items() if (column - 2) * dx <= 0 and (row - 2) * dy <= 0]
+    inward = [
+        m for m, (dx, dy) in MOTIONS.items() if (column - 2) * dx <= 0 and (row - 2) * dy <= 0
+    ]
     looks = _pick(rng, FORMS), _pick(rng, _colors(scene.tone)), _pick(rng, SIZES)
     shape = Shape(*looks, _pick(rng, inward), *center.tolist())
     thing, moving = f"{shape.size} {shape.color} {shape.form}", _moving(shape)
     moves = moving.replace("standing", "stands").replace("moving", "moves")
-    words = _pick(rng, ADD).format(_pick(rng, ADD_VERBS), thing, place=place, moving=moving, moves=moves)
+    words = _pick(rng, ADD).format(
+        _pick(rng, ADD_VERBS), thing, place=place, moving=moving, moves=moves
+    )
     return replace(scene, shapes=(*scene.shapes, shape)), words
 
 
-def _edit(rng: np.random.Generator, category: str, scene: Scene, source: Scene, extent: Extent) -> tuple[Scene, str]:
+def _edit(
+    rng: np.random.Generator, category: str, scene: Scene, source: Scene, extent: Extent
+) -> tuple[Scene, str]:
     """One edit of a scene, in words that hold for it and for the source; "" if its object cannot be named."""
     if category == "Global Style":
         style = _pick(rng, STYLES)
         return replace(scene, style=style), _pick(rng, RESTYLE).format(_pick(rng, STYLES[style]))
     if category == "Local Add":
         return _add(rng, scene, extent)
-    shape = _pick(rng, [s for s in scene.shapes if s in source.shapes])  # not one that was edited already
+    shape = _pick(
+        rng, [s for s in scene.shapes if s in source.shapes]
+    )  # not one that was edited already
     name = refer(rng, shape, tuple(dict.fromkeys(source.shapes + scene.shapes)), extent)
     index = scene.shapes.index(shape)
     below, above = scene.shapes[:index], scene.shapes[index + 1 :]
@@ -316,7 +358,9 @@ def _edit(rng: np.random.Generator, category: str, scene: Scene, source: Scene, 
         return replace(scene, shapes=below + above), name and _pick(rng, REMOVE).format(name)
     others = dict(color=_colors(scene.tone), form=FORMS, size=SIZES)
     what = _pick(rng, CHANGE)
-    new = {a: _pick(rng, [value for value in others[a] if value != getattr(shape, a)]) for a in what}
+    new = {
+        a: _pick(rng, [value for value in others[a] if value != getattr(shape, a)]) for a in what
+    }
     words = _pick(rng, CHANGE[what]).format(name, *new.values()).replace(" a orange", " an orange")
     return replace(scene, shapes=(*below, replace(shape, **new), *above)), name and words
 
@@ -349,7 +393,7 @@ def draw_edit(
             return source, target, instruction
 
 
-# --- The data set ----------------------------------------------------------------------------------------------------
+# --- The data set ---------------------------------------------------------------------------------
 
 
 class ShapesDataset(Dataset):
@@ -360,12 +404,20 @@ class ShapesDataset(Dataset):
     """
 
     def __init__(
-        self, seed: int, size: int, frames: int, height: int, width: int, categories: Sequence[str] = CATEGORIES
+        self,
+        seed: int,
+        size: int,
+        frames: int,
+        height: int,
+        width: int,
+        categories: Sequence[str] = CATEGORIES,
     ) -> None:
         if not categories or not set(categories) <= {*EVERYTHING}:
             raise ValueError(f"categories {categories}: choose from {', '.join(EVERYTHING)}")
         if frames < 1 or min(height, width) < 32:
-            raise ValueError(f"{frames} x {height} x {width}: clips of shapes need at least 1 frame of 32 x 32")
+            raise ValueError(
+                f"{frames} x {height} x {width}: clips of shapes need at least 1 frame of 32 x 32"
+            )
         self.seed, self.size, self.categories = seed, size, tuple(categories)
         self.extent = (frames, height, width)
 
@@ -376,13 +428,25 @@ class ShapesDataset(Dataset):
         _, target, instruction, clips, mask = self.sample(index)
         category = self.categories[index % len(self.categories)]
         words = dict(instruction=instruction, caption=caption(target), category=category)
-        return dict(zip(("source", "target", "mask"), map(torch.from_numpy, (*clips, mask)), strict=True)) | words
+        return (
+            dict(
+                zip(
+                    ("source", "target", "mask"), map(torch.from_numpy, (*clips, mask)), strict=True
+                )
+            )
+            | words
+        )
 
-    def sample(self, index: int) -> tuple[Scene, Scene, str, tuple[np.ndarray, np.ndarray], np.ndarray]:
+    def sample(
+        self, index: int
+    ) -> tuple[Scene, Scene, str, tuple[np.ndarray, np.ndarray], np.ndarray]:
         """Source and target scene, instruction, the two clips and the mask; the dice roll until all is clear."""
         if not 0 <= index < self.size:
             raise IndexError(f"clip {index} of {self.size}")
-        rng, category = np.random.default_rng((self.seed, index)), self.categories[index % len(self.categories)]
+        rng, category = (
+            np.random.default_rng((self.seed, index)),
+            self.categories[index % len(self.categories)],
+        )
         while True:
             source, target, instruction = draw_edit(rng, category, self.extent)
             clips = render(source, self.extent), render(target, self.extent)

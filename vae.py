@@ -28,9 +28,13 @@ class VAEConfig:
     dim: int  # width of the encoder's first stage
     dec_dim: int  # width of the decoder's last stage
     z_dim: int  # latent channels
-    dim_mult: tuple[int, ...]  # widths of the encoder's stages in units of dim; the decoder runs backwards
+    dim_mult: tuple[
+        int, ...
+    ]  # widths of the encoder's stages in units of dim; the decoder runs backwards
     num_res_blocks: int  # residual blocks in an encoder stage; a decoder stage has one more
-    temporal_downsample: tuple[bool, ...]  # does a stage halve time besides space? The last halves neither
+    temporal_downsample: tuple[
+        bool, ...
+    ]  # does a stage halve time besides space? The last halves neither
     latents_mean: tuple[float, ...] = ()  # of each latent channel over real videos; empty: 0
     latents_std: tuple[float, ...] = ()  # likewise; empty: 1
     patch_size: int = 2  # patch_size x patch_size pixels become channels before the first layer
@@ -124,7 +128,11 @@ class CausalConv3d(Streaming, nn.Conv3d):
     """
 
     def __init__(self, in_dim: int, out_dim: int, kernel_s: int = 3, stride_t: int = 1) -> None:
-        kernel, stride, padding = (3, kernel_s, kernel_s), (stride_t, 1, 1), (0, kernel_s // 2, kernel_s // 2)
+        kernel, stride, padding = (
+            (3, kernel_s, kernel_s),
+            (stride_t, 1, 1),
+            (0, kernel_s // 2, kernel_s // 2),
+        )
         super().__init__(in_dim, out_dim, kernel, stride, padding)
         self.history = 3 - stride_t
 
@@ -189,7 +197,9 @@ class AttentionBlock(nn.Module):
         frames = self.norm(x.transpose(1, 2).flatten(0, 1))  # (B * T, C, H, W)
         qkv = self.to_qkv(frames).flatten(2).transpose(1, 2).contiguous()  # (B * T, H * W, 3 * C)
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)  # (B * T, 1, H * W, C)
-        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)  # (B * T, C, H * W)
+        attended = (
+            F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        )  # (B * T, C, H * W)
         attended = self.proj(attended.reshape(frames.shape))  # (B * T, C, H, W)
         return x + attended.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
@@ -218,23 +228,31 @@ class Upsample(Streaming):
 
     def __init__(self, dim: int, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim, 3, padding=1))
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim, 3, padding=1)
+        )
         self.time_conv = CausalConv3d(dim, 2 * dim, kernel_s=1) if temporal else None
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         batch = x.shape[0]
         if self.time_conv in cache:
-            x = run([self.time_conv], x, cache).unflatten(1, (2, -1))  # (B, which of two frames, C, T, H, W)
+            x = run([self.time_conv], x, cache).unflatten(
+                1, (2, -1)
+            )  # (B, which of two frames, C, T, H, W)
             x = x.permute(0, 3, 1, 2, 4, 5).flatten(0, 2)  # (B * T * 2, C, H, W)
         else:
             if self.time_conv is not None:
-                cache[self.time_conv] = x.new_zeros(*x.shape[:2], self.time_conv.history, *x.shape[3:])
+                cache[self.time_conv] = x.new_zeros(
+                    *x.shape[:2], self.time_conv.history, *x.shape[3:]
+                )
             x = x.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
         return self.resample(x).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 class DownStage(Streaming):
-    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, factor_t: int, factor_s: int) -> None:
+    def __init__(
+        self, in_dim: int, out_dim: int, num_blocks: int, factor_t: int, factor_s: int
+    ) -> None:
         super().__init__()
         self.out_dim, self.factor_t, self.factor_s = out_dim, factor_t, factor_s
         dims = [in_dim] + [out_dim] * (num_blocks - 1)
@@ -243,11 +261,15 @@ class DownStage(Streaming):
             self.downsamples.append(Downsample(out_dim, temporal=factor_t > 1))
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        return run(self.downsamples, x, cache) + average_down(x, self.out_dim, self.factor_t, self.factor_s)
+        return run(self.downsamples, x, cache) + average_down(
+            x, self.out_dim, self.factor_t, self.factor_s
+        )
 
 
 class UpStage(Streaming):
-    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, factor_t: int, factor_s: int) -> None:
+    def __init__(
+        self, in_dim: int, out_dim: int, num_blocks: int, factor_t: int, factor_s: int
+    ) -> None:
         super().__init__()
         self.factor_t, self.factor_s = factor_t, factor_s
         dims = [in_dim] + [out_dim] * (num_blocks - 1)
@@ -275,9 +297,13 @@ class Encoder(Streaming):
         stages = zip(dims[:-1], dims[1:], factors, strict=True)
         last = dims[-1]
         self.conv1 = CausalConv3d(3 * config.patch_size**2, dims[0])
-        self.downsamples = nn.ModuleList(DownStage(i, o, config.num_res_blocks, *f) for i, o, f in stages)
+        self.downsamples = nn.ModuleList(
+            DownStage(i, o, config.num_res_blocks, *f) for i, o, f in stages
+        )
         self.middle = middle(last)
-        self.head = nn.Sequential(RMSNorm(last), nn.SiLU(inplace=True), CausalConv3d(last, 2 * config.z_dim))
+        self.head = nn.Sequential(
+            RMSNorm(last), nn.SiLU(inplace=True), CausalConv3d(last, 2 * config.z_dim)
+        )
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         return run((self.conv1, *self.downsamples, *self.middle, *self.head), x, cache)
@@ -294,8 +320,12 @@ class Decoder(Streaming):
         first, last, out_channels = dims[0], dims[-1], 3 * config.patch_size**2
         self.conv1 = CausalConv3d(config.z_dim, first)
         self.middle = middle(first)
-        self.upsamples = nn.ModuleList(UpStage(i, o, config.num_res_blocks + 1, *f) for i, o, f in stages)
-        self.head = nn.Sequential(RMSNorm(last), nn.SiLU(inplace=True), CausalConv3d(last, out_channels))
+        self.upsamples = nn.ModuleList(
+            UpStage(i, o, config.num_res_blocks + 1, *f) for i, o, f in stages
+        )
+        self.head = nn.Sequential(
+            RMSNorm(last), nn.SiLU(inplace=True), CausalConv3d(last, out_channels)
+        )
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         return run((self.conv1, *self.middle, *self.upsamples, *self.head), x, cache)
@@ -322,7 +352,9 @@ class WanVAE(nn.Module):
         """
         factor = self.config.temporal_factor
         if (video.shape[2] - 1) % factor:
-            raise ValueError(f"the video has {video.shape[2]} frames, not {factor}k + 1: repeat its last one")
+            raise ValueError(
+                f"the video has {video.shape[2]} frames, not {factor}k + 1: repeat its last one"
+            )
         return torch.cat(list(self.encode_chunks(split_time(video, factor * chunk))), dim=2)
 
     def encode_chunks(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -333,11 +365,17 @@ class WanVAE(nn.Module):
         for block in blocks:
             _, channels, frames, height, width = block.shape
             if frames % factor if cache else frames != 1:
-                raise ValueError(f"a block has {frames} frames; the first must have 1, others {factor}k")
+                raise ValueError(
+                    f"a block has {frames} frames; the first must have 1, others {factor}k"
+                )
             if channels != 3 or height % space or width % space:
-                raise ValueError(f"a video of {channels} x {height}x{width} is not 3 x multiples of {space}")
+                raise ValueError(
+                    f"a video of {channels} x {height}x{width} is not 3 x multiples of {space}"
+                )
             x = patchify(block.to(mean.device, self.conv1.weight.dtype), self.config.patch_size)
-            x = self.conv1(self.encoder(x, cache)).chunk(2, dim=1)[0]  # the other half is the log-variance
+            x = self.conv1(self.encoder(x, cache)).chunk(2, dim=1)[
+                0
+            ]  # the other half is the log-variance
             yield (x.float() - mean) / std
 
     def decode(self, latents: Tensor, chunk: int = 1) -> Tensor:
@@ -346,7 +384,9 @@ class WanVAE(nn.Module):
 
     def decode_chunks(self, latents: Tensor, chunk: int = 1) -> Iterator[Tensor]:
         """`decode` as a stream of blocks, the first of 1 frame, the others of temporal_factor * chunk."""
-        mean, std = self.latent_statistics(self.conv2.weight.device)  # the encoder may rest on another
+        mean, std = self.latent_statistics(
+            self.conv2.weight.device
+        )  # the encoder may rest on another
         cache: Cache = {}
         for z in split_time(latents, chunk):
             z = z.to(mean.device).float() * std + mean
@@ -359,3 +399,33 @@ class WanVAE(nn.Module):
         mean = torch.tensor(self.config.latents_mean or (0.0,) * z_dim, device=device)
         std = torch.tensor(self.config.latents_std or (1.0,) * z_dim, device=device)
         return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+
+
+# --- The configuration of Wan2.2_VAE.pth ----------------------------------------------------------
+
+# Mean and standard deviation of each latent channel over Wan's training data: constants of the official code.
+# fmt: off
+WAN2_2_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.157, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.123, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.052, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+WAN2_2_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
+# fmt: on
+
+WAN2_2_VAE = VAEConfig(
+    dim=160,
+    dec_dim=256,
+    z_dim=48,
+    dim_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    temporal_downsample=(False, True, True),
+    latents_mean=WAN2_2_MEAN,
+    latents_std=WAN2_2_STD,
+)

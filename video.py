@@ -38,7 +38,17 @@ from torch import Tensor
 # Audio codecs that players expect in a file of this name, and that are therefore copied.
 COPIED_AUDIO = {
     ".mp4": ("aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"),
-    ".mov": ("aac", "mp3", "ac3", "eac3", "alac", "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be"),
+    ".mov": (
+        "aac",
+        "mp3",
+        "ac3",
+        "eac3",
+        "alac",
+        "pcm_s16le",
+        "pcm_s16be",
+        "pcm_s24le",
+        "pcm_s24be",
+    ),
 }
 
 # Formats made to be joined and left at any moment (MPEG-TS and the like): any start time, no declared length.
@@ -56,7 +66,9 @@ class Video:
     frames: Tensor  # uint8 (T, H, W, 3), RGB, upright, in display order
     timestamps: list[int]  # T presentation times, strictly increasing, in units of `time_base`
     last_duration: int  # how long the last frame is shown, in units of `time_base`
-    time_base: Fraction  # seconds; the coarsest that is exact, so a constant rate counts 0, 1, 2, ...
+    time_base: (
+        Fraction  # seconds; the coarsest that is exact, so a constant rate counts 0, 1, 2, ...
+    )
     start: Fraction  # seconds on the file's own clock that are time 0 here
     pixel_aspect: Fraction  # width : height of one pixel
     path: Path  # the file it came from, where the audio still is
@@ -84,7 +96,9 @@ def _video_stream(container: InputContainer, path: Path) -> Stream:
     """The first video stream that is not a cover picture."""
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
-        raise ValueError(f"{path}: has no video" + (", only audio" if container.streams.audio else ""))
+        raise ValueError(
+            f"{path}: has no video" + (", only audio" if container.streams.audio else "")
+        )
     if streams[0].codec_context is None:
         raise ValueError(f"{path}: FFmpeg cannot decode its video; convert it first")
     return streams[0]
@@ -112,11 +126,17 @@ def _declared_end(path: Path, kind: str) -> int:
             end = start + n + size if start > 3 and size < (1 << 7 * n) - 1 else 0
         elif kind.startswith("mov"):  # boxes: a size and a name; or 1, a name and a 64-bit size
             while len(header := file.read(16)) >= 8:
-                size = int.from_bytes(header[8:] if header[:4] == b"\0\0\0\1" else header[:4], "big")
+                size = int.from_bytes(
+                    header[8:] if header[:4] == b"\0\0\0\1" else header[:4], "big"
+                )
                 if not 8 <= size < 1 << 60:  # 0 is the rest of the file; others are not a box
                     break
                 position += size
-                if header[4:8] in (b"moov", b"mdat", b"moof"):  # any bytes may be appended behind them
+                if header[4:8] in (
+                    b"moov",
+                    b"mdat",
+                    b"moof",
+                ):  # any bytes may be appended behind them
                     end = position
                 file.seek(position)
     return end
@@ -175,9 +195,13 @@ def _clock(container: InputContainer, stream: Stream, times: list[int | None], l
     if None in times or any(b <= a for a, b in itertools.pairwise(times)):
         # Raw streams and some AVI files have no usable timestamps, only a constant duration.
         times = [shift + i * last for i in range(len(times))]
-    unit = math.gcd(last, *(time - shift for time in times))  # 512, 1024, ... / 12800 s are 1, 2, ... / 25 s
+    unit = math.gcd(
+        last, *(time - shift for time in times)
+    )  # 512, 1024, ... / 12800 s are 1, 2, ... / 25 s
     times = [(time - shift) // unit for time in times]
-    return dict(timestamps=times, last_duration=last // unit, time_base=base * unit, start=shift * base)
+    return dict(
+        timestamps=times, last_duration=last // unit, time_base=base * unit, start=shift * base
+    )
 
 
 def _read_frames(path: Path, packets: int, limit: int | None) -> Video:
@@ -195,11 +219,21 @@ def _read_frames(path: Path, packets: int, limit: int | None) -> Video:
                 frames = torch.cat([frames, torch.empty_like(frames)])
 
             matrix = None  # the one that the frame is tagged with
-            if frame.colorspace in (0, 2, 3) and not frame.format.is_rgb:  # no tag, or one without a meaning
-                matrix = sws.Colorspace.ITU709 if width >= 1280 or height > 576 else sws.Colorspace.ITU601
+            if (
+                frame.colorspace in (0, 2, 3) and not frame.format.is_rgb
+            ):  # no tag, or one without a meaning
+                matrix = (
+                    sws.Colorspace.ITU709
+                    if width >= 1280 or height > 576
+                    else sws.Colorspace.ITU601
+                )
             # A stream that changes its size midway is scaled to that of its first frame, as FFmpeg does.
-            options = dict(src_colorspace=matrix, dst_color_range=sws.ColorRange.JPEG, interpolation=SCALING)
-            image = reformatter.reformat(frame, width, height, "rgb24", **options).to_ndarray()  # as stored
+            options = dict(
+                src_colorspace=matrix, dst_color_range=sws.ColorRange.JPEG, interpolation=SCALING
+            )
+            image = reformatter.reformat(
+                frame, width, height, "rgb24", **options
+            ).to_ndarray()  # as stored
             frames.numpy()[len(times)] = (image.swapaxes(0, 1) if swap else image)[::down, ::right]
             times.append(frame.pts)
         if frames is None:
@@ -219,29 +253,41 @@ def read_video(path: str | Path, max_frames: int | None = None) -> Video:
     try:
         return _read_frames(path, _count_packets(path), max_frames)
     except av.FFmpegError as error:
-        raise ValueError(f"{path}: not a video file, or cut short or damaged ({error.strerror})") from error
+        raise ValueError(
+            f"{path}: not a video file, or cut short or damaged ({error.strerror})"
+        ) from error
 
 
 def check_writable(path: str | Path) -> None:
     """Raise OSError or ValueError, in one line, if `path` cannot be written. For use before long work."""
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder; name a file in it, such as {path / 'edited.mp4'}")
+        raise IsADirectoryError(
+            f"{path}: is a folder; name a file in it, such as {path / 'edited.mp4'}"
+        )
     if path.suffix.lower() not in COPIED_AUDIO:
-        raise ValueError(f"{path}: the name of a video to write must end in {' or '.join(COPIED_AUDIO)}")
+        raise ValueError(
+            f"{path}: the name of a video to write must end in {' or '.join(COPIED_AUDIO)}"
+        )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    if not os.access(path.parent, os.W_OK | os.X_OK) or (
+        path.exists() and not os.access(path, os.W_OK)
+    ):
         raise PermissionError(f"{path}: it or its folder is read-only; choose another place")
 
 
-def _add_video(out: OutputContainer, height: int, width: int, time_base: Fraction, rate: Fraction) -> Stream:
+def _add_video(
+    out: OutputContainer, height: int, width: int, time_base: Fraction, rate: Fraction
+) -> Stream:
     """An H.264 track of the kind that every player and browser shows."""
     # Without B-frames, decoding order is display order: each frame's duration in the file is its own, so that
     # a variable rate survives down to the last frame, and no edit list is needed to start at 0.
     options = {"crf": "18", "profile": "high", "bf": "0"}
     # The rate is a hint to the rate control. The limit fits it into 32 bits and leaves 30000/1001 as it is.
-    track = out.add_stream("libx264", rate.limit_denominator(100_000), options, width=width, height=height)
+    track = out.add_stream(
+        "libx264", rate.limit_denominator(100_000), options, width=width, height=height
+    )
     context = track.codec_context
     context.pix_fmt, context.time_base = "yuv420p", time_base
     context.flags |= av.codec.context.Flags.frame_duration  # or the last frame gets the average
@@ -264,7 +310,9 @@ def _video_packets(track: Stream, timed: Iterable[tuple[Tensor, int, int]]) -> I
     yield from track.encode(None)
 
 
-def _add_audio(out: OutputContainer, source: InputContainer, copied: tuple[str, ...]) -> dict[int, Stream]:
+def _add_audio(
+    out: OutputContainer, source: InputContainer, copied: tuple[str, ...]
+) -> dict[int, Stream]:
     """A track for each audio stream of `source`, by its index: a copy of codecs in `copied`, else AAC."""
     tracks = {}
     for stream in source.streams.audio:
@@ -274,7 +322,11 @@ def _add_audio(out: OutputContainer, source: InputContainer, copied: tuple[str, 
         if stream.codec.canonical_name in copied:
             track = out.add_stream_from_template(stream)
         else:
-            rate = context.sample_rate if context.sample_rate in av.Codec("aac", "w").audio_rates else 48_000
+            rate = (
+                context.sample_rate
+                if context.sample_rate in av.Codec("aac", "w").audio_rates
+                else 48_000
+            )
             layout = {1: "mono", 6: "5.1", 8: "7.1"}.get(context.layout.nb_channels, "stereo")
             track = out.add_stream("aac", rate, layout=layout)
             track.codec_context.bit_rate = 96_000 * track.codec_context.layout.nb_channels
@@ -282,7 +334,9 @@ def _add_audio(out: OutputContainer, source: InputContainer, copied: tuple[str, 
     return tracks
 
 
-def _audio_packets(source: InputContainer, tracks: dict[int, Stream], start: Fraction) -> Iterator[Packet]:
+def _audio_packets(
+    source: InputContainer, tracks: dict[int, Stream], start: Fraction
+) -> Iterator[Packet]:
     """Packets for `tracks` from the streams of `source`, whose time `start` becomes 0."""
     last = dict.fromkeys(tracks, -math.inf)
     for packet in _demux(source):
@@ -295,7 +349,9 @@ def _audio_packets(source: InputContainer, tracks: dict[int, Stream], start: Fra
                 time = last[index] + packet.duration
             packet.pts = packet.dts = last[index] = time  # audio is not reordered
         if tracks[index].codec_context.is_encoder:
-            with contextlib.suppress(av.InvalidDataError):  # a damaged packet is a moment of silence
+            with contextlib.suppress(
+                av.InvalidDataError
+            ):  # a damaged packet is a moment of silence
                 for frame in packet.decode():
                     yield from tracks[index].encode(frame)
         elif timed:
@@ -307,7 +363,10 @@ def _audio_packets(source: InputContainer, tracks: dict[int, Stream], start: Fra
 
 
 def write_video(
-    path: str | Path, frames: Tensor | Iterable[Tensor], like: Video | None = None, fps: Fraction | int = 24
+    path: str | Path,
+    frames: Tensor | Iterable[Tensor],
+    like: Video | None = None,
+    fps: Fraction | int = 24,
 ) -> tuple[int, int]:
     """Write a clip as H.264 to an .mp4 or .mov file, which takes its name only when it is complete.
 
@@ -318,7 +377,9 @@ def write_video(
     """
     check_writable(path)
     path = Path(path)
-    images = (image for block in ([frames] if isinstance(frames, Tensor) else frames) for image in block)
+    images = (
+        image for block in ([frames] if isinstance(frames, Tensor) else frames) for image in block
+    )
     first = next(images, None)
     if first is None or min(first.shape[:2]) < 2:
         raise ValueError(f"{path}: nothing to write, a video needs one frame and two pixels a side")
@@ -328,7 +389,9 @@ def write_video(
 
     with contextlib.ExitStack() as stack:
         # A folder beside the output: the rename stays on one disk, and whatever happens nothing is left over.
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent))
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent)
+        )
         temporary = Path(folder, path.name)
         # The index in front, so that browsers play at once; a timescale that holds the clip's start exactly.
         scale = time_base.denominator * (1 + 10**6 // time_base.denominator)
@@ -346,13 +409,15 @@ def write_video(
                 tracks = _add_audio(out, source, COPIED_AUDIO[path.suffix.lower()])
                 audio = _audio_packets(source, tracks, like.start)
             # In order of time, so that the sound is stored near its picture.
-            for packet in heapq.merge(_video_packets(track, timed), audio, key=lambda p: p.dts * p.time_base):
+            for packet in heapq.merge(
+                _video_packets(track, timed), audio, key=lambda p: p.dts * p.time_base
+            ):
                 out.mux(packet)
         os.replace(temporary, path)
     return height, width
 
 
-# ----------------------------------------------------------------------------------------------- frames as numbers
+# --- frames as numbers ----------------------------------------------------------------------------
 
 
 def to_float(frames: Tensor) -> Tensor:
@@ -370,7 +435,13 @@ def resize(frames: Tensor, height: int, width: int) -> Tensor:
     if frames.shape[1:3] == (height, width):
         return frames
     resized = torch.empty(len(frames), height, width, 3, dtype=torch.uint8)
-    for frame, target in zip(frames, resized, strict=True):  # one by one: PyTorch would copy the whole clip
+    for frame, target in zip(
+        frames, resized, strict=True
+    ):  # one by one: PyTorch would copy the whole clip
         image = frame.permute(2, 0, 1).unsqueeze(0)
-        target.copy_(F.interpolate(image, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0))
+        target.copy_(
+            F.interpolate(image, (height, width), mode="bicubic", antialias=True)[0].permute(
+                1, 2, 0
+            )
+        )
     return resized

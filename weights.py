@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ class Stored(NamedTuple):
     read: Callable[[], Tensor]
 
 
-# --- Opening ---------------------------------------------------------------------------------------------------------
+# --- Opening --------------------------------------------------------------------------------------
 
 
 def open_file(path: Path) -> dict[str, Stored]:
@@ -49,15 +50,27 @@ def open_file(path: Path) -> dict[str, Stored]:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception:  # whose words would be PyTorch's advice to unpickle the file after all
             state = None
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError(f"{path} is not a plain state dict of tensors (by PyTorch 1.6 or newer), or is damaged")
-        return {key: Stored(path, tuple(value.shape), lambda value=value: value) for key, value in state.items()}
+        if not isinstance(state, dict) or not all(
+            isinstance(value, Tensor) for value in state.values()
+        ):
+            raise ValueError(
+                f"{path} is not a plain state dict of tensors (by PyTorch 1.6 or newer), or is damaged"
+            )
+        return {
+            key: Stored(path, tuple(value.shape), lambda value=value: value)
+            for key, value in state.items()
+        }
     try:
         file = safe_open(path, framework="pt")
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {_first_line(error)}") from None
-    return {key: Stored(path, shape, lambda key=key: file.get_tensor(key)) for key, shape in shapes.items()}
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file: {_first_line(error)}"
+        ) from None
+    return {
+        key: Stored(path, shape, lambda key=key: file.get_tensor(key))
+        for key, shape in shapes.items()
+    }
 
 
 def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
@@ -66,7 +79,9 @@ def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
     if not index_path.is_file():
         if single.is_file():
             return open_file(single)
-        pickles = [path.name for path in folder.glob("*.bin")] + [path.name for path in folder.glob("*.ckpt")]
+        pickles = [path.name for path in folder.glob("*.bin")] + [
+            path.name for path in folder.glob("*.ckpt")
+        ]
         hint = f" ({pickles[0]} is a pickle, which is never loaded)" if pickles else ""
         raise ValueError(f"{folder} has neither {single.name} nor {index_path.name}{hint}")
     index = read_json(index_path).get("weight_map")
@@ -78,10 +93,14 @@ def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
             raise ValueError(f"{index_path} lists {name}, which is not there: download it again")
         tensors |= open_file(folder / name)
     wrong = [
-        key for key in index.keys() | tensors.keys() if key not in tensors or index.get(key) != tensors[key].file.name
+        key
+        for key in index.keys() | tensors.keys()
+        if key not in tensors or index.get(key) != tensors[key].file.name
     ]
     if wrong:
-        raise ValueError(f"{index_path} and its shards disagree on {len(wrong)} keys, such as {_few(wrong)}")
+        raise ValueError(
+            f"{index_path} and its shards disagree on {len(wrong)} keys, such as {_few(wrong)}"
+        )
     return tensors
 
 
@@ -95,154 +114,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-# --- Names: every layout -> ours --------------------------------------------------------------------------------------
-
-_TRANSFORMER = [  # Diffusers -> original, which the rules leave as it is
-    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
-    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
-    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
-    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
-    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
-    (r"^scale_shift_table$", "head.modulation"),
-    (r"\.scale_shift_table$", ".modulation"),
-    (r"^proj_out\.", "head.head."),
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"_attn\.to_out\.0\.", "_attn.o."),
-    (r"_attn\.to_([qkv])\.", r"_attn.\1."),
-    (r"\.norm2\.", ".norm3."),  # the norm before cross-attention; the other two have no parameters
-    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
-    (r"\.ffn\.net\.2\.", ".ffn.2."),
-]
-
-_VAE = [
-    (r"^quant_conv\.", "conv1."),
-    (r"^post_quant_conv\.", "conv2."),
-    (r"\.conv_in\.", ".conv1."),
-    (r"\.norm_out\.", ".head.0."),
-    (r"\.conv_out\.", ".head.2."),
-    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-    (r"\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r".downsamples.\1.downsamples.\2."),
-    (r"\.up_blocks\.(\d+)\.resnets\.(\d+)\.", r".upsamples.\1.upsamples.\2."),
-    (r"^((?:en|de)coder\.(?:middle|downsamples|upsamples)\..*)norm1\.", r"\1residual.0."),
-    (r"^((?:en|de)coder\.(?:middle|downsamples|upsamples)\..*)conv1\.", r"\1residual.2."),
-    (r"^((?:en|de)coder\.(?:middle|downsamples|upsamples)\..*)norm2\.", r"\1residual.3."),
-    (r"^((?:en|de)coder\.(?:middle|downsamples|upsamples)\..*)conv2\.", r"\1residual.6."),
-    (r"\.conv_shortcut\.", ".shortcut."),
-]
-
-_QWEN = [(r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")]  # transformers 4.52 and later
-
-_KIWI_TRAINING = [
-    (r"^vae_condition\.patch_embedding\.", "dit.source_embedding."),
-    (r"^ref_vae_condition\.patch_embedding\.", "kiwi.ref_embedder."),
-    (r"^mllm\.model\.(.*lora_[AB])\.default\.weight$", r"encoder.qwen.\1"),
-    (r"^encoder\.qwen\.model\.language_model\.", "encoder.qwen.model."),
-    (r"^mllm\.video_queries\.q$", "encoder.queries"),
-    (r"^mllm\.connetor\.", "encoder.editing_connector."),  # their spelling
-    (r"^mllm\.(image|ref)_queries\.q$", r"kiwi.\1_queries"),
-    (r"^mllm\.ref_connector\.", "kiwi.ref_connector."),
-]
-
-_KIWI_ENCODER = [
-    (r"^video_queries$", "encoder.queries"),
-    (r"^connector\.", "encoder.editing_connector."),
-    (r"^(image_queries|ref_queries|ref_connector\..*)$", r"kiwi.\1"),
-    (r"^(model|visual|lm_head)\.", r"encoder.qwen.\1."),
-    (r"^encoder\.qwen\.(model\.visual|visual)\.", "encoder.qwen.visual."),
-    (r"^encoder\.qwen\.model\.language_model\.", "encoder.qwen.model."),
-]
+def read_tokenizer(folder: Path) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no tokenizer.json: download it again")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception
+        raise ValueError(f"{file} is not a tokenizer: {error}") from None
 
 
-def _rename(key: str, rules: list[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
+# --- Filling and writing --------------------------------------------------------------------------
 
 
-def wan_transformer_key(key: str) -> str:
-    """Diffusers' or the original name of a Wan transformer tensor -> the original name."""
-    return _rename(key, _TRANSFORMER)
-
-
-def wan_vae_key(key: str, num_res_blocks: int) -> str:
-    """Diffusers' or the original name of a Wan VAE tensor -> the original name; resampling comes after the blocks."""
-    key = _rename(key, _VAE)
-    key = re.sub(r"\.down_blocks\.(\d+)\.downsampler\.", rf".downsamples.\1.downsamples.{num_res_blocks}.", key)
-    return re.sub(r"\.up_blocks\.(\d+)\.upsampler\.", rf".upsamples.\1.upsamples.{num_res_blocks + 1}.", key)
-
-
-def qwen_key(key: str) -> str:
-    """The hub's or the newer transformers' name of a Qwen2.5-VL tensor -> the hub's name."""
-    return _rename(key, _QWEN)
-
-
-def renamed(tensors: dict[str, Stored], name: Callable[[str], str], prefix: str = "") -> dict[str, Stored]:
-    return {prefix + name(key): tensor for key, tensor in tensors.items()}
-
-
-# --- Folders of the public releases -----------------------------------------------------------------------------------
-
-
-def open_wan(folder: Path, num_res_blocks: int) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    """The transformer (names under dit.) and the VAE (names under vae.) of a Wan2.2-TI2V-5B folder in either layout."""
-    if (folder / "transformer").is_dir():
-        transformer = open_folder(folder / "transformer", "diffusion_pytorch_model")
-        vae = open_folder(folder / "vae", "diffusion_pytorch_model")
-    else:
-        transformer = open_folder(folder, "diffusion_pytorch_model")
-        if not (folder / "Wan2.2_VAE.pth").is_file():
-            raise ValueError(f"{folder} has no Wan2.2_VAE.pth: download it again")
-        vae = open_file(folder / "Wan2.2_VAE.pth")
-    vae = renamed(vae, lambda key: wan_vae_key(key, num_res_blocks), "vae.")
-    return renamed(transformer, wan_transformer_key, "dit."), vae
-
-
-def open_qwen(folder: Path) -> dict[str, Stored]:
-    """Qwen2.5-VL under the names encoder.qwen.*"""
-    return renamed(open_folder(folder, "model"), qwen_key, "encoder.qwen.")
-
-
-def kiwi_training_key(key: str) -> str:
-    """A name in Kiwi-Edit's training state -> ours; dit.* is already the same."""
-    return _rename(key, _KIWI_TRAINING)
-
-
-def open_kiwi_training(file: Path) -> dict[str, Stored]:
-    """What Kiwi-Edit's training has changed and added; the rest is Wan's and Qwen's."""
-    return renamed(open_file(file), kiwi_training_key)
-
-
-def kiwi_release_names(
-    transformer: dict[str, Stored], source_embedder: dict[str, Stored], mllm_encoder: dict[str, Stored]
-) -> dict[str, Stored]:
-    """The sub-folders of Kiwi-Edit's release under our names. Its Qwen is whole, with the LoRA merged into it."""
-    return (
-        renamed(transformer, wan_transformer_key, "dit.")
-        | renamed(source_embedder, lambda key: key.replace("patch_embedding.", "dit.source_embedding."))
-        | renamed(mllm_encoder, lambda key: _rename(key, _KIWI_ENCODER))
-    )
-
-
-def open_kiwi(folder: Path) -> dict[str, Stored]:
-    """Kiwi-Edit's release: everything but the connectors and the LoRA that are new in our model."""
-    stem = "diffusion_pytorch_model"
-    tensors = kiwi_release_names(
-        open_folder(folder / "transformer", stem),
-        open_folder(folder / "source_embedder", stem),
-        open_folder(folder / "mllm_encoder", stem) | open_folder(folder / "mllm_encoder", "model"),
-    )
-    if any((folder / "ref_embedder").glob("*.safetensors")):  # an instruct-only release has just a config there
-        tensors |= renamed(open_folder(folder / "ref_embedder", stem), str, "kiwi.ref_embedder.")
-    return tensors | renamed(open_folder(folder / "vae", stem), str, "vae.")
-
-
-# --- Filling and writing ----------------------------------------------------------------------------------------------
-
-
-def match(module: nn.Module, tensors: dict[str, Stored], source: Path | str, optional: str = NOTHING) -> list[str]:
+def match(
+    module: nn.Module, tensors: dict[str, Stored], source: Path | str, optional: str = NOTHING
+) -> list[str]:
     """Compare a module's parameters with what is stored, by name and shape, before anything is read.
 
     Parameters whose name matches the regular expression `optional` may be absent: their names are returned, for the
@@ -292,21 +179,29 @@ def fill(
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter, or this rank's part of it into a sharded one."""
-    if hasattr(parameter, "device_mesh"):  # a DTensor, whose import takes as long as half of PyTorch
+    if hasattr(
+        parameter, "device_mesh"
+    ):  # a DTensor, whose import takes as long as half of PyTorch
         from torch.distributed.tensor import distribute_tensor
 
         value = value.to(parameter.device, parameter.dtype)
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        value = distribute_tensor(
+            value, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
     parameter.copy_(value)
 
 
-def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]], texts: dict[str, str]) -> None:
+def write_checkpoint(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], texts: dict[str, str]
+) -> None:
     """Write our checkpoint: shards of safetensors with an index, and small text files such as config.json.
 
     Complete or not at all: it grows under a temporary name beside `folder` and takes the place of a former one only
     when it is whole. Only one shard is held in memory beside the tensors, which may be made one at a time.
     """
-    temporary, former = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "former"))
+    temporary, former = (
+        folder.with_name(f".{folder.name}.{word}") for word in ("partial", "former")
+    )
     _clean_up(folder, temporary, former)  # after an earlier run that was killed
     temporary.mkdir(parents=True)
     try:
@@ -319,10 +214,14 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]], texts:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             (temporary / f"{number}").rename(temporary / name)
             weight_map |= dict.fromkeys(keys, name)
-        texts = texts | {"model.safetensors.index.json": json.dumps({"weight_map": weight_map}, indent=1)}
+        texts = texts | {
+            "model.safetensors.index.json": json.dumps({"weight_map": weight_map}, indent=1)
+        }
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        for shard in temporary.glob("*.safetensors"):  # which the library hides from all but their owner
+        for shard in temporary.glob(
+            "*.safetensors"
+        ):  # which the library hides from all but their owner
             shutil.copymode(temporary / "model.safetensors.index.json", shard)
         if folder.exists():
             folder.rename(former)

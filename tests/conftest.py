@@ -2,4 +2,6 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported, and for the processes that tests start
+)

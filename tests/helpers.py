@@ -6,8 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import rvedit
-from mllm import QwenConfig, VisionConfig
 from model import DiTConfig
+from qwen import QwenConfig, VisionConfig
 from vae import VAEConfig, WanVAE
 
 SPECIAL_TOKENS = [
@@ -30,20 +30,27 @@ def randomise(module, seed=0, scale=0.3):
             if p.ndim > 1:
                 p.copy_(noise * scale / p[0].numel() ** 0.5 * 3)
             else:
-                p.copy_(scale * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+                p.copy_(
+                    scale * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                )
     return module
 
 
 def relative_error(actual, expected):
     """max |actual - expected| / max |expected|."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+    return (
+        (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
+    ).item()
 
 
 def make_clip(frames, height, width, seed=0):
     """A uint8 (T, H, W, 3) clip of a bright square drifting over a gradient, with a little noise."""
     generator = torch.Generator().manual_seed(seed)
-    rows, columns = torch.linspace(0, 200, height).view(1, -1, 1), torch.linspace(0, 100, width).view(1, 1, -1)
+    rows, columns = (
+        torch.linspace(0, 200, height).view(1, -1, 1),
+        torch.linspace(0, 100, width).view(1, 1, -1),
+    )
     clip = (rows + columns / 2).expand(frames, -1, -1).unsqueeze(-1) * torch.tensor([1.0, 0.6, 0.3])
     clip = clip + torch.randint(0, 9, clip.shape, generator=generator)
     for i in range(frames):

@@ -10,8 +10,8 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
-import weights
-from mllm import Qwen2_5_VL
+import convert
+from qwen import Qwen2_5_VL
 
 
 def borrow(peer, module, key):
@@ -38,7 +38,7 @@ def wan_transformer(dit):
             eps=config.eps,
         )
     peer.condition_embedder.text_embedder = torch.nn.Identity()
-    peer, unused = borrow(peer, dit, weights.wan_transformer_key)
+    peer, unused = borrow(peer, dit, convert.wan_transformer_key)
     assert unused == ["source_embedding.bias", "source_embedding.weight"]
     return peer.to(dit.patch_embedding.weight.device)
 
@@ -61,7 +61,7 @@ def wan_vae(vae):
             scale_factor_spatial=config.spatial_factor,
             scale_factor_temporal=config.temporal_factor,
         )
-    peer, unused = borrow(peer, vae, lambda name: weights.wan_vae_key(name, config.num_res_blocks))
+    peer, unused = borrow(peer, vae, lambda name: convert.wan_vae_key(name, config.num_res_blocks))
     assert not unused
     return peer
 
@@ -85,13 +85,13 @@ def decode(peer, config, latents):
 
 
 def qwen2_5_vl(qwen):
-    """An `mllm.Qwen2_5_VL` without LoRA as transformers has it."""
+    """An `qwen.Qwen2_5_VL` without LoRA as transformers has it."""
     config = dataclasses.asdict(qwen.config)
     config["vision_config"] = config.pop("vision") | {"out_hidden_size": qwen.config.hidden_size}
     config["rope_scaling"] = {"type": "mrope", "mrope_section": list(qwen.config.mrope_section)}
     with init_empty_weights():
         peer = Qwen2_5_VLModel(Qwen2_5_VLConfig(**config))
-    peer, unused = borrow(peer, qwen, lambda name: weights.qwen_key(f"model.{name}"))
+    peer, unused = borrow(peer, qwen, lambda name: convert.qwen_key(f"model.{name}"))
     assert not [name for name in unused if ".lora_" not in name]
     return peer.to(qwen.model.norm.weight.device)
 
@@ -114,12 +114,24 @@ def hidden_states(peer, config, input_ids, pixel_values, grid_thw, queries, atte
 
 def runs(model, vae, z, t, context, video, inputs, compiled):
     """For `bench.py --peer`: pairs that do the same on the same tensors, ours and theirs."""
-    device, dtype, blocks = z.device, model.dit.patch_embedding.weight.dtype, model.config.dit.num_blocks
+    device, dtype, blocks = (
+        z.device,
+        model.dit.patch_embedding.weight.dtype,
+        model.config.dit.num_blocks,
+    )
     with torch.device("meta"):
         qwen = Qwen2_5_VL(model.config.qwen)
-    qwen.load_state_dict(model.encoder.qwen.state_dict(), strict=False, assign=True)  # all but the LoRA
+    qwen.load_state_dict(
+        model.encoder.qwen.state_dict(), strict=False, assign=True
+    )  # all but the LoRA
     wan, autoencoder, hub = wan_transformer(model.dit), wan_vae(vae), qwen2_5_vl(qwen)
-    layers = (*wan.blocks, *hub.language_model.layers, *hub.visual.blocks, *qwen.model.layers, *qwen.visual.blocks)
+    layers = (
+        *wan.blocks,
+        *hub.language_model.layers,
+        *hub.visual.blocks,
+        *qwen.model.layers,
+        *qwen.visual.blocks,
+    )
     for block in layers if compiled else ():
         block.compile()
     texts = (*(x.to(device) for x in inputs[:2]), inputs[2], model.encoder.queries)
@@ -128,8 +140,14 @@ def runs(model, vae, z, t, context, video, inputs, compiled):
             "ours": lambda: model.dit(z, t, [context] * blocks),
             "diffusers": lambda: wan(z.to(dtype), 1000 * t, context, return_dict=False)[0],
         },
-        "encode": {"ours": lambda: vae.encode(video), "diffusers": lambda: encode(autoencoder, vae.config, video)},
-        "decode": {"ours": lambda: vae.decode(z), "diffusers": lambda: decode(autoencoder, vae.config, z)},
+        "encode": {
+            "ours": lambda: vae.encode(video),
+            "diffusers": lambda: encode(autoencoder, vae.config, video),
+        },
+        "decode": {
+            "ours": lambda: vae.decode(z),
+            "diffusers": lambda: decode(autoencoder, vae.config, z),
+        },
         "mllm as Qwen's": {
             "ours": lambda: qwen(*texts),
             "transformers": lambda: hidden_states(hub, qwen.config, *texts),

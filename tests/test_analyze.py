@@ -11,13 +11,18 @@ import torch
 from helpers import make_clip, relative_error, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import analyze
 import rvedit
 import sample
 import video
+from experiments import analyze
 from model import Attention, DiTConfig
 
-TEXTS = ("remove it", "make the small red circle in the corner green", "a blue square.", "a small circle on gray")
+TEXTS = (
+    "remove it",
+    "make the small red circle in the corner green",
+    "a blue square.",
+    "a small circle on gray",
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,10 @@ def naive_attention(attention, x, context):
 
     def project(name, tokens):
         linear, norm = getattr(attention, name), getattr(attention, f"norm_{name}")
-        y = tokens.double().numpy() @ linear.weight.double().numpy().T + linear.bias.double().numpy()
+        y = (
+            tokens.double().numpy() @ linear.weight.double().numpy().T
+            + linear.bias.double().numpy()
+        )
         y = y / np.sqrt((y**2).mean(-1, keepdims=True) + norm.eps) * norm.weight.double().numpy()
         return y.reshape(len(tokens), attention.num_heads, -1).transpose(1, 0, 2)  # (n, tokens, D)
 
@@ -67,14 +75,24 @@ def naive_measures(edit, ref, edit_features, ref_features, K, N_v):
 
     def divergence(token):
         p, q = (x[:, :, token].mean(0) / x[:, :, token].mean(0).sum() for x in (edit, ref))
-        terms = (a * math.log2(2 * a / (a + b)) + b * math.log2(2 * b / (a + b)) for a, b in zip(p, q, strict=True))
+        terms = (
+            a * math.log2(2 * a / (a + b)) + b * math.log2(2 * b / (a + b))
+            for a, b in zip(p, q, strict=True)
+        )
         return sum(terms) / 2
 
     each = np.array([entropy(token) for token in range(edit.shape[2])])
-    means = {f"entropy_{name}": each[span].mean() if len(each[span]) else math.nan for name, span in spans.items()}
+    means = {
+        f"entropy_{name}": each[span].mean() if len(each[span]) else math.nan
+        for name, span in spans.items()
+    }
     lengths = np.linalg.norm(edit_features, axis=1) * np.linalg.norm(ref_features, axis=1)
     cosine = ((edit_features * ref_features).sum(1) / lengths).mean()
-    rest = dict(entropy=each.mean(), cosine=cosine, divergence=np.mean([divergence(token) for token in range(K)]))
+    rest = dict(
+        entropy=each.mean(),
+        cosine=cosine,
+        divergence=np.mean([divergence(token) for token in range(K)]),
+    )
     return mass | means | rest
 
 
@@ -83,16 +101,25 @@ def naive_trace(model, vae, seed, edit, caption):
     """`MEASURES` of every block, (L, 9): each branch alone, so without padding or masks."""
     _, z_t, t, _, latents = make_pairs(model, vae, [(seed, edit, caption)])
     clips, seen = (make_clip(9, 32, 64, seed), make_clip(9, 32, 64, seed + 100)), []
-    hooks = [block.cross_attn.register_forward_hook(lambda *call: seen.append(call)) for block in model.dit.blocks]
-    conditions = [model.encoder([clip], [text]) for clip, text in zip(clips, (edit, caption), strict=True)]
+    hooks = [
+        block.cross_attn.register_forward_hook(lambda *call: seen.append(call))
+        for block in model.dit.blocks
+    ]
+    conditions = [
+        model.encoder([clip], [text]) for clip, text in zip(clips, (edit, caption), strict=True)
+    ]
     for i, condition in enumerate(conditions):
         model.dit(z_t[i : i + 1], t[i : i + 1], model.contexts(condition), latents[i : i + 1])
     for hook in hooks:
         hook.remove()
     rows, L = [], len(model.dit.blocks)
-    for (attention, inputs, output), (_, ref_inputs, ref_output) in zip(seen[:L], seen[L:], strict=True):
+    for (attention, inputs, output), (_, ref_inputs, ref_output) in zip(
+        seen[:L], seen[L:], strict=True
+    ):
         assert inputs[2] is None
-        matrices = [naive_attention(attention, x[0], context[0]) for x, context, _ in (inputs, ref_inputs)]
+        matrices = [
+            naive_attention(attention, x[0], context[0]) for x, context, _ in (inputs, ref_inputs)
+        ]
         features = [x[0].double().numpy() for x in (output, ref_output)]
         sizes = conditions[0].editing.shape[1], conditions[0].visual.shape[1]
         measures = naive_measures(*matrices, *features, *sizes)
@@ -107,7 +134,7 @@ def assert_close(actual, expected):
     assert error.nan_to_num().max() < 1e-5, error
 
 
-# --- Against whole matrices -------------------------------------------------------------------------------------------
+# --- Against whole matrices -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -126,7 +153,11 @@ def test_a_masked_batch_equals_whole_matrices_of_each_branch_alone(model_and_vae
         assert_close(alone[..., 0], expected)
         # There is something to measure: uneven maps, and branches that differ.
         named = dict(zip(analyze.MEASURES, expected.T, strict=True))
-        assert named["entropy"].max() < 0.99 and named["divergence"].min() > 0.003 and named["cosine"].max() < 0.999
+        assert (
+            named["entropy"].max() < 0.99
+            and named["divergence"].min() > 0.003
+            and named["cosine"].max() < 0.999
+        )
     assert not any(block.cross_attn._forward_hooks for block in model_and_vae[0].dit.blocks)
 
 
@@ -174,7 +205,7 @@ def test_bfloat16_attention_is_formed_in_float32():
     assert maps.dtype == torch.float32 and relative_error(maps, exact) < 1e-6
 
 
-# --- Closed forms -----------------------------------------------------------------------------------------------------
+# --- Closed forms ---------------------------------------------------------------------------------
 
 
 def test_entropy_of_even_pointed_and_missing_maps():
@@ -190,7 +221,9 @@ def test_entropy_of_even_pointed_and_missing_maps():
 def test_divergence_of_equal_disjoint_and_other_maps():
     p = torch.tensor([[0.3, 0.0, 0.1, 0.0], [0.2, 0.5, 0.0, 0.3], [0.1, 0.0, 0.0, 0.3]])[None]
     q = torch.tensor([[0.6, 0.7, 0.2, 0.1], [0.4, 0.0, 0.2, 0.1], [0.2, 0.0, 0.0, 0.0]])[None]
-    mixed = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)) - 0.5  # (1, 0) and (1/2, 1/2): H(3/4, 1/4) - (0 + 1) / 2
+    mixed = (
+        -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)) - 0.5
+    )  # (1, 0) and (1/2, 1/2): H(3/4, 1/4) - (0 + 1) / 2
     thirds = 1 - 0.5  # (0, 1/2, 1/2) and (1/2, 1/2, 0): H(1/4, 1/2, 1/4) = 3/2, less (1 + 1) / 2
     expected = [0, 1, mixed, thirds]
     assert analyze.jensen_shannon(p, q)[0].tolist() == pytest.approx(expected, abs=1e-6)
@@ -224,13 +257,16 @@ def test_queries_of_nothing_attend_evenly():
     ]
     measures = analyze.trace(model.dit, *inputs)[..., 0]
     assert measures[0, :3].tolist() == [1, 0, 0]  # L_s = 1
-    assert measures[0, 3:5].tolist() == pytest.approx([1, 1], abs=1e-6) and measures[0, 5:7].isnan().all()
+    assert (
+        measures[0, 3:5].tolist() == pytest.approx([1, 1], abs=1e-6)
+        and measures[0, 5:7].isnan().all()
+    )
     for row in measures[1:]:
         assert row[:7].tolist() == pytest.approx([*shares, 1, 1, 1, 1], abs=1e-6)
     assert measures[:, 8].abs().max() < 1e-6
 
 
-# --- Over clips and t -------------------------------------------------------------------------------------------------
+# --- Over clips and t -----------------------------------------------------------------------------
 
 
 def arguments(**changes):
@@ -241,7 +277,12 @@ def arguments(**changes):
 def test_what_the_branches_are_given(monkeypatch):
     """z_t from the target's latents at the sampler's t, noise for each clip, VAE(v) and VAE(v*) beside it."""
     model, vae = tiny_model()
-    clip = dict(source=make_clip(9, 40, 70), target=make_clip(9, 32, 64, 1), instruction=TEXTS[0], caption="")
+    clip = dict(
+        source=make_clip(9, 40, 70),
+        target=make_clip(9, 32, 64, 1),
+        instruction=TEXTS[0],
+        caption="",
+    )
     calls, texts = [], []
     model.encoder.register_forward_pre_hook(lambda _, inputs: texts.append(inputs[1]))
 
@@ -254,7 +295,9 @@ def test_what_the_branches_are_given(monkeypatch):
     assert texts == [[TEXTS[0], TEXTS[0]], [TEXTS[0], TEXTS[1]]]
     target = vae.encode(video.to_float(clip["target"][None]))
     for i, (z_t, t, latents) in enumerate(calls):
-        level = [1, 5 * (2 / 3) / (1 + 4 * 2 / 3), 5 / 3 / (1 + 4 / 3)][i % 3]  # of 3 steps, shifted by 5
+        level = [1, 5 * (2 / 3) / (1 + 4 * 2 / 3), 5 / 3 / (1 + 4 / 3)][
+            i % 3
+        ]  # of 3 steps, shifted by 5
         noise = sample.initial_noise(target.shape, 7 + i // 3)
         assert t.tolist() == pytest.approx([level, level])
         assert relative_error(z_t, ((1 - level) * target + level * noise).expand_as(z_t)) < 1e-5
@@ -264,17 +307,33 @@ def test_what_the_branches_are_given(monkeypatch):
         assert result["mean"][name] == [3.5] * 3 and result["std"][name] == [1.5] * 3
 
 
-# --- Command line -----------------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
 def test_command_line(tmp_path, capsys):
     """The built-in checkpoint on two clips of shapes: JSON and a picture."""
-    analyze.main(["--clips", "2", "--timesteps", "2", "--size", "5", "64", "64", "--plot", "--out", str(tmp_path)])
+    analyze.main(
+        [
+            "--clips",
+            "2",
+            "--timesteps",
+            "2",
+            "--size",
+            "5",
+            "64",
+            "64",
+            "--plot",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     assert "analysis.png" in capsys.readouterr().out
     assert sorted(file.name for file in tmp_path.iterdir()) == ["analysis.json", "analysis.png"]
     report = json.loads((tmp_path / "analysis.json").read_text(), parse_constant=pytest.fail)
     model, base = report["model"], report["base"]
-    assert (model["routing_depth"], base["routing_depth"]) == (3, 6) and model["clips"] == base["clips"] == 2
+    assert (model["routing_depth"], base["routing_depth"]) == (3, 6) and model["clips"] == base[
+        "clips"
+    ] == 2
     for result in (model, base):
         assert set(result["mean"]) == set(result["std"]) == set(analyze.MEASURES)
         for block in range(6):
@@ -285,7 +344,9 @@ def test_command_line(tmp_path, capsys):
                 assert masses[0] == pytest.approx(1, abs=1e-6) and mean["entropy_visual"] is None
             else:
                 assert min(masses) > 0 and mean["entropy_visual"] is not None
-            assert 0 < mean["entropy"] < 1 and 0 < mean["divergence"] < 1 and -1 < mean["cosine"] < 1
+            assert (
+                0 < mean["entropy"] < 1 and 0 < mean["divergence"] < 1 and -1 < mean["cosine"] < 1
+            )
     for name in analyze.MEASURES:  # blocks that read the same see the same
         assert model["mean"][name][:3] == base["mean"][name][:3]
     with av.open(str(tmp_path / "analysis.png")) as file:
@@ -293,7 +354,9 @@ def test_command_line(tmp_path, capsys):
     height, width, _ = image.shape
     assert 600 < height < width < 3000
     assert 0.02 < (image < 200).any(-1).mean() < 0.5  # there is ink on it, and it is not all ink
-    quarters = [part for half in np.array_split(image, 2) for part in np.array_split(half, 2, axis=1)]
+    quarters = [
+        part for half in np.array_split(image, 2) for part in np.array_split(half, 2, axis=1)
+    ]
     assert all((part < 200).any(-1).mean() > 0.01 for part in quarters)
 
 
@@ -312,7 +375,14 @@ def checkpoints(tmp_path_factory):
 
 def test_base_checkpoint_and_triplets(checkpoints, tmp_path):
     """Fewer rows than --clips are all of them; the base is what --base says, and none for a model that is its own."""
-    shared = ["--data", str(checkpoints / "triplets.jsonl"), "--timesteps", "1", "--out", str(tmp_path)]
+    shared = [
+        "--data",
+        str(checkpoints / "triplets.jsonl"),
+        "--timesteps",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     shallow, deep = (str(checkpoints / f"depth-{depth}") for depth in (1, 3))
     reports = {}
     for name, options in dict(given=["--base", deep], default=[]).items():
@@ -337,14 +407,22 @@ def test_clips_that_cannot_be_read_are_skipped_and_said(checkpoints, tmp_path, c
     shared = ["--checkpoint", str(checkpoints / "depth-3"), "--timesteps", "1", "--seed", "1"]
     reports = {}
     for name in ("triplets", "mixed"):
-        analyze.main([*shared, "--data", str(checkpoints / f"{name}.jsonl"), "--out", str(tmp_path / name)])
+        analyze.main(
+            [*shared, "--data", str(checkpoints / f"{name}.jsonl"), "--out", str(tmp_path / name)]
+        )
         reports[name] = json.loads((tmp_path / name / "analysis.json").read_text())["model"]
     assert reports["mixed"]["clips"] == 1 and reports["mixed"].keys() == reports["triplets"].keys()
     assert capsys.readouterr().err.count("skipped: ") == 1
     with pytest.raises(SystemExit) as stop:
-        analyze.main([*shared, "--data", str(checkpoints / "none.jsonl"), "--out", str(tmp_path / "none")])
+        analyze.main(
+            [*shared, "--data", str(checkpoints / "none.jsonl"), "--out", str(tmp_path / "none")]
+        )
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "gone.mp4" in error and "error: none of the clips can be read" in error
+    assert (
+        stop.value.code == 2
+        and "gone.mp4" in error
+        and "error: none of the clips can be read" in error
+    )
 
 
 @pytest.mark.parametrize(
@@ -366,7 +444,12 @@ def test_mistakes_get_one_line(options, words, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         analyze.main(["--out", str(tmp_path), "--clips", "1", *options])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.startswith("error: ") and error.count("\n") == 1
+    assert (
+        stop.value.code == 2
+        and words in error
+        and error.startswith("error: ")
+        and error.count("\n") == 1
+    )
     assert not any(tmp_path.iterdir())
 
 
@@ -377,7 +460,9 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
         analyze.main(["--plot", "--out", str(tmp_path)])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "pip install matplotlib" in error and error.count("\n") == 1
-    analyze.main(["--clips", "1", "--timesteps", "1", "--size", "5", "32", "32", "--out", str(tmp_path)])
+    analyze.main(
+        ["--clips", "1", "--timesteps", "1", "--size", "5", "32", "32", "--out", str(tmp_path)]
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["analysis.json"]
 
 
@@ -385,6 +470,11 @@ def test_broken_weights_are_an_error():
     model, vae = tiny_model()
     with torch.no_grad():
         model.dit.blocks[1].cross_attn.q.weight[0, 0] = math.nan
-    clip = dict(source=make_clip(5, 32, 64), target=make_clip(5, 32, 64, 1), instruction=TEXTS[0], caption="")
+    clip = dict(
+        source=make_clip(5, 32, 64),
+        target=make_clip(5, 32, 64, 1),
+        instruction=TEXTS[0],
+        caption="",
+    )
     with pytest.raises(ValueError, match="not a number"):
         analyze.analyze(model, vae, [clip], arguments(clips=1, timesteps=1))

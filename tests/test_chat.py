@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-import chat
+from experiments import chat
 
 CUT = object()  # a body that ends in the middle
 
@@ -36,7 +36,9 @@ def loopback(reply):
             asked.append((self.path, self.headers, body))
             answer = reply(body)
             text = answer if isinstance(answer, str) else "an answer that does not arrive"
-            data = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+            data = json.dumps(
+                {"choices": [{"message": {"role": "assistant", "content": text}}]}
+            ).encode()
             if isinstance(answer, int):
                 data = b'{"error": "reason of the server"}'
             self.send_response(answer if isinstance(answer, int) else 200)
@@ -69,7 +71,7 @@ def in_turn(*answers):
     return lambda body: next(answers)
 
 
-# --- Frames ----------------------------------------------------------------------------------------------------------
+# --- Frames ---------------------------------------------------------------------------------------
 
 
 def opened(part):
@@ -80,7 +82,13 @@ def opened(part):
 
 @pytest.mark.parametrize(
     "length, number, shown",
-    [(81, 5, [0, 20, 40, 60, 80]), (9, 5, [0, 2, 4, 6, 8]), (5, 5, [0, 1, 2, 3, 4]), (3, 5, [0, 1, 2]), (7, 1, [0])],
+    [
+        (81, 5, [0, 20, 40, 60, 80]),
+        (9, 5, [0, 2, 4, 6, 8]),
+        (5, 5, [0, 1, 2, 3, 4]),
+        (3, 5, [0, 1, 2]),
+        (7, 1, [0]),
+    ],
 )
 def test_frames_are_evenly_spaced_from_the_first_to_the_last(length, number, shown):
     """Frame i is of the one gray 3 i, which JPEG keeps."""
@@ -90,7 +98,13 @@ def test_frames_are_evenly_spaced_from_the_first_to_the_last(length, number, sho
 
 
 @pytest.mark.parametrize(
-    "size, sent", [((720, 1280), (288, 512)), ((1280, 720), (512, 288)), ((96, 64), (96, 64)), ((512, 512), (512, 512))]
+    "size, sent",
+    [
+        ((720, 1280), (288, 512)),
+        ((1280, 720), (512, 288)),
+        ((96, 64), (96, 64)),
+        ((512, 512), (512, 512)),
+    ],
 )
 def test_frames_are_jpeg_of_quality_85_whose_longer_side_is_at_most_512(size, sent):
     image = opened(chat.image_parts(torch.zeros(1, *size, 3, dtype=torch.uint8), 5)[0])
@@ -98,10 +112,12 @@ def test_frames_are_jpeg_of_quality_85_whose_longer_side_is_at_most_512(size, se
     Image.new("RGB", (16, 16)).save(reference, "JPEG", quality=85)
     Image.new("RGB", (16, 16)).save(other, "JPEG", quality=86)
     assert image.format == "JPEG" and image.size == sent[::-1]
-    assert image.quantization == Image.open(reference).quantization != Image.open(other).quantization
+    assert (
+        image.quantization == Image.open(reference).quantization != Image.open(other).quantization
+    )
 
 
-# --- One question ----------------------------------------------------------------------------------------------------
+# --- One question ---------------------------------------------------------------------------------
 
 
 def test_what_a_server_is_asked(monkeypatch):
@@ -123,22 +139,40 @@ def test_a_busy_server_is_asked_again():
     assert len(asked) == 6
 
 
-BODIES = [b"", b"\xff", b"[]", b"{}", b'{"choices": []}', b'{"choices": null}', b'{"choices": [{"text": "yes"}]}']
-NO_TEXTS = [b'{"choices": [{"message": {"content": %s}}]}' % content for content in (b"7", b'["yes"]', b'{"a": 1}')]
+BODIES = [
+    b"",
+    b"\xff",
+    b"[]",
+    b"{}",
+    b'{"choices": []}',
+    b'{"choices": null}',
+    b'{"choices": [{"text": "yes"}]}',
+]
+NO_TEXTS = [
+    b'{"choices": [{"message": {"content": %s}}]}' % content
+    for content in (b"7", b'["yes"]', b'{"a": 1}')
+]
 
 
 @pytest.mark.parametrize("answer", [CUT, 429, 500, *BODIES, *NO_TEXTS])
 def test_what_stays_unanswered_is_given_up(answer):
-    with loopback(lambda body: answer) as (url, asked), pytest.raises(ValueError, match="127.0.0.1.*/v1"):
+    with (
+        loopback(lambda body: answer) as (url, asked),
+        pytest.raises(ValueError, match="127.0.0.1.*/v1"),
+    ):
         chat.ask(url, "m", "?")
     assert len(asked) == len(chat.PAUSES)
 
 
 @pytest.mark.parametrize(
-    "status, kind", [(400, ValueError), (401, chat.Refused), (403, chat.Refused), (404, chat.Refused)]
+    "status, kind",
+    [(400, ValueError), (401, chat.Refused), (403, chat.Refused), (404, chat.Refused)],
 )
 def test_what_would_not_help_is_not_tried(status, kind):
-    with loopback(lambda body: status) as (url, asked), pytest.raises(kind, match=f"{status}.*reason of the server"):
+    with (
+        loopback(lambda body: status) as (url, asked),
+        pytest.raises(kind, match=f"{status}.*reason of the server"),
+    ):
         chat.ask(url, "m", "?")
     assert len(asked) == 1
 
@@ -151,7 +185,9 @@ def test_a_null_content_is_an_empty_answer():
 def test_a_server_that_is_not_there_is_named():
     with socket.socket() as free:  # bound, but nobody listens
         free.bind(("127.0.0.1", 0))
-        with pytest.raises(chat.Refused, match=f"127.0.0.1:{free.getsockname()[1]}/.*refused.*check the server"):
+        with pytest.raises(
+            chat.Refused, match=f"127.0.0.1:{free.getsockname()[1]}/.*refused.*check the server"
+        ):
             chat.ask(f"http://127.0.0.1:{free.getsockname()[1]}/v1", "m", "?")
 
 
@@ -171,7 +207,7 @@ def test_a_slow_server_is_asked_again(monkeypatch):
         end.set()
 
 
-# --- Many questions ---------------------------------------------------------------------------------------------------
+# --- Many questions -------------------------------------------------------------------------------
 
 
 def lines(path):
@@ -193,7 +229,9 @@ def test_a_run_does_what_is_missing_and_lists_what_failed(tmp_path):
     assert chat.results(path) == expected
     calls.clear()
     assert chat.run(path, {f"k{i}": i for i in (1, 3, 7)}, work) == {"k3": "no 3"}
-    assert sorted(calls) == [3, 7] and chat.results(path) == expected | {"k7": {"twice": 14, "text": "ß\u2028\n"}}
+    assert sorted(calls) == [3, 7] and chat.results(path) == expected | {
+        "k7": {"twice": 14, "text": "ß\u2028\n"}
+    }
 
 
 @pytest.mark.parametrize("torn", [b'{"key": "c", "a', b'{"key": "c", "answer": 3}', b"\xc3"])
@@ -206,7 +244,9 @@ def test_a_line_that_was_cut_off_is_done_again(torn, tmp_path):
     assert path.read_bytes() == whole + b'{"key": "c", "answer": "new"}\n'
 
 
-@pytest.mark.parametrize("damaged", [b"\xff\xfe", b'{"key": "a", "answ', b'{"answer": 1}', b"[1]", b"7"])
+@pytest.mark.parametrize(
+    "damaged", [b"\xff\xfe", b'{"key": "a", "answ', b'{"answer": 1}', b"[1]", b"7"]
+)
 def test_a_damaged_line_before_the_last_is_an_error_that_names_the_file(damaged, tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(damaged + b'\n{"key": "b", "answer": 2}\n')
@@ -253,7 +293,9 @@ def test_ctrl_c_ends_the_run_and_keeps_what_is_finished(tmp_path):
             end.wait()
         return {}
 
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    former = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it
     with pytest.raises(KeyboardInterrupt):
         chat.run(path, {str(i): i for i in range(10)}, work, 2)
     signal.signal(signal.SIGINT, former)

@@ -21,7 +21,9 @@ from losses import alignment_loss, flow_matching_loss, symmetric_info_nce
 TAU = 0.07
 
 
-def make_features(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+def make_features(
+    *shape: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Two related but different sets of features; the first one wants a gradient."""
     generator = torch.Generator().manual_seed(seed)
     a_ref = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -82,7 +84,9 @@ def test_gradient_equals_naive_autograd(dtype, tolerance):
     """The gradient is that of autograd through the whole S x S matrix in float64."""
     a, a_ref = make_features(150, 16)
     value, gradient = value_and_gradient(naive_info_nce, a, a_ref, TAU)
-    ours, our_gradient = value_and_gradient(symmetric_info_nce, a.to(dtype), a_ref.to(dtype), TAU, chunk=64)
+    ours, our_gradient = value_and_gradient(
+        symmetric_info_nce, a.to(dtype), a_ref.to(dtype), TAU, chunk=64
+    )
     assert relative_error(ours, value) < tolerance
     assert relative_error(our_gradient, gradient) < tolerance
 
@@ -105,8 +109,12 @@ def test_reference_gets_no_gradient():
     assert a_ref.grad is None and a.grad.abs().max() > 0
 
     weight = torch.eye(4, dtype=torch.float64).requires_grad_()
-    shared = value_and_gradient(lambda w: alignment_loss(a.detach() @ w, a_ref.detach() @ w, TAU), weight)[1]
-    fixed = value_and_gradient(lambda w: alignment_loss(a.detach() @ w, a_ref.detach(), TAU), weight)[1]
+    shared = value_and_gradient(
+        lambda w: alignment_loss(a.detach() @ w, a_ref.detach() @ w, TAU), weight
+    )[1]
+    fixed = value_and_gradient(
+        lambda w: alignment_loss(a.detach() @ w, a_ref.detach(), TAU), weight
+    )[1]
     assert fixed.abs().max() > 0 and torch.equal(shared, fixed)
 
 
@@ -115,13 +123,19 @@ def test_matched_orthonormal_features_have_the_closed_form(tau):
     """For matched orthonormal features the loss is log(1 + (S - 1) e^(-1/τ))."""
     S = 24
     basis = torch.linalg.qr(make_features(S, S)[0].detach())[0]
-    assert abs(alignment_loss(basis, basis, tau).item() - math.log1p((S - 1) * math.exp(-1 / tau))) < 1e-12
+    assert (
+        abs(alignment_loss(basis, basis, tau).item() - math.log1p((S - 1) * math.exp(-1 / tau)))
+        < 1e-12
+    )
 
 
 def test_identical_rows_give_log_s():
     """If no position can be told from another the loss is log S: nothing is known about the match."""
     row = make_features(1, 8)[1]
-    assert abs(alignment_loss(row.expand(50, 8), 3 * row.expand(50, 8), TAU).item() - math.log(50)) < 1e-12
+    assert (
+        abs(alignment_loss(row.expand(50, 8), 3 * row.expand(50, 8), TAU).item() - math.log(50))
+        < 1e-12
+    )
 
 
 def test_swapping_the_branches_leaves_the_value():
@@ -136,7 +150,9 @@ def test_one_position_gives_exactly_zero(dtype):
     """With no negatives (S = 1) value and gradient are 0 to the last bit."""
     for seed in range(20):
         a, a_ref = make_features(3, 1, 33, dtype=dtype, seed=seed)
-        value, gradient = value_and_gradient(symmetric_info_nce, a.detach().requires_grad_(), a_ref, TAU)
+        value, gradient = value_and_gradient(
+            symmetric_info_nce, a.detach().requires_grad_(), a_ref, TAU
+        )
         assert value.item() == 0 and not gradient.any()
 
 
@@ -171,7 +187,9 @@ def test_extreme_temperature_neither_overflows_nor_underflows():
     a, noise = make_features(64, 8)
     for a_ref in (a.detach() + 0.2 * noise, -a.detach() + 0.2 * noise):
         value, gradient = value_and_gradient(naive_info_nce, a, a_ref, 0.001)
-        ours, our_gradient = value_and_gradient(symmetric_info_nce, a.float(), a_ref.float(), 0.001, chunk=10)
+        ours, our_gradient = value_and_gradient(
+            symmetric_info_nce, a.float(), a_ref.float(), 0.001, chunk=10
+        )
         # float32 resolves logits near 1000 to 6e-5; the matched have no gradient left, the opposed have.
         assert abs(ours - value) < 1e-3
         torch.testing.assert_close(our_gradient.double(), gradient, rtol=1e-3, atol=1e-4)
@@ -209,7 +227,9 @@ def test_flow_matching_loss_is_the_mean_squared_error_of_the_velocity():
     """L_fm and its gradient equal the plain sum over elements, divided by their number."""
     generator = torch.Generator().manual_seed(0)
     velocity, noise, target = (torch.randn(2, 4, 3, 6, 5, generator=generator) for _ in range(3))
-    value, gradient = value_and_gradient(flow_matching_loss, velocity.requires_grad_(), noise, target)
+    value, gradient = value_and_gradient(
+        flow_matching_loss, velocity.requires_grad_(), noise, target
+    )
     triples = zip(*(x.flatten().tolist() for x in (velocity, noise, target)), strict=True)
     expected = sum((v - (n - z)) ** 2 for v, n, z in triples) / velocity.numel()
     assert abs(value.item() - expected) < 1e-6 * expected
@@ -245,12 +265,17 @@ print(kilobytes("VmHWM") - before)  # not ru_maxrss, which a child process inher
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
-    ("S", "d", "limit"), [(8192, 64, 230e6), pytest.param(18480, 256, 400e6, marks=pytest.mark.slow)]
+    ("S", "d", "limit"),
+    [(8192, 64, 230e6), pytest.param(18480, 256, 400e6, marks=pytest.mark.slow)],
 )
 def test_memory_stays_below_one_matrix_of_similarities(S, d, limit):
     """Forward and backward at the paper's S = 18,480 add under 400 MB, where one S x S matrix has 1,366."""
     assert limit < 4 * S * S
     run = [sys.executable, "-c", MEMORY_SCRIPT, str(S), str(d)]
     root = Path(__file__).resolve().parent.parent
-    extra = int(subprocess.run(run, cwd=root, check=True, capture_output=True, text=True).stdout) * 1024
-    assert 2 * (4 * S * d) < extra < limit  # two normalised copies at least: it shows that the measure works
+    extra = (
+        int(subprocess.run(run, cwd=root, check=True, capture_output=True, text=True).stdout) * 1024
+    )
+    assert (
+        2 * (4 * S * d) < extra < limit
+    )  # two normalised copies at least: it shows that the measure works

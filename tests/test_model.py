@@ -8,7 +8,14 @@ from helpers import randomise, relative_error
 from model import DiTConfig, WanDiT, apply_rope, rope_table
 
 CONFIG = DiTConfig(
-    dim=48, ffn_dim=80, num_heads=2, num_blocks=3, in_channels=6, out_channels=6, patch_size=(1, 2, 2), freq_dim=32
+    dim=48,
+    ffn_dim=80,
+    num_heads=2,
+    num_blocks=3,
+    in_channels=6,
+    out_channels=6,
+    patch_size=(1, 2, 2),
+    freq_dim=32,
 )
 
 
@@ -29,7 +36,11 @@ SHAPES = {  # (B, C, T', H', W'), context tokens
 @torch.no_grad()
 def compare(dtype, shape, tokens):
     peer, ours = build_pair(dtype)
-    z_t, t, context = torch.randn(shape), torch.rand(shape[0]), torch.randn(shape[0], tokens, CONFIG.dim)
+    z_t, t, context = (
+        torch.randn(shape),
+        torch.rand(shape[0]),
+        torch.randn(shape[0], tokens, CONFIG.dim),
+    )
     z_t, context = z_t.to(dtype), context.to(dtype)
     expected = peer(z_t, 1000 * t, context, return_dict=False)[0]
     return relative_error(ours(z_t, t, [context] * CONFIG.num_blocks), expected)
@@ -64,7 +75,9 @@ def test_each_block_reads_its_own_context():
     peer, ours = build_pair()
     z_t, t, contexts, _ = random_inputs()
     for block, context in zip(peer.blocks, contexts, strict=True):
-        block.register_forward_pre_hook(lambda _, args, context=context: (args[0], context, *args[2:]))
+        block.register_forward_pre_hook(
+            lambda _, args, context=context: (args[0], context, *args[2:])
+        )
     expected = peer(z_t, 1000 * t, contexts[0], return_dict=False)[0]
     assert relative_error(ours(z_t, t, contexts), expected) < 1e-5
 
@@ -88,7 +101,9 @@ def test_masked_tokens_do_not_exist():
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0, 1]], dtype=torch.bool)
     together = dit(z_t, t, [(context, mask)] * 3, source)
     for i in range(2):
-        alone = dit(z_t[i : i + 1], t[i : i + 1], [context[i : i + 1, mask[i]]] * 3, source[i : i + 1])
+        alone = dit(
+            z_t[i : i + 1], t[i : i + 1], [context[i : i + 1, mask[i]]] * 3, source[i : i + 1]
+        )
         assert relative_error(together[i : i + 1], alone) < 1e-5
 
 
@@ -99,7 +114,9 @@ def test_features_are_the_cross_attention_output_bit_for_bit(block):
     dit, (z_t, t, contexts, source) = random_dit(), random_inputs()
     seen = {}
     for number, module in enumerate(dit.blocks, start=1):
-        module.cross_attn.register_forward_hook(lambda _, __, out, number=number: seen.update({number: out}))
+        module.cross_attn.register_forward_hook(
+            lambda _, __, out, number=number: seen.update({number: out})
+        )
     velocity, captured = dit(z_t, t, contexts, source, capture=block)
     assert torch.equal(captured, seen[block])
     seen.clear()
@@ -115,10 +132,17 @@ def test_source_latents_enter_scaled_by_t():
     received = []
     dit.blocks[0].register_forward_pre_hook(lambda _, args: received.append(args[0]))
     dit(z_t, t, contexts, source)
-    for b, i, j in [(0, 0, 0), (1, 1, 2)]:  # sample, row and column of a token in the second latent frame
-        patch, source_patch = (x[b, :, 1, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten() for x in (z_t, source))
+    for b, i, j in [
+        (0, 0, 0),
+        (1, 1, 2),
+    ]:  # sample, row and column of a token in the second latent frame
+        patch, source_patch = (
+            x[b, :, 1, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten() for x in (z_t, source)
+        )
         token = dit.patch_embedding.weight.flatten(1) @ patch + dit.patch_embedding.bias
-        token += t[b] * (dit.source_embedding.weight.flatten(1) @ source_patch + dit.source_embedding.bias)
+        token += t[b] * (
+            dit.source_embedding.weight.flatten(1) @ source_patch + dit.source_embedding.bias
+        )
         assert relative_error(received[0][b, 6 + 3 * i + j], token) < 1e-5
 
 

@@ -22,7 +22,10 @@ def by_decomposition(matrix):
 def test_orthogonalizing_is_a_polynomial_of_the_singular_values(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected, values = by_decomposition(matrix)
-    assert relative_error(orthogonalize(torch.stack((matrix, -2 * matrix)))[0], expected.float()) < 1e-5
+    assert (
+        relative_error(orthogonalize(torch.stack((matrix, -2 * matrix)))[0], expected.float())
+        < 1e-5
+    )
     assert values.min() > 0.6 and values.max() < 1.25
 
 
@@ -30,8 +33,12 @@ def test_steps_equal_the_definition():
     """Nesterov momentum, made orthogonal, beside AdamW for the rest; a kernel is a matrix with its outputs as rows."""
     generator = torch.Generator().manual_seed(1)
     shapes = (6, 9), (4, 2, 3), (5,)
-    matrix, kernel, vector = (torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes)
-    optimizer = Muon([matrix, kernel, vector], {matrix: 3.0, kernel: 1.5}, lr=0.01, weight_decay=0.1)
+    matrix, kernel, vector = (
+        torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes
+    )
+    optimizer = Muon(
+        [matrix, kernel, vector], {matrix: 3.0, kernel: 1.5}, lr=0.01, weight_decay=0.1
+    )
     plain = torch.nn.Parameter(vector.detach().clone())
     adamw = torch.optim.AdamW([plain], lr=0.01, weight_decay=0.1)
     expected = {p: (p.detach().flatten(1).double(), 0.0) for p in (matrix, kernel)}
@@ -43,7 +50,11 @@ def test_steps_equal_the_definition():
         for p, (weight, momentum) in expected.items():
             gradient = p.grad.flatten(1).double()
             momentum = 0.95 * momentum + 0.05 * gradient
-            update = by_decomposition(0.05 * gradient + 0.95 * momentum)[0] * 0.2 * math.sqrt(max(weight.shape))
+            update = (
+                by_decomposition(0.05 * gradient + 0.95 * momentum)[0]
+                * 0.2
+                * math.sqrt(max(weight.shape))
+            )
             expected[p] = weight * (1 - lr[p] * 0.1) - lr[p] * update, momentum
         optimizer.step()
         adamw.step()

@@ -65,12 +65,16 @@ def step(recompute):
 def test_kept_results_are_not_computed_again_and_gradients_are_the_same_bits():
     """Backward runs again what widens, and no attention."""
     (expected, *plain), (actual, *selective) = step(recompute=False), step(recompute=True)
-    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert actual.keys() == expected.keys() and all(
+        torch.equal(actual[name], expected[name]) for name in expected
+    )
     assert plain[0] == selective[0] and plain[0]["narrow"] > plain[0]["wide"] > 0
     assert not plain[1]["attention"] and not plain[1]["wide"] and not plain[1]["narrow"]
     assert selective[1]["attention backward"] == plain[1]["attention backward"] > 0
     assert not selective[1]["attention"] and not selective[1]["narrow"]
-    assert selective[1]["wide"] == 3 + 2 * 3  # in a DiT block feed-forward, in a vision block q-k-v, gate and up
+    assert (
+        selective[1]["wide"] == 3 + 2 * 3
+    )  # in a DiT block feed-forward, in a vision block q-k-v, gate and up
 
 
 @pytest.mark.slow
@@ -82,7 +86,9 @@ def test_compiled_blocks_keep_the_same(monkeypatch):
     total, *_ = train.training_step(model, vae, batch, depth=2)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         total.backward()
-    seen = collections.Counter(event.name for event in profile.events() if "scaled_dot_product" in event.name)
+    seen = collections.Counter(
+        event.name for event in profile.events() if "scaled_dot_product" in event.name
+    )
     assert seen and all("backward" in name for name in seen), seen
     largest = max(gradient.abs().max() for gradient in expected.values())
     for name, p in model.named_parameters():

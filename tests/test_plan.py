@@ -15,17 +15,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import bench
-import plan
 import rvedit
 import sample
 import train
+from experiments import bench, plan
 
 ROOT = Path(__file__).parent.parent
 
 
 def options(**changes):
-    defaults = dict(size=(5, 64, 64), batch=1, accumulate=1, seed=0, timestep_shift=1.0, average=0.0, muon=0.0)
+    defaults = dict(
+        size=(5, 64, 64), batch=1, accumulate=1, seed=0, timestep_shift=1.0, average=0.0, muon=0.0
+    )
     defaults |= dict(freeze_lora=False, recompute=False, compile=False, out=Path("/nowhere"))
     return SimpleNamespace(**defaults | changes)
 
@@ -55,7 +56,9 @@ def test_what_stays_is_to_the_byte_what_rank_0_of_8_holds(eight_ranks, lora_rank
     assert planned.state == {
         "parameters, sharded, float32": local(model.parameters()) - local(vision),
         "AdamW's moments, sharded, float32": local(
-            run.optimizer.state[p][name] for p in run.weights.values() for name in ("exp_avg", "exp_avg_sq")
+            run.optimizer.state[p][name]
+            for p in run.weights.values()
+            for name in ("exp_avg", "exp_avg_sq")
         ),
         "average of the weights": local(run.average.values()),
         "frozen vision tower": local(vision),
@@ -95,15 +98,24 @@ def test_the_peak_is_what_the_allocator_gives_out(recompute):
     train.prepare(model, args, None)
     batch = plan.a_batch(model, vae, args, "cpu")
     batch = batch._replace(source=batch.source[:, :1], target=batch.target[:, :1])
-    vae, encode = SimpleNamespace(encode=lambda _: torch.zeros_like(batch.noise)), model.encoder.encode
+    vae, encode = (
+        SimpleNamespace(encode=lambda _: torch.zeros_like(batch.noise)),
+        model.encoder.encode,
+    )
     # Copied, as to a GPU.
     model.encoder.encode = lambda inputs: encode((*(x.clone() for x in inputs[:2]), *inputs[2:]))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         train.training_step(model, vae, batch, depth=3)[0].backward()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     planned = plan.plan(config, args, 1, torch.float32, tiny_tokenizer())
-    expected = max(peak for part, peak in planned.peaks.items() if part != "start" and "VAE" not in part)
+    expected = max(
+        peak for part, peak in planned.peaks.items() if part != "start" and "VAE" not in part
+    )
     assert max(itertools.accumulate(changes)) == pytest.approx(expected, rel=0.01)
 
 
@@ -111,19 +123,33 @@ def test_the_peak_is_what_the_allocator_gives_out(recompute):
 @torch.no_grad()
 def test_every_stage_of_the_offloaded_full_size_edit_fits_in_24_gb():
     """Of 81 x 704 x 1280: weights of the one network that is there, and what its pass makes, with 8 GB to spare."""
-    model, vae = bench.random_networks(rvedit.preset("wan2.2-ti2v-5b"), torch.device("meta"), torch.bfloat16)
+    model, vae = bench.random_networks(
+        rvedit.preset("wan2.2-ti2v-5b"), torch.device("meta"), torch.bfloat16
+    )
     clip = torch.zeros(81, 704, 1280, 3, dtype=torch.uint8)
-    inputs, blocks = model.encoder.prepare([clip], ["make it snow"]), sample.to_blocks(clip[:9], 9, 4)
+    inputs, blocks = (
+        model.encoder.prepare([clip], ["make it snow"]),
+        sample.to_blocks(clip[:9], 9, 4),
+    )
     z, t = torch.zeros(1, 48, 21, 44, 80, device="meta"), torch.zeros(1, device="meta")
     contexts = [torch.zeros(1, 2822, 3072, device="meta")] * 30
     stages = {
         "understand": ((model.encoder,), lambda: model.contexts(model.encoder.encode(inputs))),
-        "encode": ((vae.encoder, vae.conv1), lambda: collections.deque(vae.encode_chunks(blocks), maxlen=0)),
+        "encode": (
+            (vae.encoder, vae.conv1),
+            lambda: collections.deque(vae.encode_chunks(blocks), maxlen=0),
+        ),
         "denoise": ((model.dit,), lambda: model.dit(z, t, contexts, z)),
-        "decode": ((vae.decoder, vae.conv2), lambda: collections.deque(vae.decode_chunks(z[:, :, :3]), maxlen=0)),
+        "decode": (
+            (vae.decoder, vae.conv2),
+            lambda: collections.deque(vae.decode_chunks(z[:, :, :3]), maxlen=0),
+        ),
     }
     for stage, (modules, run) in stages.items():
-        with mock.patch.object(F, "scaled_dot_product_attention", plan.fused_attention), plan.Alive("meta") as alive:
+        with (
+            mock.patch.object(F, "scaled_dot_product_attention", plan.fused_attention),
+            plan.Alive("meta") as alive,
+        ):
             run()
         held = sum(p.nbytes for module in modules for p in module.parameters())
         assert 1e9 < held + max(alive.peaks.values()) < 16e9, stage

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import make_clip, randomise, relative_error, tiny_model
 
+import convert
 import rvedit
 import weights
 from mllm import Condition
@@ -42,7 +43,10 @@ def test_eq_3_routes_the_masks_along():
 def trace(model, condition, routing_depth):
     """The residual stream behind each block."""
     streams = []
-    hooks = [block.register_forward_hook(lambda _, __, out: streams.append(out[0])) for block in model.dit.blocks]
+    hooks = [
+        block.register_forward_hook(lambda _, __, out: streams.append(out[0]))
+        for block in model.dit.blocks
+    ]
     torch.manual_seed(1)
     z_t, source = torch.randn(2, 1, model.config.dit.in_channels, 2, 4, 4)
     model.dit(z_t, torch.tensor([0.6]), model.contexts(condition, routing_depth), source)
@@ -57,8 +61,12 @@ def test_native_tokens_reach_only_the_deep_blocks(routing_depth):
     """Other visual and textual tokens leave every shallow block's output as it was, and change every deep one's."""
     model, _ = tiny_model()
     condition = random_condition(model.config.dit.dim)
-    changed = condition._replace(visual=torch.randn_like(condition.visual), textual=torch.randn_like(condition.textual))
-    pairs = zip(trace(model, condition, routing_depth), trace(model, changed, routing_depth), strict=True)
+    changed = condition._replace(
+        visual=torch.randn_like(condition.visual), textual=torch.randn_like(condition.textual)
+    )
+    pairs = zip(
+        trace(model, condition, routing_depth), trace(model, changed, routing_depth), strict=True
+    )
     same = [torch.equal(a, b) for a, b in pairs]
     assert same == [block <= routing_depth for block in range(1, model.config.dit.num_blocks + 1)]
 
@@ -91,7 +99,10 @@ def stored(manifest, part=None):
     """A manifest as if its file had been opened: names and shapes, and nothing to read."""
     content = json.loads((MANIFESTS / manifest).read_text())
     content = content[part] if part else content
-    return {key: weights.Stored(Path(manifest), tuple(entry["shape"]), None) for key, entry in content.items()}
+    return {
+        key: weights.Stored(Path(manifest), tuple(entry["shape"]), None)
+        for key, entry in content.items()
+    }
 
 
 def full_size():
@@ -103,14 +114,18 @@ def full_size():
 def test_the_full_preset_fits_wan_and_qwen(layout):
     """On the meta device it has every key and shape of the official files, and the numbers of parameters they have."""
     model, vae = full_size()
-    transformer = weights.renamed(
-        stored(f"wan2.2_ti2v_5b_transformer_{layout}.json"), weights.wan_transformer_key, "dit."
+    transformer = convert.renamed(
+        stored(f"wan2.2_ti2v_5b_transformer_{layout}.json"), convert.wan_transformer_key, "dit."
     )
-    qwen = weights.renamed(stored("qwen2.5_vl_3b_hub.json"), weights.qwen_key, "encoder.qwen.")
-    fresh = weights.match(model, transformer | qwen, "manifest", rvedit.NEW_TO_WAN_AND_QWEN)
+    qwen = convert.renamed(stored("qwen2.5_vl_3b_hub.json"), convert.qwen_key, "encoder.qwen.")
+    fresh = weights.match(model, transformer | qwen, "manifest", convert.NEW_TO_WAN_AND_QWEN)
     assert len(fresh) == 2 + 1 + 12 + 288  # source embedding, queries, connectors, LoRA
     weights.match(
-        vae, weights.renamed(stored(f"wan2.2_vae_{layout}.json"), lambda key: weights.wan_vae_key(key, 2)), "manifest"
+        vae,
+        convert.renamed(
+            stored(f"wan2.2_vae_{layout}.json"), lambda key: convert.wan_vae_key(key, 2)
+        ),
+        "manifest",
     )
 
     def count(module):
@@ -123,13 +138,18 @@ def test_the_full_preset_fits_wan_and_qwen(layout):
 
 def test_the_full_preset_fits_kiwi_edits_release():
     model, vae = full_size()
-    parts = {part: stored("kiwi_edit_5b_diffusers.json", part) for part in ("transformer", "mllm_encoder", "vae")}
-    tensors = weights.kiwi_release_names(
+    parts = {
+        part: stored("kiwi_edit_5b_diffusers.json", part)
+        for part in ("transformer", "mllm_encoder", "vae")
+    }
+    tensors = convert.kiwi_release_names(
         transformer=parts["transformer"],
         source_embedder=stored("kiwi_edit_5b_diffusers.json", "source_embedder"),
         mllm_encoder=parts["mllm_encoder"],
     )
-    fresh = weights.match(model, rvedit.with_native_connectors(tensors), "manifest", rvedit.NEW_TO_KIWI)
+    fresh = weights.match(
+        model, convert.with_native_connectors(tensors), "manifest", convert.NEW_TO_KIWI
+    )
     assert len(fresh) == 288 and all("lora_" in name for name in fresh)
     weights.match(vae, parts["vae"], "manifest")
 
@@ -137,15 +157,21 @@ def test_the_full_preset_fits_kiwi_edits_release():
 def test_the_full_preset_fits_kiwi_edits_training_states():
     """Stages 2 and 3 laid over Wan and Qwen fill everything; stage 1 knows images only and is refused."""
     model, _ = full_size()
-    base = weights.renamed(
-        stored("wan2.2_ti2v_5b_transformer_original.json"), weights.wan_transformer_key, "dit."
-    ) | weights.renamed(stored("qwen2.5_vl_3b_hub.json"), weights.qwen_key, "encoder.qwen.")
+    base = convert.renamed(
+        stored("wan2.2_ti2v_5b_transformer_original.json"), convert.wan_transformer_key, "dit."
+    ) | convert.renamed(stored("qwen2.5_vl_3b_hub.json"), convert.qwen_key, "encoder.qwen.")
     for stage in ("stage2_image_video", "stage3_reference"):
-        tensors = base | weights.renamed(stored("kiwi_edit_5b_training.json", stage), weights.kiwi_training_key)
-        assert weights.match(model, rvedit.with_native_connectors(tensors), "manifest") == []
-    tensors = base | weights.renamed(stored("kiwi_edit_5b_training.json", "stage1_image"), weights.kiwi_training_key)
-    with pytest.raises(ValueError, match=r"3 missing \(dit.source_embedding.bias, .*, encoder.queries\)"):
-        weights.match(model, rvedit.with_native_connectors(tensors), "manifest")
+        tensors = base | convert.renamed(
+            stored("kiwi_edit_5b_training.json", stage), convert.kiwi_training_key
+        )
+        assert weights.match(model, convert.with_native_connectors(tensors), "manifest") == []
+    tensors = base | convert.renamed(
+        stored("kiwi_edit_5b_training.json", "stage1_image"), convert.kiwi_training_key
+    )
+    with pytest.raises(
+        ValueError, match=r"3 missing \(dit.source_embedding.bias, .*, encoder.queries\)"
+    ):
+        weights.match(model, convert.with_native_connectors(tensors), "manifest")
 
 
 @pytest.mark.parametrize("name", ["toy", "wan2.2-ti2v-5b"])
@@ -184,7 +210,11 @@ def test_initial_weights_keep_activations_in_scale_and_new_parts_silent():
     for stream in (*condition[:3], trace(model, condition, 1)[-1]):
         assert 0.1 < stream.std() < 10
     z_t = torch.randn(1, model.config.dit.in_channels, 2, 4, 4)
-    assert torch.equal(model.dit(z_t, torch.ones(1), model.contexts(condition)), torch.zeros_like(z_t))
-    new = [name for name in model.state_dict() if re.search(rvedit.NEW_TO_WAN_AND_QWEN, name)]
+    assert torch.equal(
+        model.dit(z_t, torch.ones(1), model.contexts(condition)), torch.zeros_like(z_t)
+    )
+    new = [name for name in model.state_dict() if re.search(convert.NEW_TO_WAN_AND_QWEN, name)]
     rvedit.initialise(model, names=new)
-    assert not any(stream.any() for stream in (*model.encoder(*inputs)[:3], model.dit.source_embedding(z_t)))
+    assert not any(
+        stream.any() for stream in (*model.encoder(*inputs)[:3], model.dit.source_embedding(z_t))
+    )

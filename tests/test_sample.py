@@ -20,11 +20,15 @@ import sample
 from mllm import EditEncoder
 
 ROOT = Path(__file__).parents[1]
-REAL_CLIPS = ("bigbuckbunny_1280x720_audio.mp4", "monkey_1280x720_20fps_101f.mp4", "monkey_832x480_16fps_81f.mp4")
+REAL_CLIPS = (
+    "bigbuckbunny_1280x720_audio.mp4",
+    "monkey_1280x720_20fps_101f.mp4",
+    "monkey_832x480_16fps_81f.mp4",
+)
 NTSC = Fraction(30000, 1001)
 
 
-# --- The sampler ------------------------------------------------------------------------------------------------------
+# --- The sampler ----------------------------------------------------------------------------------
 
 
 def test_the_schedule_is_the_shifted_line():
@@ -41,15 +45,23 @@ def test_euler_equals_diffusers():
     scheduler.set_timesteps(sigmas=ts[:-1].tolist())
     expected = noise
     for t in scheduler.timesteps:
-        expected = scheduler.step(torch.tanh(expected) * t / 1000, t, expected, return_dict=False)[0]
-    assert relative_error(sample.denoise(lambda z, t: torch.tanh(z) * t, noise, 7, 5.0), expected) < 1e-5
+        expected = scheduler.step(torch.tanh(expected) * t / 1000, t, expected, return_dict=False)[
+            0
+        ]
+    assert (
+        relative_error(sample.denoise(lambda z, t: torch.tanh(z) * t, noise, 7, 5.0), expected)
+        < 1e-5
+    )
 
 
 def test_euler_finds_the_clean_latents():
     """With the exact velocity of a straight path, any number of steps ends at its clean end."""
     clean, noise = torch.randn(2, 1, 4, 3, 2, 2)
     for steps in (1, 3):
-        assert relative_error(sample.denoise(lambda z, t: noise - clean, noise, steps, 5.0), clean) < 1e-5
+        assert (
+            relative_error(sample.denoise(lambda z, t: noise - clean, noise, steps, 5.0), clean)
+            < 1e-5
+        )
 
 
 def test_noise_depends_on_the_seed_alone():
@@ -57,17 +69,20 @@ def test_noise_depends_on_the_seed_alone():
     assert not torch.equal(sample.initial_noise((1, 2, 3), 5), sample.initial_noise((1, 2, 3), 6))
 
 
-# --- Windows ----------------------------------------------------------------------------------------------------------
+# --- Windows --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length, size", [(1, 21), (21, 21), (22, 21), (38, 21), (251, 21), (7, 5), (6, 1), (9, 3)])
+@pytest.mark.parametrize(
+    "length, size", [(1, 21), (21, 21), (22, 21), (38, 21), (251, 21), (7, 5), (6, 1), (9, 3)]
+)
 def test_windows_cover_the_clip_and_leave_no_seam(length, size):
     """Every frame lies in a window of the right size, and windows of one constant blend into that constant."""
     slices = sample.windows(length, size)
     assert all(s.stop - s.start == min(size, length) for s in slices)
     assert slices[0].start == 0 and slices[-1].stop == length
     assert all(
-        0 < b.start - a.start and a.stop - b.start >= size // 4 for a, b in zip(slices, slices[1:], strict=False)
+        0 < b.start - a.start and a.stop - b.start >= size // 4
+        for a, b in zip(slices, slices[1:], strict=False)
     )
     parts = [torch.full((1, 2, s.stop - s.start, 1, 1), 3.7) for s in slices]
     assert torch.allclose(sample.blend(parts, slices, length), torch.tensor(3.7), atol=1e-6, rtol=0)
@@ -75,7 +90,9 @@ def test_windows_cover_the_clip_and_leave_no_seam(length, size):
 
 def test_neighbouring_windows_cross_over_linearly():
     """From one window to the next, the weight moves in equal steps."""
-    slices = sample.windows(13, 8)  # [0, 8) and [5, 13): the last is moved back, and three frames are shared
+    slices = sample.windows(
+        13, 8
+    )  # [0, 8) and [5, 13): the last is moved back, and three frames are shared
     parts = [torch.full((1, 1, 8, 1, 1), float(i)) for i in range(2)]
     expected = torch.tensor([0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
     assert torch.allclose(sample.blend(parts, slices, 13).flatten(), expected, atol=1e-6)
@@ -87,7 +104,9 @@ def test_long_clips_are_denoised_in_windows_of_their_own():
     model, vae = tiny_model()
     frames, calls, seen = make_clip(33, 32, 32), [], []
     velocity = model.dit.forward
-    model.dit.forward = lambda z, t, contexts, source: calls.append((z, source)) or velocity(z, t, contexts, source)
+    model.dit.forward = lambda z, t, contexts, source: (
+        calls.append((z, source)) or velocity(z, t, contexts, source)
+    )
     prepare = model.encoder.prepare
     model.encoder.prepare = lambda clips, texts: seen.extend(clips) or prepare(clips, texts)
     sample.edit_video(model, vae, frames, "add snow", steps=1)
@@ -98,7 +117,7 @@ def test_long_clips_are_denoised_in_windows_of_their_own():
     assert torch.equal(seen[0], frames[:17]) and torch.equal(seen[1], frames[13:33])
 
 
-# --- From clip to clip ------------------------------------------------------------------------------------------------
+# --- From clip to clip ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -132,7 +151,9 @@ def test_edit_video_is_algorithm_2():
     expected = ((vae.decode(z)[0].permute(1, 2, 3, 0) + 1) * 127.5).round()[:7]
     edited = sample.edit_video(model, vae, frames, text, steps=2, shift=3.0, seed=3)
     assert edited.dtype == torch.uint8 and edited.shape == frames.shape
-    assert (edited.float() - expected).abs().max() <= 1  # one level where rounding falls the other way
+    assert (
+        edited.float() - expected
+    ).abs().max() <= 1  # one level where rounding falls the other way
     assert edited.float().std() > 5  # a random VAE's picture, not a constant
 
 
@@ -147,9 +168,13 @@ def test_the_same_seed_gives_the_same_frames_offloaded_or_not():
     frames = make_clip(5, 40, 30)
     first = sample.edit_video(model, vae, frames, "add snow", steps=2, seed=1)
     assert torch.equal(first, sample.edit_video(model, vae, frames, "add snow", steps=2, seed=1))
-    offloaded = sample.edit_video(model, vae, frames, "add snow", steps=2, seed=1, device=torch.device("cpu"))
+    offloaded = sample.edit_video(
+        model, vae, frames, "add snow", steps=2, seed=1, device=torch.device("cpu")
+    )
     assert torch.equal(first, offloaded)
-    assert not torch.equal(first, sample.edit_video(model, vae, frames, "add snow", steps=2, seed=2))
+    assert not torch.equal(
+        first, sample.edit_video(model, vae, frames, "add snow", steps=2, seed=2)
+    )
 
 
 def test_without_a_number_of_steps_it_is_the_models(tmp_path):
@@ -160,7 +185,9 @@ def test_without_a_number_of_steps_it_is_the_models(tmp_path):
     assert not torch.equal(edit, sample.edit_video(model, vae, frames, "add snow", steps=2))
     rvedit.save(tmp_path / "tiny", model, vae)
     for given, steps in (([], 3), (["--steps", "2"], 2)):
-        args = sample.parse_arguments(["--video", "", "--prompt", "", "--checkpoint", str(tmp_path / "tiny"), *given])
+        args = sample.parse_arguments(
+            ["--video", "", "--prompt", "", "--checkpoint", str(tmp_path / "tiny"), *given]
+        )
         sample.load_model(args)
         assert args.steps == steps
     assert rvedit.preset("wan2.2-ti2v-5b").sampling_steps == 50
@@ -171,20 +198,30 @@ def test_offloading_keeps_only_the_network_in_use_on_the_device():
     """Each network runs only after it was moved there, with none but the ones it needs beside it, and goes back."""
     model, vae = tiny_model()
     networks = {"encoder": model.encoder, "dit": model.dit}
-    networks |= {f"vae.{name}": getattr(vae, name) for name in ("encoder", "conv1", "conv2", "decoder")}
+    networks |= {
+        f"vae.{name}": getattr(vae, name) for name in ("encoder", "conv1", "conv2", "decoder")
+    }
     present, seen = set(), {}
     for name, module in networks.items():
         module.to = lambda device, name=name: present.add(name)
         module.cpu = lambda name=name: present.discard(name)
         part = module.qwen if name == "encoder" else module  # whose `forward` is not what runs
-        part.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: set(present)}))
-    sample.edit_video(model, vae, make_clip(5, 32, 32), "add snow", steps=1, device=torch.device("cpu"))
+        part.register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: set(present)})
+        )
+    sample.edit_video(
+        model, vae, make_clip(5, 32, 32), "add snow", steps=1, device=torch.device("cpu")
+    )
     encode, decode = {"vae.encoder", "vae.conv1"}, {"vae.decoder", "vae.conv2"}
-    expected = {"encoder": {"encoder"}, "dit": {"dit"}} | dict.fromkeys(encode, encode) | dict.fromkeys(decode, decode)
+    expected = (
+        {"encoder": {"encoder"}, "dit": {"dit"}}
+        | dict.fromkeys(encode, encode)
+        | dict.fromkeys(decode, decode)
+    )
     assert seen == expected and not present
 
 
-# --- The command line -------------------------------------------------------------------------------------------------
+# --- The command line -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -198,11 +235,20 @@ def contents(path):
     """What a player sees, through PyAV alone: timestamps in seconds, (width, height), rate, and the audio packets."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        frames = [(frame.pts * frame.time_base, (frame.width, frame.height)) for frame in container.decode(stream)]
-        rate, codec, pixels = stream.average_rate, stream.codec_context.name, stream.codec_context.pix_fmt
+        frames = [
+            (frame.pts * frame.time_base, (frame.width, frame.height))
+            for frame in container.decode(stream)
+        ]
+        rate, codec, pixels = (
+            stream.average_rate,
+            stream.codec_context.name,
+            stream.codec_context.pix_fmt,
+        )
     with av.open(str(path)) as container:
         audio = (
-            [bytes(p) for p in container.demux(container.streams.audio) if p.size] if container.streams.audio else []
+            [bytes(p) for p in container.demux(container.streams.audio) if p.size]
+            if container.streams.audio
+            else []
         )
     assert (codec, pixels) == ("h264", "yuv420p")
     return [time for time, _ in frames], {size for _, size in frames}, rate, audio
@@ -210,11 +256,24 @@ def contents(path):
 
 def source_times(path):
     with av.open(str(path)) as container:
-        return [frame.pts * frame.time_base for frame in container.decode(container.streams.video[0])]
+        return [
+            frame.pts * frame.time_base for frame in container.decode(container.streams.video[0])
+        ]
 
 
 def run(checkpoint, clip, out, *options):
-    command = ["--video", clip, "--out", out, "--prompt", "add snow", "--checkpoint", checkpoint, "--steps", "2"]
+    command = [
+        "--video",
+        clip,
+        "--out",
+        out,
+        "--prompt",
+        "add snow",
+        "--checkpoint",
+        checkpoint,
+        "--steps",
+        "2",
+    ]
     sample.main([*map(str, command), "--device", "cpu", *options])
     return contents(out)
 
@@ -233,7 +292,10 @@ CLIPS = {  # what it is: (how to encode it, the width and height expected)
     "portrait": (dict(images=images(5, 90, 50)), (50, 90)),
     "odd sides": (dict(images=images(5, 45, 61), pix_fmt="yuv444p"), (60, 44)),
     "larger than max_pixels": (dict(images=images(5, 120, 200), audio="aac"), (200, 120)),
-    "variable rate": (dict(images=images(6), pts=[0, 40, 90, 300, 310, 700], time_base=Fraction(1, 1000)), (64, 48)),
+    "variable rate": (
+        dict(images=images(6), pts=[0, 40, 90, 300, 310, 700], time_base=Fraction(1, 1000)),
+        (64, 48),
+    ),
     "rotated by 90 degrees": (dict(images=images(5), rotation=(90, False)), (48, 64)),
 }
 
@@ -248,7 +310,9 @@ def test_the_edit_has_the_sources_length_timing_size_and_sound(how, size, checkp
         assert rate == how["rate"]
     with av.open(str(clip)) as container:
         packets = (
-            [bytes(p) for p in container.demux(container.streams.audio) if p.size] if container.streams.audio else []
+            [bytes(p) for p in container.demux(container.streams.audio) if p.size]
+            if container.streams.audio
+            else []
         )
     assert audio == packets and bool(audio) == ("audio" in how)
 
@@ -393,12 +457,24 @@ def test_bad_options_are_named(options, message, checkpoint, tmp_path, capsys, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
 
 
-def test_a_read_only_output_folder_is_named_before_any_work(checkpoint, tmp_path, capsys, monkeypatch):
+def test_a_read_only_output_folder_is_named_before_any_work(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
     encode(tmp_path / "in.mp4", images=images(2))
-    monkeypatch.setattr(os, "access", lambda path, mode, **_: not mode & os.W_OK)  # root may write anywhere
+    monkeypatch.setattr(
+        os, "access", lambda path, mode, **_: not mode & os.W_OK
+    )  # root may write anywhere
     out = tmp_path / "out.mp4"
     error = expect_error(
-        capsys, "--video", tmp_path / "in.mp4", "--prompt", "x", "--checkpoint", checkpoint, "--out", out
+        capsys,
+        "--video",
+        tmp_path / "in.mp4",
+        "--prompt",
+        "x",
+        "--checkpoint",
+        checkpoint,
+        "--out",
+        out,
     )
     assert str(tmp_path) in error and not out.exists()
 
@@ -410,31 +486,60 @@ def test_an_absent_gpu_is_named(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("options, code, words", ((["--help"], 0, "--prompt"), (["--video", "x.mp4"], 2, "--prompt")))
+@pytest.mark.parametrize(
+    "options, code, words", ((["--help"], 0, "--prompt"), (["--video", "x.mp4"], 2, "--prompt"))
+)
 def test_help_and_mistakes_do_not_wait_for_pytorch(tmp_path, options, code, words):
     """They come where PyTorch cannot even be imported."""
     (tmp_path / "torch.py").write_text("raise RuntimeError('PyTorch was imported')")
     command = [sys.executable, ROOT / "sample.py", *options]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
     assert done.returncode == code and words in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_wan_and_qwen_alone_cannot_edit(tmp_path, capsys):
     encode(tmp_path / "in.mp4", images=images(2))
-    options = ["--video", tmp_path / "in.mp4", "--prompt", "x", "--wan", tmp_path, "--qwen", tmp_path]
+    options = [
+        "--video",
+        tmp_path / "in.mp4",
+        "--prompt",
+        "x",
+        "--wan",
+        tmp_path,
+        "--qwen",
+        tmp_path,
+    ]
     assert "cannot edit yet" in expect_error(capsys, *options, "--out", tmp_path / "out.mp4")
 
 
 def test_the_command_runs_as_the_readme_says(checkpoint, tmp_path):
     """As a process of its own: exit code 0 and one line on stdout; exit code 2 and one line on stderr."""
     encode(tmp_path / "in.mp4", images=images(5))
-    command = [sys.executable, ROOT / "sample.py", "--checkpoint", checkpoint, "--prompt", "add snow", "--steps", "2"]
-    good = subprocess.run([*command, "--video", "in.mp4"], cwd=tmp_path, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        ROOT / "sample.py",
+        "--checkpoint",
+        checkpoint,
+        "--prompt",
+        "add snow",
+        "--steps",
+        "2",
+    ]
+    good = subprocess.run(
+        [*command, "--video", "in.mp4"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert good.returncode == 0 and good.stderr == "", good.stderr
-    assert good.stdout.startswith("in_edited.mp4: 5 frames of 64x48 (") and good.stdout.count("\n") == 1
+    assert (
+        good.stdout.startswith("in_edited.mp4: 5 frames of 64x48 (")
+        and good.stdout.count("\n") == 1
+    )
     assert (tmp_path / "in_edited.mp4").is_file()
-    bad = subprocess.run([*command, "--video", "out.mp4"], cwd=tmp_path, capture_output=True, text=True)
+    bad = subprocess.run(
+        [*command, "--video", "out.mp4"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "error: out.mp4: no such file\n")
 
 
@@ -442,7 +547,18 @@ def test_the_built_in_checkpoint_edits_the_sample_clip(tmp_path, monkeypatch):
     """The README's first command, in two steps instead of fifty, needs nothing but the repository."""
     monkeypatch.chdir(tmp_path)
     clip = ROOT / "assets" / "shapes.mp4"
-    sample.main(["--video", str(clip), "--prompt", "remove the red circle", "--steps", "2", "--device", "cpu"])
+    sample.main(
+        [
+            "--video",
+            str(clip),
+            "--prompt",
+            "remove the red circle",
+            "--steps",
+            "2",
+            "--device",
+            "cpu",
+        ]
+    )
     times, sizes, rate, _ = contents(tmp_path / "shapes_edited.mp4")
     assert times == source_times(clip) and sizes == {(128, 128)} and rate == 8
 
@@ -464,6 +580,8 @@ def test_a_kiwi_edit_checkpoint_keeps_its_routing_depth(checkpoint, monkeypatch,
         "--out",
         tmp_path / "out.mp4",
     ]
-    assert "never shown visual and textual tokens" in expect_error(capsys, *options, "--routing-depth", "2")
+    assert "never shown visual and textual tokens" in expect_error(
+        capsys, *options, "--routing-depth", "2"
+    )
     sample.main([*map(str, options), "--routing-depth", "3", "--steps", "1"])
     assert np.isfinite(len(contents(tmp_path / "out.mp4")[0]))

@@ -25,7 +25,9 @@ EXTENT = (9, 64, 64)
 
 def digest(sample: dict) -> str:
     """All of a sample in one short string."""
-    parts = [v.numpy().tobytes() if torch.is_tensor(v) else v.encode() for _, v in sorted(sample.items())]
+    parts = [
+        v.numpy().tobytes() if torch.is_tensor(v) else v.encode() for _, v in sorted(sample.items())
+    ]
     return hashlib.sha256(b"|".join(parts)).hexdigest()
 
 
@@ -36,7 +38,7 @@ def samples() -> list[tuple]:
     return [(ALL[i % 5], *dataset.sample(i)) for i in range(len(dataset))]
 
 
-# --- Determinism -----------------------------------------------------------------------------------------------------
+# --- Determinism ----------------------------------------------------------------------------------
 
 
 def test_sample_is_a_function_of_seed_and_index():
@@ -57,7 +59,9 @@ def test_sample_is_a_function_of_seed_and_index():
         "print(t.digest(shapes.ShapesDataset(7, 12, 5, 48, 64, t.ALL)[9]))"
     )
     command = [sys.executable, "-c", program, str(root), str(Path(__file__).parent)]
-    output = subprocess.run(command, env={"PYTHONHASHSEED": "5"}, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        command, env={"PYTHONHASHSEED": "5"}, capture_output=True, text=True, check=True
+    ).stdout
     assert output.strip() == first[9]
 
 
@@ -76,7 +80,9 @@ def test_items_have_the_promised_form():
         dataset[8]
 
 
-@pytest.mark.parametrize("change", [dict(categories=("Local Chance",)), dict(categories=()), dict(height=16)])
+@pytest.mark.parametrize(
+    "change", [dict(categories=("Local Chance",)), dict(categories=()), dict(height=16)]
+)
 def test_impossible_sets_are_refused(change: dict):
     """An unknown category, none at all, and frames too small for shapes are one-line errors."""
     with pytest.raises(ValueError, match=r"categories|32 x 32") as error:
@@ -84,9 +90,13 @@ def test_impossible_sets_are_refused(change: dict):
     assert "\n" not in str(error.value)
 
 
-# --- The words fix the target ----------------------------------------------------------------------------------------
+# --- The words fix the target ---------------------------------------------------------------------
 
-SIZE, COLOR, FORM = "small|medium|large", "red|orange|yellow|green|cyan|blue|purple|pink", "|".join(shapes.FORMS)
+SIZE, COLOR, FORM = (
+    "small|medium|large",
+    "red|orange|yellow|green|cyan|blue|purple|pink",
+    "|".join(shapes.FORMS),
+)
 GO = "diagonally (?:up|down) and (?:left|right)|left|right|up|down"
 PLACE = {
     f"{a} {b}".strip(): (x, y)
@@ -132,11 +142,17 @@ GRAMMAR = {
 
 def resolve(words: dict, scene: Scene) -> Shape:
     """The one shape of a scene that is meant; fails if it is not exactly one."""
-    found = [s for s in scene.shapes if all(words[k] in (None, getattr(s, k)) for k in ("size", "color", "form"))]
+    found = [
+        s
+        for s in scene.shapes
+        if all(words[k] in (None, getattr(s, k)) for k in ("size", "color", "form"))
+    ]
     if words["go"] or words["still"]:
         found = [s for s in found if s.motion == (words["go"] or "still")]
     if words["side"]:
-        axis, sign = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}[words["side"].split()[-1]]
+        axis, sign = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}[
+            words["side"].split()[-1]
+        ]
         first = [sign * shapes.trajectory(s, EXTENT)[0, axis] for s in found]
         found = [s for s, p in zip(found, first, strict=True) if p == min(first)]
     assert len(found) == 1, f"{len(found)} shapes are meant by {words}"
@@ -157,14 +173,20 @@ def apply(sentence: str, scene: Scene, source: Scene) -> list[Scene]:
             elif kind == "add":
                 (column, row), (_, H, W) = PLACE[words["place"]], EXTENT
                 center = column / 4 * W / min(H, W), row / 4 * H / min(H, W)
-                new = Shape(words["form"], words["color"], words["size"], words["go"] or "still", *center)
+                new = Shape(
+                    words["form"], words["color"], words["size"], words["go"] or "still", *center
+                )
                 results.append(replace(scene, shapes=(*scene.shapes, new)))
             else:
                 shape = resolve(words, source)
-                assert shape == resolve(words, scene), "the words change their meaning after the first edit"
+                assert shape == resolve(words, scene), (
+                    "the words change their meaning after the first edit"
+                )
                 to = {k[3:]: v for k, v in words.items() if k.startswith("to_") and v}
                 new = {shape: [] if kind == "remove" else [replace(shape, **to)]}
-                results.append(replace(scene, shapes=tuple(n for s in scene.shapes for n in new.get(s, [s]))))
+                results.append(
+                    replace(scene, shapes=tuple(n for s in scene.shapes for n in new.get(s, [s])))
+                )
     return results
 
 
@@ -200,7 +222,14 @@ def test_every_word_of_the_vocabulary_occurs():
     """500 instructions name every colour, form, size, motion, place, style and verb."""
     dataset = ShapesDataset(11, 500, 5, 48, 48, ALL)
     text = "\n".join(dataset.sample(i)[2].lower() for i in range(500))
-    words = [*shapes.COLORS, *shapes.FORMS, *shapes.SIZES, *shapes.ADD_VERBS, *shapes.PLACES, *shapes.MOTIONS]
+    words = [
+        *shapes.COLORS,
+        *shapes.FORMS,
+        *shapes.SIZES,
+        *shapes.ADD_VERBS,
+        *shapes.PLACES,
+        *shapes.MOTIONS,
+    ]
     words += ["stands still", *(name for names in shapes.STYLES.values() for name in names)]
     for templates in (shapes.REMOVE, *shapes.CHANGE.values(), shapes.RESTYLE):
         words += [template.split(" {}")[0] for template in templates]
@@ -211,20 +240,27 @@ def test_caption_tells_what_the_target_shows(samples: list[tuple]):
     """Background and every object of the target, style included; nothing that was removed."""
     for _, source, target, _, _, _ in samples:
         text = shapes.caption(target)
-        assert text[0].isupper() and text.endswith(" background.") and text.isascii() and "  " not in text
+        assert (
+            text[0].isupper()
+            and text.endswith(" background.")
+            and text.isascii()
+            and "  " not in text
+        )
         assert target.pattern in text
         gone = [f"{s.size} {s.color} {s.form}" for s in source.shapes if s not in target.shapes]
         for shape in target.shapes:
             hue = target.style not in ("gray", "sepia", "green", "negative")
             look = f"{shape.size} {shape.color} {shape.form}"
             assert (look if hue else f"a {shape.size} {shape.form} ") in text
-            assert ("standing still" if shape.motion == "still" else f"moving {shape.motion}") in text
+            assert (
+                "standing still" if shape.motion == "still" else f"moving {shape.motion}"
+            ) in text
             gone = [g for g in gone if g != look]
         assert not [g for g in gone if g in text]
         assert target.style is None or text.lower().startswith(shapes.STYLES[target.style][0])
 
 
-# --- The clips show it -----------------------------------------------------------------------------------------------
+# --- The clips show it ----------------------------------------------------------------------------
 
 
 def test_mask_is_where_source_and_target_differ(samples: list[tuple]):
@@ -240,7 +276,9 @@ def test_mask_is_where_source_and_target_differ(samples: list[tuple]):
 def test_clips_are_the_scenes_drawn_again(samples: list[tuple]):
     """Each target is its scene rendered anew, and a removal is the source without that shape."""
     for category, source, target, _, (before, after), _ in samples[:50]:
-        assert np.array_equal(before, render(source, EXTENT)) and np.array_equal(after, render(target, EXTENT))
+        assert np.array_equal(before, render(source, EXTENT)) and np.array_equal(
+            after, render(target, EXTENT)
+        )
         if category == "Local Remove":
             rest = tuple(s for s in source.shapes if s in target.shapes)
             assert len(rest) == len(source.shapes) - 1
@@ -256,7 +294,9 @@ def test_every_object_stays_identifiable(samples: list[tuple]):
         for scene in (source, replace(target, style=None)):
             ground, full = render(replace(scene, shapes=()), EXTENT), render(scene, EXTENT)
             for shape in scene.shapes:
-                area = (render(replace(scene, shapes=(shape,)), EXTENT) != ground).any(-1).sum((1, 2))
+                area = (
+                    (render(replace(scene, shapes=(shape,)), EXTENT) != ground).any(-1).sum((1, 2))
+                )
                 others = tuple(s for s in scene.shapes if s != shape)
                 seen = (render(replace(scene, shapes=others), EXTENT) != full).any(-1).sum((1, 2))
                 assert (seen > 0.4 * area).mean() >= 0.7
@@ -270,11 +310,17 @@ def test_added_object_is_inside_the_frame_at_its_place(samples: list[tuple]):
     assert len(added) == 30
     for shape in added:
         way = shapes.trajectory(shape, EXTENT)
-        assert np.allclose(way[0] * 4, np.rint(way[0] * 4)) and (np.abs(way[0] * 4 - 2) < 1.01).all()
+        assert (
+            np.allclose(way[0] * 4, np.rint(way[0] * 4)) and (np.abs(way[0] * 4 - 2) < 1.01).all()
+        )
         steps = np.diff(way, axis=0)
         assert np.allclose(steps, steps[0])
-        assert math.isclose(np.linalg.norm(steps[0]), 0.03 if shape.motion != "still" else 0, abs_tol=1e-9)
-        assert (way - shapes.SIZES[shape.size] > -0.02).all() and (way + shapes.SIZES[shape.size] < 1.02).all()
+        assert math.isclose(
+            np.linalg.norm(steps[0]), 0.03 if shape.motion != "still" else 0, abs_tol=1e-9
+        )
+        assert (way - shapes.SIZES[shape.size] > -0.02).all() and (
+            way + shapes.SIZES[shape.size] < 1.02
+        ).all()
 
 
 def test_motion_is_the_same_for_more_frames_and_bounces():
@@ -324,7 +370,9 @@ def test_styles_do_what_they_are_called():
             )
             assert np.abs(mosaic[inside] - clip[inside].mean((1, 2), keepdims=True)).max() <= 0.51
     gray = stylize(clip, "gray").astype(int)
-    assert (gray == gray[..., :1]).all() and np.abs(gray[..., 0] - clip @ [0.299, 0.587, 0.114]).max() <= 0.51
+    assert (gray == gray[..., :1]).all() and np.abs(
+        gray[..., 0] - clip @ [0.299, 0.587, 0.114]
+    ).max() <= 0.51
     assert np.array_equal(stylize(stylize(clip, "negative"), "negative"), clip)
     assert set(shapes.STYLES) == {*shapes.COLOR_MAPS, "mosaic"}
 

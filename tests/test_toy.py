@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 import rvedit
 import sample
-import toy
+from experiments import toy
 from shapes import ShapesDataset
 
 
@@ -28,7 +28,9 @@ def test_the_tokenizer_fits_the_preset(tokenizer):
     assert tokenizer.get_vocab_size() <= qwen.vocab_size
 
 
-@pytest.mark.parametrize("text", ["Remove the circle.", "add  snow ☃ to 日本\n\t🙂", "<|im_end|>", "\x00\x7f\u200b"])
+@pytest.mark.parametrize(
+    "text", ["Remove the circle.", "add  snow ☃ to 日本\n\t🙂", "<|im_end|>", "\x00\x7f\u200b"]
+)
 def test_the_tokenizer_encodes_any_text(tokenizer, text):
     """Bytes are its alphabet, so that every text comes back as it was."""
     tokenizer.encode_special_tokens = True
@@ -76,7 +78,9 @@ def test_an_interrupted_vae_training_ends_as_an_uninterrupted_one(tmp_path, monk
         assert torch.equal(resumed[name], value), name
         attention = ".middle.1." in name
         assert torch.equal(start[name], value) == attention, name
-        assert torch.equal(shorter[name], value) == (attention or name.startswith(("encoder", "conv1"))), name
+        assert torch.equal(shorter[name], value) == (
+            attention or name.startswith(("encoder", "conv1"))
+        ), name
 
 
 def test_clips_are_edited_together_as_alone():
@@ -88,7 +92,9 @@ def test_clips_are_edited_together_as_alone():
     for clip, text, edit in zip(clips, texts, together, strict=True):
         alone = sample.edit_video(model, vae, clip, text)
         assert (edit.int() - alone.int()).abs().max() <= 1
-    assert (together[0].int() - together[1].int()).abs().max() > 20  # the comparison is not of gray with gray
+    assert (
+        together[0].int() - together[1].int()
+    ).abs().max() > 20  # the comparison is not of gray with gray
 
 
 def synthetic_clip():
@@ -104,19 +110,26 @@ def test_scores_of_the_bounds():
     clip = synthetic_clip()
     assert toy.score(clip["target"], clip, clip["target"]) == toy.Score(math.inf, math.inf, 0, True)
     inside = 10 * math.log10(255**2 / 100**2)
-    assert toy.score(clip["source"], clip, clip["target"]) == pytest.approx((inside, math.inf, 0, False))
+    assert toy.score(clip["source"], clip, clip["target"]) == pytest.approx(
+        (inside, math.inf, 0, False)
+    )
 
 
-@pytest.mark.parametrize(("done", "edited"), [(0.6, False), (0.66, False), (0.67, True), (1.0, True)])
+@pytest.mark.parametrize(
+    ("done", "edited"), [(0.6, False), (0.66, False), (0.67, True), (1.0, True)]
+)
 def test_an_edit_counts_from_two_thirds_of_the_way(done, edited):
     """A quarter of the squared error is half of the error: (1 - x) <= x / 2."""
     clip = synthetic_clip()
-    output = torch.where(clip["mask"][..., None], 100 + round(100 * done), clip["source"]).to(torch.uint8)
+    output = torch.where(clip["mask"][..., None], 100 + round(100 * done), clip["source"]).to(
+        torch.uint8
+    )
     assert toy.score(output, clip, clip["target"]).edited is edited
 
 
 @pytest.mark.parametrize(
-    ("levels", "ceiling_levels", "edited"), [(9, 0, True), (11, 0, False), (11, 8, True), (20, 8, False)]
+    ("levels", "ceiling_levels", "edited"),
+    [(9, 0, True), (11, 0, False), (11, 8, True), (20, 8, False)],
 )
 def test_an_edit_counts_only_if_the_rest_stays(levels, ceiling_levels, edited):
     """28 dB are 10.15 levels; where the VAE itself is off, 3 dB more than it."""
@@ -126,7 +139,9 @@ def test_an_edit_counts_only_if_the_rest_stays(levels, ceiling_levels, edited):
         return torch.where(clip["mask"][..., None], clip["target"], clip["target"] + by)
 
     result = toy.score(off(levels), clip, off(ceiling_levels))
-    assert result.edited is edited and result.outside == pytest.approx(20 * math.log10(255 / levels))
+    assert result.edited is edited and result.outside == pytest.approx(
+        20 * math.log10(255 / levels)
+    )
 
 
 def test_temporal_error_is_of_the_changes():
@@ -159,7 +174,15 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
     run = ["--run", str(tmp_path / "run")]
     options = ["--steps", "1", "--batch", "2", "--size", "9", "32", "32", "--workers", "0"]
     toy.main([*run, "--vae-steps", "1", "1", "vae"])
-    for stage in ("clips", "large_clips", "large_stills", "small_editor", "narrow_editor", "editor", "ablate"):
+    for stage in (
+        "clips",
+        "large_clips",
+        "large_stills",
+        "small_editor",
+        "narrow_editor",
+        "editor",
+        "ablate",
+    ):
         with pytest.raises(SystemExit, match="2"):
             toy.main([*run, stage])
         assert "does not exist yet: an earlier stage makes it" in capsys.readouterr().err
@@ -167,17 +190,42 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
     toy.main([*run, "clips", *options])
     base, start = (rvedit.load(tmp_path / "run" / name)[0] for name in ("clips/model", "base"))
     assert (base.config.routing_depth, base.config.align_weight) == (6, 0)
-    assert start.config == dataclasses.replace(rvedit.preset("toy"), vae=start.config.vae, dit=base.config.dit)
+    assert start.config == dataclasses.replace(
+        rvedit.preset("toy"), vae=start.config.vae, dit=base.config.dit
+    )
     trained = base.encoder.editing_connector.state_dict()
-    assert all(torch.equal(trained[name], p) for name, p in start.encoder.visual_connector.state_dict().items())
+    assert all(
+        torch.equal(trained[name], p)
+        for name, p in start.encoder.visual_connector.state_dict().items()
+    )
     for stage in ("large_clips", "large_stills", "small_editor", "narrow_editor"):
         toy.main([*run, stage, *options])
-    stills, narrow = (rvedit.load(tmp_path / "run" / name / "model")[0] for name in ("large_stills", "narrow_editor"))
+    stills, narrow = (
+        rvedit.load(tmp_path / "run" / name / "model")[0]
+        for name in ("large_stills", "narrow_editor")
+    )
     assert stills.config == dataclasses.replace(narrow.config, align_weight=0)
     assert narrow.config == start.config
-    toy.main([*run, "editor", "--steps", "1", "--batch", "2", "--size", "5", "64", "64", "--workers", "1"])
+    toy.main(
+        [
+            *run,
+            "editor",
+            "--steps",
+            "1",
+            "--batch",
+            "2",
+            "--size",
+            "5",
+            "64",
+            "64",
+            "--workers",
+            "1",
+        ]
+    )
     toy.main(run)
-    assert rvedit.load()[0].config == dataclasses.replace(rvedit.preset("toy"), vae=start.config.vae)
+    assert rvedit.load()[0].config == dataclasses.replace(
+        rvedit.preset("toy"), vae=start.config.vae
+    )
     size = sum(file.stat().st_size for file in (tmp_path / "assets").iterdir())
     assert size < 18e6
     stored = {file.name: file.read_bytes() for file in (tmp_path / "assets").iterdir()}
@@ -186,12 +234,19 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
     capsys.readouterr()
     toy.main(["evaluate", "--clips", "1", "--size", "32"])
     table = capsys.readouterr().out
-    assert [table.count(name) for name in ("Local Add", "source unchanged", "target through the VAE")] == [3, 5, 5]
+    assert [
+        table.count(name) for name in ("Local Add", "source unchanged", "target through the VAE")
+    ] == [3, 5, 5]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("category", "share", "inside", "possible"),  # the last: of the targets themselves, through the VAE
+    (
+        "category",
+        "share",
+        "inside",
+        "possible",
+    ),  # the last: of the targets themselves, through the VAE
     [
         ("Local Change", 0.92, 19.9, 0.98),
         ("Local Remove", 0.96, 26.5, 1),
@@ -203,7 +258,9 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
 def test_the_built_in_checkpoint_edits(monkeypatch, category, share, inside, possible):
     """The README's table, with a margin."""
     monkeypatch.setattr(toy, "EVERYTHING", (category,))
-    (_, _, edit), (_, _, source), (_, _, ceiling) = toy.assess(*rvedit.load(), seed=2026, number=50, frames=9, size=128)
+    (_, _, edit), (_, _, source), (_, _, ceiling) = toy.assess(
+        *rvedit.load(), seed=2026, number=50, frames=9, size=128
+    )
     assert edit[3] >= share and edit[0] > inside
     assert source[3] == 0 and ceiling[3] >= possible
 
@@ -219,9 +276,14 @@ def test_the_ablation_trains_every_variant_once(tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out.splitlines()[-4:]
     folders = sorted(folder.name for folder in (tmp_path / "ablate").iterdir())
     assert folders == ["full-0", "full-1", "w-o-L-s-L-0", "w-o-L-s-L-1"]
-    depths = [rvedit.load(tmp_path / "ablate" / name / "model")[0].config.routing_depth for name in folders]
+    depths = [
+        rvedit.load(tmp_path / "ablate" / name / "model")[0].config.routing_depth
+        for name in folders
+    ]
     assert depths == [3, 3, 6, 6]
-    scores = [json.loads((tmp_path / "ablate" / name / "scores.json").read_text()) for name in folders[:2]]
+    scores = [
+        json.loads((tmp_path / "ablate" / name / "scores.json").read_text()) for name in folders[:2]
+    ]
     inside = [score["Local Add"][0] for score in scores]
     mean, half = sum(inside) / 2, abs(inside[0] - inside[1]) / 2
     assert table[2].split("|")[5].strip().endswith(f", {mean:.1f} ± {half:.1f} dB")

@@ -10,8 +10,8 @@ from helpers import randomise, relative_error
 
 import rvedit
 import shapes
-import toy_gpu
 import train
+from experiments import toy_gpu
 from shapes import Scene, Shape
 
 EXTENT = (9, 64, 64)
@@ -36,14 +36,28 @@ def draw(model, number=0, batch=6, align_from=0, extent=EXTENT):
 def test_painted_scenes_are_rendered_ones(extent):
     """Every form, colour, pattern, tone and style: but for a level in a few pixels, where float32 rounds otherwise."""
     rng, scenes = np.random.default_rng(0), []
-    tones, colors, styles = (itertools.cycle(x) for x in (shapes.BACKGROUNDS, shapes.COLORS, (None, *shapes.STYLES)))
+    tones, colors, styles = (
+        itertools.cycle(x) for x in (shapes.BACKGROUNDS, shapes.COLORS, (None, *shapes.STYLES))
+    )
     for pattern, form in itertools.product(shapes.PATTERNS, shapes.FORMS):
         motions = rng.permutation([*shapes.MOTIONS])[:3]
-        looks = [(next(colors), size, motion) for size, motion in zip(shapes.SIZES, motions, strict=True)]
+        looks = [
+            (next(colors), size, motion) for size, motion in zip(shapes.SIZES, motions, strict=True)
+        ]
         placed = tuple(Shape(form, *look, *rng.uniform(0.2, 0.8, 2).tolist()) for look in looks)
-        scenes.append(Scene(pattern, next(tones), *rng.uniform((0, 0.3), (3.14, 0.5)).tolist(), placed, next(styles)))
+        scenes.append(
+            Scene(
+                pattern,
+                next(tones),
+                *rng.uniform((0, 0.3), (3.14, 0.5)).tolist(),
+                placed,
+                next(styles),
+            )
+        )
     painted = toy_gpu.paint(toy_gpu.pack_all(scenes, extent), extent).movedim(1, -1)
-    rendered = torch.stack([torch.from_numpy(shapes.render(scene, extent)) for scene in scenes]).float()
+    rendered = torch.stack(
+        [torch.from_numpy(shapes.render(scene, extent)) for scene in scenes]
+    ).float()
     off = (painted - rendered).abs()
     assert off.max() <= 1 and (off > 0).float().mean() < 1e-4
 
@@ -53,7 +67,10 @@ def test_batches_are_a_function_of_seed_and_number(toy):
     first, again, other = draw(model, 3), draw(model, 3), draw(model, 4)
     assert all(torch.equal(a, b) for a, b in zip(first.scenes, again.scenes, strict=True))
     assert torch.equal(first.ids, again.ids) and not torch.equal(first.ids, other.ids)
-    assert draw(model, 3, align_from=4).ref_ids is None and draw(model, 4, align_from=4).ref_ids is not None
+    assert (
+        draw(model, 3, align_from=4).ref_ids is None
+        and draw(model, 4, align_from=4).ref_ids is not None
+    )
 
 
 def test_the_reader_is_the_encoder(toy):
@@ -61,7 +78,9 @@ def test_the_reader_is_the_encoder(toy):
     model, _ = toy
     batch = draw(model, batch=5)
     rows, decode = zip(batch.ids, batch.words, strict=True), model.encoder.tokenizer.decode
-    texts = [decode(row[-18 - n : -18].tolist()) for row, n in rows]  # before the 16 queries and two more tokens
+    texts = [
+        decode(row[-18 - n : -18].tolist()) for row, n in rows
+    ]  # before the 16 queries and two more tokens
     assert len(set(batch.words.tolist())) > 2
     clips = toy_gpu.paint(batch.scenes, EXTENT)[:5]
     with torch.no_grad():
@@ -88,11 +107,18 @@ def test_twice_the_width_is_the_same_function(toy):
     wide = toy_gpu.widen(small)
     assert wide.config.dit == dataclasses.replace(small.config.dit, dim=64, ffn_dim=96, num_heads=2)
     z, source = torch.randn(2, 2, 24, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    clips, t = [torch.full((9, 64, 64, 3), n, dtype=torch.uint8) for n in (50, 200)], torch.tensor([0.3, 0.9])
+    clips, t = (
+        [torch.full((9, 64, 64, 3), n, dtype=torch.uint8) for n in (50, 200)],
+        torch.tensor([0.3, 0.9]),
+    )
     outputs = []
     for model in (small, wide):
         model.requires_grad_(True)
-        outputs.append(model.dit(z, t, model.contexts(model.encoder(clips, ["remove it", "add a star"])), source))
+        outputs.append(
+            model.dit(
+                z, t, model.contexts(model.encoder(clips, ["remove it", "add a star"])), source
+            )
+        )
     assert relative_error(outputs[1], outputs[0]) < 1e-5
     outputs[1].square().mean().backward()
     for name in ("self_attn.q", "cross_attn.v", "ffn.0"):
@@ -112,19 +138,28 @@ def test_a_minibatch_trains_as_its_rendered_clips_do(toy, tmp_path, monkeypatch)
     clips = [[clip.to(torch.uint8) for clip in clips] for clips in (batch.source, batch.target)]
     pairs = []
     for (_, ids, words), some in zip((batch.edit_inputs, batch.ref_inputs), clips, strict=True):
-        texts = [tokenizer.decode(row[-18 - n : -18].tolist()) for row, n in zip(ids, words, strict=True)]
+        texts = [
+            tokenizer.decode(row[-18 - n : -18].tolist()) for row, n in zip(ids, words, strict=True)
+        ]
         pairs.append(model.encoder.prepare(some, texts))
     rendered = batch._replace(edit_inputs=pairs[0], ref_inputs=pairs[1])
     results = []
-    for encode, one in ((model.encoder.encode, batch), (type(model.encoder).encode.__get__(model.encoder), rendered)):
+    for encode, one in (
+        (model.encoder.encode, batch),
+        (type(model.encoder).encode.__get__(model.encoder), rendered),
+    ):
         model.encoder.encode = encode
         model.zero_grad()
         total, flow, align = train.training_step(model, editor.vae, one, depth=2)
         total.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
         results.append((flow, align[None], gradients))
     (flow, align, mine), (expected_flow, expected_align, theirs) = results
-    assert relative_error(flow, expected_flow) < 1e-5 and relative_error(align, expected_align) < 1e-5
+    assert (
+        relative_error(flow, expected_flow) < 1e-5 and relative_error(align, expected_align) < 1e-5
+    )
     assert mine.keys() == theirs.keys()
     for name, gradient in mine.items():
         assert (gradient - theirs[name]).norm() <= 1e-4 * theirs[name].norm() + 1e-7, name
@@ -153,4 +188,6 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(toy, tmp_path, monkeypa
     start = toy_gpu.widen(rvedit.load(tmp_path / "start")[0]).state_dict()
     assert whole.config.align_weight == resumed.config.align_weight == 0.1
     for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value) and not torch.equal(start[name], value), name
+        assert torch.equal(resumed.state_dict()[name], value) and not torch.equal(
+            start[name], value
+        ), name

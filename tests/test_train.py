@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from helpers import make_clip, relative_error, tiny_config, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 
+import data
 import rvedit
 import train
 import video
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-# --- Runs of the command line, on a model of a few thousand parameters ------------------------------------------------
+# --- Runs of the command line, on a model of a few thousand parameters ----------------------------
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,12 +55,32 @@ def start(tmp_path_factory):
 
 
 def options(start, out, *more):
-    fixed = ["--checkpoint", start, "--out", out, "--size", 5, 64, 64, "--workers", 0, "--validate-every", 1000]
+    fixed = [
+        "--checkpoint",
+        start,
+        "--out",
+        out,
+        "--size",
+        5,
+        64,
+        64,
+        "--workers",
+        0,
+        "--validate-every",
+        1000,
+    ]
     return [str(option) for option in (*fixed, "--save-every", 5, "--keep", 5, *more)]
 
 
 def torchrun(ranks, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+    ]
     command += [str(ROOT / "train.py"), *arguments]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -75,7 +96,11 @@ def exported(folder):
 
 def trained(out):
     """The weights of a run, apart from the VAE's."""
-    return {name: value for name, value in exported(out / "model").items() if not name.startswith("vae.")}
+    return {
+        name: value
+        for name, value in exported(out / "model").items()
+        if not name.startswith("vae.")
+    }
 
 
 def distance(a, b):
@@ -86,7 +111,11 @@ def distance(a, b):
 
 def losses_differ_by(a, b):
     assert [line["step"] for line in a] == [line["step"] for line in b]
-    return max(abs(x[name] / y[name] - 1) for x, y in zip(a, b, strict=True) for name in ("loss", "flow", "align"))
+    return max(
+        abs(x[name] / y[name] - 1)
+        for x, y in zip(a, b, strict=True)
+        for name in ("loss", "flow", "align")
+    )
 
 
 def fork_at(former, step, out):
@@ -115,19 +144,31 @@ def pair(start, tmp_path_factory):
     return out
 
 
-# --- Algorithm 1 ------------------------------------------------------------------------------------------------------
+# --- Algorithm 1 ----------------------------------------------------------------------------------
 
 
 def make_batch(model, vae, lengths=(6, 19), align=True, t=None, seed=0):
     """A minibatch of clips whose instructions and captions differ in length, so that each stream is padded."""
-    clips = [torch.stack([make_clip(5, 64, 64, seed + 10 * i + n) for n in range(len(lengths))]) for i in (1, 2)]
+    clips = [
+        torch.stack([make_clip(5, 64, 64, seed + 10 * i + n) for n in range(len(lengths))])
+        for i in (1, 2)
+    ]
     generator = torch.Generator().manual_seed(seed)
-    texts = [["make it snow on the hill"[:n] for n in lengths], ["a hill " + "in snow" * (9 - n // 3) for n in lengths]]
+    texts = [
+        ["make it snow on the hill"[:n] for n in lengths],
+        ["a hill " + "in snow" * (9 - n // 3) for n in lengths],
+    ]
     inputs = [model.encoder.prepare(list(x), words) for x, words in zip(clips, texts, strict=True)]
-    latents = (len(lengths), vae.config.z_dim, 2, 64 // vae.config.spatial_factor, 64 // vae.config.spatial_factor)
+    latents = (
+        len(lengths),
+        vae.config.z_dim,
+        2,
+        64 // vae.config.spatial_factor,
+        64 // vae.config.spatial_factor,
+    )
     t = torch.rand(len(lengths), generator=generator) if t is None else t
     noise = torch.randn(latents, generator=generator)
-    return train.Batch(*clips, t, noise, inputs[0], inputs[1] if align else None, 0), texts
+    return data.Batch(*clips, t, noise, inputs[0], inputs[1] if align else None, 0), texts
 
 
 def naive_algorithm_1(model, vae, batch, texts, depth):
@@ -137,20 +178,30 @@ def naive_algorithm_1(model, vae, batch, texts, depth):
         features = []
         attention = model.dit.blocks[depth - 1].cross_attn
         hook = attention.register_forward_hook(lambda _, __, out, to=features: to.append(out))
-        source, target = (vae.encode(x[i : i + 1].permute(0, 4, 1, 2, 3) / 127.5 - 1) for x in batch[:2])
+        source, target = (
+            vae.encode(x[i : i + 1].permute(0, 4, 1, 2, 3) / 127.5 - 1) for x in batch[:2]
+        )
         t, noise = batch.t[i : i + 1], batch.noise[i : i + 1]
         z_t = t * noise + (1 - t) * target
-        for clip, text, beside in ((batch.source[i], texts[0][i], source), (batch.target[i], texts[1][i], target)):
+        for clip, text, beside in (
+            (batch.source[i], texts[0][i], source),
+            (batch.target[i], texts[1][i], target),
+        ):
             condition = model.encoder([clip], [text])
             x_e, x_v, x_l = condition[:3]
             contexts = []
             for block in range(1, model.config.dit.num_blocks + 1):
-                contexts.append(x_e if block <= model.config.routing_depth else torch.cat((x_e, x_v, x_l), 1))
+                contexts.append(
+                    x_e if block <= model.config.routing_depth else torch.cat((x_e, x_v, x_l), 1)
+                )
             velocity = model.dit(z_t, t, contexts, beside)
             if beside is source:
                 total = total + ((velocity - (noise - target)) ** 2).mean()
         hook.remove()
-        edit, ref = F.normalize(features[0][0], dim=-1), F.normalize(features[1][0].detach(), dim=-1)
+        edit, ref = (
+            F.normalize(features[0][0], dim=-1),
+            F.normalize(features[1][0].detach(), dim=-1),
+        )
         logits = edit @ ref.T / model.config.temperature
         same = torch.arange(len(logits))
         both = F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)
@@ -176,7 +227,10 @@ def test_step_gradients_equal_a_naive_algorithm_1(depth):
     actual, expected = gradients(model, total), gradients(model, expected_loss)
     assert actual.keys() == expected.keys() == dict(model.named_parameters()).keys()
     largest = max(g.abs().max() for g in expected.values())
-    for name, gradient in expected.items():  # some, such as of key biases, are nearly zero by construction
+    for (
+        name,
+        gradient,
+    ) in expected.items():  # some, such as of key biases, are nearly zero by construction
         error = (actual[name] - gradient).abs().max() / (gradient.abs().max() + 1e-3 * largest)
         assert error < 1e-4, (name, error)
 
@@ -194,8 +248,18 @@ def test_without_alignment_the_gradients_are_those_of_flow_matching(monkeypatch)
 
     source, target = (vae.encode(x.permute(0, 4, 1, 2, 3) / 127.5 - 1) for x in batch[:2])
     t = batch.t.view(-1, 1, 1, 1, 1)
-    velocity = model.dit((1 - t) * target + t * batch.noise, batch.t, model.contexts(encode(batch.edit_inputs)), source)
-    plain = torch.stack([F.mse_loss(v, noise - x) for v, noise, x in zip(velocity, batch.noise, target, strict=True)])
+    velocity = model.dit(
+        (1 - t) * target + t * batch.noise,
+        batch.t,
+        model.contexts(encode(batch.edit_inputs)),
+        source,
+    )
+    plain = torch.stack(
+        [
+            F.mse_loss(v, noise - x)
+            for v, noise, x in zip(velocity, batch.noise, target, strict=True)
+        ]
+    )
     expected = gradients(model, plain.mean())
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
@@ -229,16 +293,16 @@ def test_training_overfits_one_batch():
     assert last[0] < 0.05 * first[0] and last[1] < 0.5 * first[1], (first, last)
 
 
-# --- What is random ---------------------------------------------------------------------------------------------------
+# --- What is random -------------------------------------------------------------------------------
 
 
 def test_noise_and_timestep_follow_from_seed_step_and_sample():
-    t, noise = train.draw(0, 7, 3, (2, 4), shift=1.0)
-    again = train.draw(0, 7, 3, (2, 4), shift=1.0)
+    t, noise = data.draw(0, 7, 3, (2, 4), shift=1.0)
+    again = data.draw(0, 7, 3, (2, 4), shift=1.0)
     assert torch.equal(t, again[0]) and torch.equal(noise, again[1])
     for other in ((1, 7, 3), (0, 8, 3), (0, 7, 4)):
-        assert not torch.equal(noise, train.draw(*other, (2, 4), shift=1.0)[1])
-    shifted = train.draw(0, 7, 3, (2, 4), shift=3.0)[0]
+        assert not torch.equal(noise, data.draw(*other, (2, 4), shift=1.0)[1])
+    shifted = data.draw(0, 7, 3, (2, 4), shift=3.0)[0]
     assert shifted == pytest.approx(3 * t.item() / (1 + 2 * t.item())) and 0 <= t <= 1
 
 
@@ -253,31 +317,42 @@ class Rows(torch.utils.data.Dataset):
         return dict(source=clip, target=clip + 100, instruction=f"edit {index}", caption="")
 
 
-@pytest.mark.parametrize("ranks, batch, accumulate", ((1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2)))
+@pytest.mark.parametrize(
+    "ranks, batch, accumulate", ((1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2))
+)
 def test_samples_do_not_depend_on_how_the_work_is_divided(ranks, batch, accumulate):
     """Clips, t and ε of a step are the same; an epoch shows each row once; a run goes on where the last one was."""
     model, vae = tiny_model()
 
     def steps(ranks, batch, accumulate, first_step=0):
-        args = SimpleNamespace(seed=1, batch=batch, accumulate=accumulate, size=(5, 64, 64), timestep_shift=1.0)
+        args = SimpleNamespace(
+            seed=1, batch=batch, accumulate=accumulate, size=(5, 64, 64), timestep_shift=1.0
+        )
         for step in range(first_step, 5):
             parts = []
             for micro in range(accumulate):
                 for rank in range(ranks):
                     stand = dict(ranks=ranks, rank=rank, step=first_step, samples=4 * first_step)
-                    run = SimpleNamespace(model=model, vae=vae, **stand)
-                    parts.append(train.Batches(Rows(), run, args)[step, micro])
+                    batches = data.Batches(Rows(), model.encoder, vae.config, args, **stand)
+                    parts.append(batches[step, micro])
             yield tuple(torch.cat(x) for x in zip(*(part[:4] for part in parts), strict=True))
 
     expected, actual = list(steps(1, 4, 1)), list(steps(ranks, batch, accumulate))
-    assert all(torch.equal(x, y) for a, b in zip(actual, expected, strict=True) for x, y in zip(a, b, strict=True))
+    assert all(
+        torch.equal(x, y)
+        for a, b in zip(actual, expected, strict=True)
+        for x, y in zip(a, b, strict=True)
+    )
     rows = torch.cat([source[:, 0, 0, 0, 0] for source, *_ in actual]).tolist()
-    assert all(sorted(rows[i : i + 5]) == [0, 1, 2, 3, 4] for i in range(0, 20, 5)) and rows[:5] != rows[5:10]
+    assert (
+        all(sorted(rows[i : i + 5]) == [0, 1, 2, 3, 4] for i in range(0, 20, 5))
+        and rows[:5] != rows[5:10]
+    )
     resumed = list(steps(ranks, batch, accumulate, first_step=2))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(resumed, expected[2:], strict=True))
 
 
-# --- What trains ------------------------------------------------------------------------------------------------------
+# --- What trains ----------------------------------------------------------------------------------
 
 
 def test_all_that_should_train_gets_gradients_and_nothing_else_changes(tmp_path, monkeypatch):
@@ -290,7 +365,9 @@ def test_all_that_should_train_gets_gradients_and_nothing_else_changes(tmp_path,
     seen, update = set(), train.Run.update
 
     def record(run, lr):
-        seen.update(name for name, p in run.weights.items() if p.grad is not None and p.grad.abs().max() > 0)
+        seen.update(
+            name for name, p in run.weights.items() if p.grad is not None and p.grad.abs().max() > 0
+        )
         update(run, lr)
 
     monkeypatch.setattr(train.Run, "update", record)
@@ -306,10 +383,15 @@ def test_all_that_should_train_gets_gradients_and_nothing_else_changes(tmp_path,
 
 def test_a_frozen_lora_and_a_model_without_lora(tmp_path, start):
     """--freeze-lora leaves queries, connectors and DiT; a model without LoRA trains whole, and the table says so."""
-    for lora_rank, freeze, expected in ((2, True, {"dit", "queries", "connector"}), (0, False, None)):
+    for lora_rank, freeze, expected in (
+        (2, True, {"dit", "queries", "connector"}),
+        (0, False, None),
+    ):
         model, vae = tiny_model(lora_rank=lora_rank)
         rvedit.save(tmp_path / f"{lora_rank}", model, vae)
-        args = train.parse_arguments(options(tmp_path / f"{lora_rank}", tmp_path, *["--freeze-lora"] * freeze))
+        args = train.parse_arguments(
+            options(tmp_path / f"{lora_rank}", tmp_path, *["--freeze-lora"] * freeze)
+        )
         model, vae = train.load_model(args, None, torch.device("cpu"))
         names = {name for name, p in model.named_parameters() if p.requires_grad}
         if expected is None:
@@ -318,7 +400,10 @@ def test_a_frozen_lora_and_a_model_without_lora(tmp_path, start):
         else:
             assert all(any(part in name for part in expected) for name in names)
             assert not any("lora" in name or "visual." in name for name in names)
-            rows = {line.split()[0]: line.split()[1:] for line in train.table(model, vae).splitlines()[1:]}
+            rows = {
+                line.split()[0]: line.split()[1:]
+                for line in train.table(model, vae).splitlines()[1:]
+            }
             assert rows["lora"][0] == "0" and int(rows["dit"][0].replace(",", "")) > 0
             count = sum(p.numel() for network in (model, vae) for p in network.parameters())
             assert sum(int(n.replace(",", "")) for n in rows["all"]) == count
@@ -335,7 +420,11 @@ def test_lora_starts_as_the_base_model():
     assert set(missing) == lora.keys() and not unexpected
     clip = make_clip(5, 64, 64)
     with torch.no_grad():
-        pairs = zip(model.encoder([clip], ["make it red"])[:3], base.encoder([clip], ["make it red"])[:3], strict=True)
+        pairs = zip(
+            model.encoder([clip], ["make it red"])[:3],
+            base.encoder([clip], ["make it red"])[:3],
+            strict=True,
+        )
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -348,7 +437,9 @@ def process_group():
 
 def test_averaged_weights_are_a_running_mean_and_leave_the_others_alone(tmp_path, process_group):
     model, vae = tiny_model()
-    run = train.Run(model, vae, torch.device("cpu"), SimpleNamespace(out=tmp_path, muon=0.0, average=0.15))
+    run = train.Run(
+        model, vae, torch.device("cpu"), SimpleNamespace(out=tmp_path, muon=0.0, average=0.15)
+    )
     name, weight = next(iter(run.weights.items()))
     mean = weight.detach().clone()
     for step in range(4):
@@ -365,7 +456,7 @@ def test_averaged_weights_are_a_running_mean_and_leave_the_others_alone(tmp_path
     assert relative_error(run.average[name], mean) < 1e-6
 
 
-# --- Ranks and resuming -----------------------------------------------------------------------------------------------
+# --- Ranks and resuming ---------------------------------------------------------------------------
 
 
 def test_two_ranks_train_as_one(alone, pair):
@@ -378,7 +469,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bitwise(alone, tmp_path):
     """From the checkpoint at step 5, with no option but --resume, in as many processes."""
     out = fork_at(alone, 5, tmp_path / "run")
     train.main(["--out", str(out), "--resume"])
-    assert [{**line, **timing()} for line in log(out)] == [{**line, **timing()} for line in log(alone)]
+    assert [{**line, **timing()} for line in log(out)] == [
+        {**line, **timing()} for line in log(alone)
+    ]
     actual, expected = trained(out), trained(alone)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
@@ -403,7 +496,9 @@ def test_a_run_leaves_a_model_that_edits_clips_to_look_at_and_a_log(alone, pair)
         assert video.read_video(clips[0]).frames.shape == (5, 64, 3 * 64, 3)
         for line in log(out):
             assert line["loss"] == pytest.approx(line["flow"] + 0.75 * line["align"])
-            assert line["peak_gb"] > 0 and line["tokens_per_s"] == pytest.approx(8 * line["samples_per_s"])
+            assert line["peak_gb"] > 0 and line["tokens_per_s"] == pytest.approx(
+                8 * line["samples_per_s"]
+            )
             bins = [x for x in line["flow_by_t"] if x is not None]
             assert len(line["flow_by_t"]) == 5 and min(bins) <= line["flow"] <= max(bins)
 
@@ -413,7 +508,13 @@ def test_four_ranks_train_as_one_and_any_number_goes_on(alone, pair, start, tmp_
     torchrun(4, *options(start, tmp_path / "four", "--steps", 10, "--batch", 1))
     assert losses_differ_by(log(tmp_path / "four"), log(alone)) < 1e-5
     assert distance(trained(tmp_path / "four"), trained(alone)) < 1e-4
-    for former, ranks in ((alone, 2), (alone, 4), (pair, 2), (tmp_path / "four", 2), (tmp_path / "four", 4)):
+    for former, ranks in (
+        (alone, 2),
+        (alone, 4),
+        (pair, 2),
+        (tmp_path / "four", 2),
+        (tmp_path / "four", 4),
+    ):
         out = fork_at(former, 5, tmp_path / f"{former.name}-{ranks}")
         torchrun(ranks, "--out", str(out), "--resume", "--batch", str(4 // ranks))
         assert losses_differ_by(log(out), log(alone)) < 1e-5
@@ -423,7 +524,7 @@ def test_four_ranks_train_as_one_and_any_number_goes_on(alone, pair, start, tmp_
             assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-# --- Signals, mishaps, mistakes ---------------------------------------------------------------------------------------
+# --- Signals, mishaps, mistakes -------------------------------------------------------------------
 
 
 def during(monkeypatch, step, action):
@@ -453,18 +554,24 @@ def test_a_signal_ends_the_run_with_a_checkpoint(start, tmp_path, monkeypatch, k
     during(monkeypatch, 2, send)
     with pytest.raises(SystemExit) as stop:
         train.main(options(start, tmp_path, "--steps", 9, "--batch", 1, "--workers", 1))
-    assert stop.value.code == 0 and [folder.name for folder in train.finished(tmp_path)] == ["step-00000002"]
+    assert stop.value.code == 0 and [folder.name for folder in train.finished(tmp_path)] == [
+        "step-00000002"
+    ]
     assert not (tmp_path / "model").exists() and signal.getsignal(kind) is handler
 
 
 def test_a_worker_does_not_outlive_an_error(start, tmp_path):
     """Workers do not heed the signal by which Python ends them, so it would wait for them for ever."""
     program = f"import train; train.Run.update = None; train.main({options(start, tmp_path)} + ['--workers', '1'])"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=120
+    )
     assert done.returncode == 1 and b"'NoneType' object is not callable" in done.stderr
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(start, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
+    start, tmp_path, monkeypatch, capsys
+):
     """Played by the limit that the operating system puts on the length of a file; then the run goes on."""
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     arguments = options(start, tmp_path, "--steps", 3, "--batch", 1, "--save-every", 1)
@@ -481,7 +588,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(start, tmp_path, 
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, former)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and error.startswith("error: the checkpoint of this step cannot be written"), error
+    assert stop.value.code == 2 and error.startswith(
+        "error: the checkpoint of this step cannot be written"
+    ), error
     assert [folder.name for folder in train.finished(tmp_path)] == ["step-00000001"]
     train.main([*arguments, "--resume"])
     assert [line["step"] for line in log(tmp_path)] == [1, 2, 3]
@@ -496,7 +605,9 @@ def test_a_step_that_is_not_finite_changes_nothing(start, tmp_path, monkeypatch,
     """It is skipped and logged; ten in a row end the run with exit code 1 and its last good checkpoints."""
     during(monkeypatch, 4, poison)
     with pytest.raises(SystemExit) as stop:
-        train.main(options(start, tmp_path, "--steps", 50, "--batch", 1, "--save-every", 1, "--keep", 2))
+        train.main(
+            options(start, tmp_path, "--steps", 50, "--batch", 1, "--save-every", 1, "--keep", 2)
+        )
     assert "10 steps in a row" in str(stop.value.code) and "\n" not in stop.value.code
     lines = log(tmp_path)
     assert [line["skipped"] for line in lines] == [False] * 3 + [True] * 10
@@ -524,7 +635,9 @@ def write_triplets(folder, good, bad):
     for i in range(good + bad):
         for name, seed in (("source", i), ("target", 50 + i)):
             path = folder / f"{name}-{i}.mp4"
-            video.write_video(path, make_clip(9, 80, 96, seed)) if i < good else path.write_bytes(b"no video")
+            video.write_video(path, make_clip(9, 80, 96, seed)) if i < good else path.write_bytes(
+                b"no video"
+            )
     rows = [f"source-{i}.mp4,target-{i}.mp4,edit number {i}" for i in range(good + bad)]
     (folder / "triplets.csv").write_text("\n".join(["src_video,tgt_video,prompt", *rows]) + "\n")
     return folder / "triplets.csv"
@@ -547,7 +660,11 @@ def test_data_without_one_good_clip_ends_the_run_in_one_line(start, tmp_path, ca
     with pytest.raises(SystemExit) as stop:
         train.main(options(start, tmp_path / "run", "--data", file, "--workers", workers))
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and error.startswith("error: 20 triplets") and error.endswith("broken.txt")
+    assert (
+        stop.value.code == 2
+        and error.startswith("error: 20 triplets")
+        and error.endswith("broken.txt")
+    )
 
 
 def test_more_broken_clips_than_allowed_end_the_run(start, tmp_path, capsys, monkeypatch):
@@ -565,7 +682,11 @@ def test_more_broken_clips_than_allowed_end_the_run(start, tmp_path, capsys, mon
     with pytest.raises(SystemExit) as stop:
         train.main(options(start, tmp_path / "few", *common))
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and error.startswith("error: 20 of 40 clips are broken") and "--max-bad" in error
+    assert (
+        stop.value.code == 2
+        and error.startswith("error: 20 of 40 clips are broken")
+        and "--max-bad" in error
+    )
     assert len(log(tmp_path / "few")) == 2  # not after 10 of 20: fewer than 20 may be bad luck
 
 
@@ -605,13 +726,17 @@ def spawn(*arguments, **environment):
 @pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_run_that_resumes(start, tmp_path):
     """Ten times SIGKILL, with a checkpoint at every step; then the run ends, as if nothing had happened."""
-    arguments = options(start, tmp_path / "run", "--steps", 400, "--batch", 1, "--save-every", 1, "--keep", 2)
+    arguments = options(
+        start, tmp_path / "run", "--steps", 400, "--batch", 1, "--save-every", 1, "--keep", 2
+    )
     random.seed(0)
     reached = 0
     for _ in range(10):
         process = spawn(*arguments, "--resume")
         deadline = time.time() + 120
-        while process.poll() is None and time.time() < deadline:  # past the start, into steps and checkpoints
+        while (
+            process.poll() is None and time.time() < deadline
+        ):  # past the start, into steps and checkpoints
             folders = train.finished(tmp_path / "run")
             if folders and int(folders[-1].name[-8:]) > reached:
                 break
@@ -633,7 +758,9 @@ def test_a_signal_to_one_rank_stops_all_with_exit_code_0(start, tmp_path):
     arguments = options(start, tmp_path, "--steps", 500, "--batch", 1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+        place = dict(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2"
+        )
     ranks = [spawn(*arguments, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
     while not (tmp_path / "log.jsonl").exists() or len(log(tmp_path)) < 3:
         assert all(rank.poll() is None for rank in ranks)
@@ -652,11 +779,25 @@ def test_compiled_blocks_train_alike(start, alone, tmp_path):
 @pytest.mark.slow
 def test_the_toy_preset_trains_from_random_weights(tmp_path):
     """Without a checkpoint: the preset's own settings, the built-in VAE, and an editor drawn anew."""
-    arguments = ["--steps", "2", "--batch", "2", "--size", "5", "32", "32", "--workers", "0", "--out"]
+    arguments = [
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--size",
+        "5",
+        "32",
+        "32",
+        "--workers",
+        "0",
+        "--out",
+    ]
     train.main([*arguments, str(tmp_path / "run")])
     (model, vae), (built_in, built_in_vae) = rvedit.load(tmp_path / "run/model"), rvedit.load()
     assert model.config == dataclasses.replace(rvedit.preset("toy"), vae=built_in.config.vae)
     assert len(log(tmp_path / "run")) == 2
-    assert all(torch.equal(p, built_in_vae.get_parameter(name)) for name, p in vae.named_parameters())
+    assert all(
+        torch.equal(p, built_in_vae.get_parameter(name)) for name, p in vae.named_parameters()
+    )
     fresh, _ = rvedit.scratch(seed=0)
     assert (fresh.dit.head.head.weight == 0).all() and (model.dit.head.head.weight != 0).any()

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import weights
+import convert
 from vae import VAEConfig, WanVAE
 
 FULL = VAEConfig(160, 256, 48, (1, 2, 4, 4), 2, (False, True, True))  # Wan2.2-TI2V-5B
@@ -25,7 +25,9 @@ CONFIGS = {
     "full stages": replace(FULL, dim=4, dec_dim=6, z_dim=3, latents_std=(0.5, 0.8, 2.0)),
     "toy": TOY,
     "no patches": replace(TOY, dim=6, dec_dim=10, patch_size=1),
-    "time before space": replace(TOY, dim_mult=(1, 2, 4, 4), temporal_downsample=(True, True, False)),
+    "time before space": replace(
+        TOY, dim_mult=(1, 2, 4, 4), temporal_downsample=(True, True, False)
+    ),
 }
 
 
@@ -50,7 +52,9 @@ def random_video(config: VAEConfig, batch: int, frames: int, h: int, w: int) -> 
 
 
 def random_latents(config: VAEConfig, batch: int, t: int, h: int, w: int, seed: int = 2) -> Tensor:
-    return torch.randn((batch, config.z_dim, t, h, w), generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        (batch, config.z_dim, t, h, w), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -58,7 +62,9 @@ def error(a: Tensor, b: Tensor) -> float:
     return ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2, 3), (3, 5, 3, 2), (1, 9, 1, 4), (2, 13, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2, 3), (3, 5, 3, 2), (1, 9, 1, 4), (2, 13, 2, 2)], ids=str
+)
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_equals_diffusers_in_float32(name: str, shape: tuple[int, int, int, int]) -> None:
@@ -82,10 +88,14 @@ def test_decoded_frames_are_clamped() -> None:
     latents = random_latents(TOY, 1, 2, 2, 2)
     decoded = ours.decode(latents)
     assert 0.1 < (decoded.abs() == 1).float().mean() < 0.9
-    assert error(decoded, peers.decode(theirs, TOY, latents)) < 1e-4  # 20 times the error before the clamp
+    assert (
+        error(decoded, peers.decode(theirs, TOY, latents)) < 1e-4
+    )  # 20 times the error before the clamp
 
 
-@pytest.mark.parametrize("config", [TOY, replace(FULL, dim=16, dec_dim=16, z_dim=8)], ids=["toy", "full stages"])
+@pytest.mark.parametrize(
+    "config", [TOY, replace(FULL, dim=16, dec_dim=16, z_dim=8)], ids=["toy", "full stages"]
+)
 @torch.no_grad()
 def test_bfloat16_stays_near_float32(config: VAEConfig) -> None:
     """A bfloat16 model takes and returns float32 and is within 2e-2 of diffusers in float32.
@@ -117,8 +127,13 @@ def test_gradients_equal_those_of_diffusers(name: str) -> None:
         latents = random_latents(config, 2, 3, 1, 2).requires_grad_()
         (encode(video).square().mean() + decode(latents).square().mean()).backward()
         blocks = config.num_res_blocks
-        names = {weights.wan_vae_key(k, blocks) if model is theirs else k: p for k, p in model.named_parameters()}
-        gradients.append({k: p.grad for k, p in names.items()} | {"video": video.grad, "latents": latents.grad})
+        names = {
+            convert.wan_vae_key(k, blocks) if model is theirs else k: p
+            for k, p in model.named_parameters()
+        }
+        gradients.append(
+            {k: p.grad for k, p in names.items()} | {"video": video.grad, "latents": latents.grad}
+        )
     assert gradients[0].keys() == gradients[1].keys()
     for key, expected in gradients[1].items():
         # 1e-7 because the keys' biases, which the softmax ignores, get nothing but rounding errors
@@ -240,7 +255,9 @@ def test_memory_does_not_grow_with_the_length(chunk: int) -> None:
 
 def test_full_size_model_has_the_official_parameters() -> None:
     """Names, shapes and number of the parameters are those of Wan2.2_VAE.pth."""
-    manifest = json.loads((Path(__file__).parent / "manifests" / "wan2.2_vae_original.json").read_text())
+    manifest = json.loads(
+        (Path(__file__).parent / "manifests" / "wan2.2_vae_original.json").read_text()
+    )
     with torch.device("meta"):
         model = WanVAE(FULL)
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == {

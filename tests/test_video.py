@@ -61,7 +61,10 @@ def encode(
         if rotation:
             stream.set_display_rotation(rotation[0], hflip=rotation[1])
         layout = {1: "mono", 2: "stereo", 6: "5.1"}[channels]
-        tracks = [out.add_stream(audio, rate=audio_rate, layout=layout) for _ in range(audio_tracks if audio else 0)]
+        tracks = [
+            out.add_stream(audio, rate=audio_rate, layout=layout)
+            for _ in range(audio_tracks if audio else 0)
+        ]
         for image, time in zip(images, pts, strict=True):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = time, time_base
@@ -104,7 +107,10 @@ def planes(path: Path) -> list[np.ndarray]:
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
         assert frame.format.name == "yuv420p"
-        return [np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in frame.planes]
+        return [
+            np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width]
+            for p in frame.planes
+        ]
 
 
 def times(clip: video.Video) -> list[Fraction]:
@@ -124,24 +130,32 @@ def sound(path: Path) -> np.ndarray:
 def delay(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     """By how many seconds `after` comes later than `before` (at most 2 ms), and how well they then agree."""
     length = min(len(before), len(after)) - 96
-    agreement = {lag: np.corrcoef(before[96:length], after[96 + lag : length + lag])[0, 1] for lag in range(-96, 97)}
+    agreement = {
+        lag: np.corrcoef(before[96:length], after[96 + lag : length + lag])[0, 1]
+        for lag in range(-96, 97)
+    }
     best = max(agreement, key=agreement.get)
     return best / 48000, agreement[best]
 
 
-# ---------------------------------------------------------------------------------------- time and sound
+# --- time and sound -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "count, rate", [(1, Fraction(25)), (2, NTSC), (5, Fraction(24000, 1001)), (81, NTSC), (81, Fraction(16))]
+    "count, rate",
+    [(1, Fraction(25)), (2, NTSC), (5, Fraction(24000, 1001)), (81, NTSC), (81, Fraction(16))],
 )
-def test_round_trip_keeps_frames_times_rate_size_and_audio(tmp_path: Path, count: int, rate: Fraction) -> None:
+def test_round_trip_keeps_frames_times_rate_size_and_audio(
+    tmp_path: Path, count: int, rate: Fraction
+) -> None:
     """A clip that is read and written has the same frames at the same times and the same audio packets."""
     source = encode(tmp_path / "in.mp4", grey_levels(count), rate, audio="aac")
     clip = video.read_video(source)
     assert clip.frames.shape == (count, 48, 64, 3) and clip.frames.dtype == torch.uint8
     assert (clip.frames.float().mean((1, 2, 3)) - 40 - 2 * torch.arange(count)).abs().max() < 1.5
-    assert clip.timestamps == list(range(count)) and clip.time_base == 1 / rate and clip.rate == rate
+    assert (
+        clip.timestamps == list(range(count)) and clip.time_base == 1 / rate and clip.rate == rate
+    )
 
     out = tmp_path / "out.mp4"
     assert video.write_video(out, clip.frames, clip) == (48, 64)
@@ -158,7 +172,9 @@ def test_round_trip_keeps_frames_times_rate_size_and_audio(tmp_path: Path, count
 def test_variable_frame_rate_stays_variable(tmp_path: Path) -> None:
     """Uneven timestamps come back exactly, down to how long the last frame is shown."""
     pts = [0, 33, 70, 71, 400, 1000, 1017]
-    source = encode(tmp_path / "in.mp4", grey_levels(7), pts=pts, time_base=Fraction(1, 1000), bf="0")
+    source = encode(
+        tmp_path / "in.mp4", grey_levels(7), pts=pts, time_base=Fraction(1, 1000), bf="0"
+    )
     clip = video.read_video(source)
     assert times(clip) == [Fraction(t, 1000) for t in pts]
     clip.last_duration = round(Fraction(1, 4) / clip.time_base)
@@ -170,10 +186,14 @@ def test_variable_frame_rate_stays_variable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("video_start, audio_start", [(0, 0.5), (10, 0.0), (10, 0.2), (5, 1.0)])
-def test_offset_between_sound_and_picture_is_kept(tmp_path: Path, video_start: int, audio_start: float) -> None:
+def test_offset_between_sound_and_picture_is_kept(
+    tmp_path: Path, video_start: int, audio_start: float
+) -> None:
     """A track that starts late starts as late in the result, for copied and for re-encoded audio."""
     pts = [video_start + i for i in range(10)]
-    source = encode(tmp_path / "in.mp4", grey_levels(10), pts=pts, audio="aac", audio_start=audio_start)
+    source = encode(
+        tmp_path / "in.mp4", grey_levels(10), pts=pts, audio="aac", audio_start=audio_start
+    )
     clip = video.read_video(source)
     assert times(clip) == [Fraction(t, 25) for t in pts]
     video.write_video(tmp_path / "out.mp4", clip.frames, clip)
@@ -183,7 +203,9 @@ def test_offset_between_sound_and_picture_is_kept(tmp_path: Path, video_start: i
     ):
         assert data == copy and abs(was - now) < Fraction(1, 10000)
 
-    raw = encode(tmp_path / "in.mkv", grey_levels(10), pts=pts, audio="pcm_s16le", audio_start=audio_start)
+    raw = encode(
+        tmp_path / "in.mkv", grey_levels(10), pts=pts, audio="pcm_s16le", audio_start=audio_start
+    )
     video.write_video(tmp_path / "aac.mp4", clip.frames, video.read_video(raw))
     late, agreement = delay(sound(raw), sound(tmp_path / "aac.mp4"))
     assert abs(late) < 1e-4 and agreement > 0.98
@@ -191,14 +213,18 @@ def test_offset_between_sound_and_picture_is_kept(tmp_path: Path, video_start: i
 
 def test_broadcast_clock_starts_at_zero(tmp_path: Path) -> None:
     """MPEG-TS starts at any time: the result starts at 0, with sound and picture as far apart as before."""
-    source = encode(tmp_path / "in.ts", grey_levels(20), rate=NTSC, audio="aac", container={"muxdelay": "0"})
+    source = encode(
+        tmp_path / "in.ts", grey_levels(20), rate=NTSC, audio="aac", container={"muxdelay": "0"}
+    )
     clip = video.read_video(source)
     first = min(packet_list(source, "audio")[0][0][0], decoded(source)[0][0])
     assert first > 0 and times(clip) == [t - first for t in decoded(source)[0]]
     video.write_video(tmp_path / "out.mp4", clip.frames, clip)
     assert decoded(tmp_path / "out.mp4")[0] == times(clip)
     audio, copy = packet_list(source, "audio")[0], packet_list(tmp_path / "out.mp4", "audio")[0]
-    assert [len(data) - 7 for _, data in audio] == [len(data) for _, data in copy]  # 7: the ADTS header
+    assert [len(data) - 7 for _, data in audio] == [
+        len(data) for _, data in copy
+    ]  # 7: the ADTS header
     assert abs(copy[0][0] - (audio[0][0] - first)) < Fraction(1, 10000)
 
 
@@ -213,7 +239,9 @@ def test_joined_recordings_play_after_one_another(tmp_path: Path, audio: str) ->
     assert decoded(tmp_path / "out.mp4")[0] == times(clip)
     assert len(sound(tmp_path / "out.mp4")) == pytest.approx(2.4 * 48000, rel=0.05)
     if audio == "aac":
-        assert len(packet_list(tmp_path / "out.mp4", "audio")[0]) == len(packet_list(tmp_path / "in.ts", "audio")[0])
+        assert len(packet_list(tmp_path / "out.mp4", "audio")[0]) == len(
+            packet_list(tmp_path / "in.ts", "audio")[0]
+        )
 
 
 def test_frames_before_time_zero_are_shown(tmp_path: Path) -> None:
@@ -230,7 +258,9 @@ def test_frames_before_time_zero_are_shown(tmp_path: Path) -> None:
     assert clip.start == stored[0] < 0 and times(clip) == [t - stored[0] for t in stored]
 
 
-def test_names_with_a_colon_are_not_protocols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_with_a_colon_are_not_protocols(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Recorders put the time of day into names."""
     monkeypatch.chdir(tmp_path)
     video.write_video("12:30.mp4", torch.from_numpy(grey_levels(2)))
@@ -325,18 +355,25 @@ def test_raw_stream_without_timestamps(tmp_path: Path) -> None:
 
 def test_gif_and_palette(tmp_path: Path) -> None:
     """A palette has its own path through the colour conversion."""
-    clip = video.read_video(encode(tmp_path / "in.gif", grey_levels(4), codec="gif", pix_fmt="gray"))
+    clip = video.read_video(
+        encode(tmp_path / "in.gif", grey_levels(4), codec="gif", pix_fmt="gray")
+    )
     assert times(clip) == [Fraction(i, 25) for i in range(4)]
     assert (clip.frames.float().mean((1, 2, 3)) - 40 - 2 * torch.arange(4)).abs().max() < 1
 
 
-# ----------------------------------------------------------------------------------------- size and shape
+# --- size and shape -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("height, width", [(47, 64), (48, 63), (33, 21), (2, 3)])
 def test_odd_sides_lose_one_pixel(tmp_path: Path, height: int, width: int) -> None:
     """4:2:0 has no odd sides: the result says what was written, and it is the frame without its last line."""
-    image = torch.arange(width, dtype=torch.uint8).mul(255 // width).expand(3, height, width).permute(1, 2, 0)
+    image = (
+        torch.arange(width, dtype=torch.uint8)
+        .mul(255 // width)
+        .expand(3, height, width)
+        .permute(1, 2, 0)
+    )
     size = video.write_video(tmp_path / "out.mp4", image[None], fps=10)
     assert size == (height // 2 * 2, width // 2 * 2)
     (again,) = video.read_video(tmp_path / "out.mp4").frames
@@ -347,7 +384,9 @@ def test_odd_sides_lose_one_pixel(tmp_path: Path, height: int, width: int) -> No
 def test_odd_sides_are_read(tmp_path: Path) -> None:
     """A source with odd sides is not cut on reading."""
     images = grey_levels(3, 45, 61)
-    clip = video.read_video(encode(tmp_path / "in.webm", images, codec="libvpx-vp9", pix_fmt="yuv444p"))
+    clip = video.read_video(
+        encode(tmp_path / "in.webm", images, codec="libvpx-vp9", pix_fmt="yuv444p")
+    )
     assert clip.frames.shape == (3, 45, 61, 3)
 
 
@@ -386,7 +425,9 @@ def test_cover_picture_is_not_the_video(tmp_path: Path) -> None:
     """An attached picture is neither taken for the video nor makes a song one."""
     for name, codecs in (("song.mp3", ["png"]), ("clip.mp4", ["png", "libx264"])):
         with av.open(str(tmp_path / name), "w") as out:
-            audio = out.add_stream("libmp3lame" if name == "song.mp3" else "aac", rate=48000, layout="stereo")
+            audio = out.add_stream(
+                "libmp3lame" if name == "song.mp3" else "aac", rate=48000, layout="stereo"
+            )
             streams = [out.add_stream(codec, rate=25, width=64, height=48) for codec in codecs]
             streams[0].pix_fmt, streams[0].disposition = "rgb24", av.stream.Disposition.attached_pic
             for stream, count in zip(streams, (1, 5), strict=False):
@@ -401,7 +442,7 @@ def test_cover_picture_is_not_the_video(tmp_path: Path) -> None:
         video.read_video(tmp_path / "song.mp3")
 
 
-# ------------------------------------------------------------------------------------------------ colour
+# --- colour ---------------------------------------------------------------------------------------
 
 COLOURS = np.array(
     [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [128, 128, 128], [200, 100, 50],
@@ -417,16 +458,26 @@ def naive_yuv(rgb: np.ndarray, matrix: int = 1, full: bool = False, bits: int = 
     y = red * r + (1 - red - blue) * g + blue * b
     cb, cr = (b - y) / (2 * (1 - blue)), (r - y) / (2 * (1 - red))
     if full:
-        return (2**bits - 1) * np.array([y, cb, cr]) + np.array([0, 2 ** (bits - 1), 2 ** (bits - 1)])
-    return 2 ** (bits - 8) * (np.array([219, 224, 224]) * np.array([y, cb, cr]) + np.array([16, 128, 128]))
+        return (2**bits - 1) * np.array([y, cb, cr]) + np.array(
+            [0, 2 ** (bits - 1), 2 ** (bits - 1)]
+        )
+    return 2 ** (bits - 8) * (
+        np.array([219, 224, 224]) * np.array([y, cb, cr]) + np.array([16, 128, 128])
+    )
 
 
-def encode_yuv(path: Path, values: np.ndarray, height: int, width: int, bits: int, matrix: int, full: bool) -> Path:
+def encode_yuv(
+    path: Path, values: np.ndarray, height: int, width: int, bits: int, matrix: int, full: bool
+) -> Path:
     """A lossless clip of one frame per row of `values`, given as code values of Y, Cb, Cr."""
     pix_fmt, dtype = ("yuv420p10le", np.uint16) if bits == 10 else ("yuv420p", np.uint8)
     with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx265" if bits == 10 else "libx264", rate=25, width=width, height=height)
-        stream.codec_context.options = {"x265-params": "lossless=1:log-level=0"} if bits == 10 else {"qp": "0"}
+        stream = out.add_stream(
+            "libx265" if bits == 10 else "libx264", rate=25, width=width, height=height
+        )
+        stream.codec_context.options = (
+            {"x265-params": "lossless=1:log-level=0"} if bits == 10 else {"qp": "0"}
+        )
         stream.pix_fmt = pix_fmt
         stream.codec_context.colorspace = matrix
         stream.codec_context.color_range = ColorRange.JPEG if full else ColorRange.MPEG
@@ -436,7 +487,10 @@ def encode_yuv(path: Path, values: np.ndarray, height: int, width: int, bits: in
                 level = min(round(level), 2**bits - 1)
                 plane.update(np.full(plane.buffer_size // dtype().itemsize, level, dtype).tobytes())
             frame.pts = number
-            frame.colorspace, frame.color_range = matrix, ColorRange.JPEG if full else ColorRange.MPEG
+            frame.colorspace, frame.color_range = (
+                matrix,
+                ColorRange.JPEG if full else ColorRange.MPEG,
+            )
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return path
@@ -486,7 +540,11 @@ def test_output_opens_everywhere(tmp_path: Path) -> None:
     video.write_video(out, torch.from_numpy(grey_levels(30)), fps=NTSC)
     with av.open(str(out)) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.profile, stream.pix_fmt) == ("h264", "High", "yuv420p")
+        assert (stream.codec_context.name, stream.profile, stream.pix_fmt) == (
+            "h264",
+            "High",
+            "yuv420p",
+        )
         packets = [packet for packet in container.demux(stream) if packet.size]
     assert [packet.dts for packet in packets] == [packet.pts for packet in packets]
     data = out.read_bytes()
@@ -494,7 +552,7 @@ def test_output_opens_everywhere(tmp_path: Path) -> None:
     assert decoded(out)[0] == [i / NTSC for i in range(30)]
 
 
-# ------------------------------------------------------------------------------------------------ writing
+# --- writing --------------------------------------------------------------------------------------
 
 
 def test_blocks_give_the_same_file_as_one_tensor(tmp_path: Path) -> None:
@@ -561,7 +619,7 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         video.check_writable(tmp_path / "a.mp4")
 
 
-# -------------------------------------------------------------------------------------------------- errors
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_files_that_are_not_videos(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -602,7 +660,11 @@ def test_files_that_are_not_videos(tmp_path: Path, capfd: pytest.CaptureFixture[
     ],
 )
 def test_truncated_files_are_refused(
-    tmp_path: Path, name: str, audio: str | None, container: dict[str, str], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    name: str,
+    audio: str | None,
+    container: dict[str, str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A file cut anywhere is an error rather than a silently shorter clip, and a whole one is not."""
     images = np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), dtype=np.uint8)
@@ -642,7 +704,9 @@ def test_live_recordings_declare_no_length(tmp_path: Path) -> None:
 def test_long_and_appended_boxes(tmp_path: Path, movflags: str) -> None:
     """An MP4 may have 64-bit sizes, a last box that goes to the end of the file, and bytes behind it."""
     source = tmp_path / "in.mp4"
-    data = encode(source, grey_levels(10), audio="aac", container={"movflags": movflags}).read_bytes()
+    data = encode(
+        source, grey_levels(10), audio="aac", container={"movflags": movflags}
+    ).read_bytes()
     start = data.index(b"mdat") - 4
     size = int.from_bytes(data[start : start + 4], "big")
     # An empty "free" box is in front of the data: the two headers have the length of one with a 64-bit size.
@@ -682,7 +746,7 @@ def test_damaged_frames_are_refused(tmp_path: Path) -> None:
     assert times(video.read_video(damage(places[:10]))) == [Fraction(i, 25) for i in range(10, 30)]
 
 
-# --------------------------------------------------------------------------------------------- real clips
+# --- real clips -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -714,9 +778,13 @@ def test_real_clips(tmp_path: Path, name: str, rate: int, with_audio: bool) -> N
 
 def test_frames_survive_the_networks_numbers():
     """All 256 levels come back; black is -1, white 1; channels go in front of time, for a clip and for a batch."""
-    frames = torch.arange(256, dtype=torch.uint8).view(1, 4, 8, 8, 1).repeat(2, 1, 1, 1, 3)  # (B, T, H, W, 3)
+    frames = (
+        torch.arange(256, dtype=torch.uint8).view(1, 4, 8, 8, 1).repeat(2, 1, 1, 1, 3)
+    )  # (B, T, H, W, 3)
     frames[..., 1] = frames[..., 1].flip(1)
     numbers = video.to_float(frames)
     assert numbers.shape == (2, 3, 4, 8, 8) and numbers.dtype == torch.float32
     assert numbers[0, 0, 0, 0, 0] == -1 and numbers[0, 0, 3, 7, 7] == 1
-    assert torch.equal(video.to_uint8(numbers), frames) and torch.equal(video.to_float(frames[1]), numbers[1])
+    assert torch.equal(video.to_uint8(numbers), frames) and torch.equal(
+        video.to_float(frames[1]), numbers[1]
+    )

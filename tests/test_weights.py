@@ -25,14 +25,14 @@ from safetensors.torch import load_file, save_file
 
 import rvedit
 import weights
-from mllm import merge_lora
+from qwen import merge_lora
 
 MANIFESTS = Path(__file__).parent / "manifests"
 STEM = "diffusion_pytorch_model"
 FULL = rvedit.preset("wan2.2-ti2v-5b")
 
 
-# --- Writers of the public layouts ------------------------------------------------------------------------------------
+# --- Writers of the public layouts ----------------------------------------------------------------
 
 TRANSFORMER = {  # original -> Diffusers
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -48,15 +48,24 @@ TRANSFORMER = {  # original -> Diffusers
     "ffn.2": "ffn.net.2",
 }
 for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn")):
-    TRANSFORMER |= {f"{ours}.{x}": f"{theirs}.to_{x}" for x in "qkv"} | {f"{ours}.o": f"{theirs}.to_out.0"}
+    TRANSFORMER |= {f"{ours}.{x}": f"{theirs}.to_{x}" for x in "qkv"} | {
+        f"{ours}.o": f"{theirs}.to_out.0"
+    }
     TRANSFORMER |= {f"{ours}.norm_{x}": f"{theirs}.norm_{x}" for x in "qk"}
 
-RESIDUAL = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
+RESIDUAL = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+}
 RESIDUAL |= {"shortcut": "conv_shortcut"}
 
 
 def diffusers_transformer_name(key):
-    block, layer, suffix = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", key).groups(default="")
+    block, layer, suffix = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", key).groups(
+        default=""
+    )
     return block + TRANSFORMER.get(layer, layer) + suffix
 
 
@@ -89,9 +98,16 @@ def write(folder, stem, tensors, shards=1):
         names = [f"{stem}.safetensors"]
     keys = list(tensors)
     for i, name in enumerate(names):
-        save_file({key: tensors[key].contiguous() for key in keys[i::shards]}, folder / name, {"format": "pt"})
+        save_file(
+            {key: tensors[key].contiguous() for key in keys[i::shards]},
+            folder / name,
+            {"format": "pt"},
+        )
     if shards > 1:
-        index = {"metadata": {}, "weight_map": {key: names[i % shards] for i, key in enumerate(keys)}}
+        index = {
+            "metadata": {},
+            "weight_map": {key: names[i % shards] for i, key in enumerate(keys)},
+        }
         write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
@@ -102,31 +118,62 @@ def write_json(path, content):
 
 def transformer_tensors(model):
     """Wan's transformer under its original names: no source embedding, but a text embedding that we do not use."""
-    state = {key: value for key, value in model.dit.state_dict().items() if not key.startswith("source_embedding.")}
+    state = {
+        key: value
+        for key, value in model.dit.state_dict().items()
+        if not key.startswith("source_embedding.")
+    }
     for layer, shape in (("0", (24, 16)), ("2", (24, 24))):
-        state |= {f"text_embedding.{layer}.weight": torch.rand(shape), f"text_embedding.{layer}.bias": torch.rand(24)}
+        state |= {
+            f"text_embedding.{layer}.weight": torch.rand(shape),
+            f"text_embedding.{layer}.bias": torch.rand(24),
+        }
     return state
 
 
 def qwen_tensors(model, newer=False):
     """Qwen under the hub's names, or under those that newer versions of transformers write."""
-    state = {key: value for key, value in model.encoder.qwen.state_dict().items() if "lora_" not in key}
+    state = {
+        key: value for key, value in model.encoder.qwen.state_dict().items() if "lora_" not in key
+    }
     if not newer:
         return state
-    head = {"lm_head.weight": state["model.embed_tokens.weight"].clone()}  # tied, and stored all the same
+    head = {
+        "lm_head.weight": state["model.embed_tokens.weight"].clone()
+    }  # tied, and stored all the same
     rename = {"visual": "model.visual", "model": "model.language_model"}
-    return {rename[(part := key.split(".", 1))[0]] + "." + part[1]: value for key, value in state.items()} | head
+    return {
+        rename[(part := key.split(".", 1))[0]] + "." + part[1]: value
+        for key, value in state.items()
+    } | head
 
 
 def qwen_json(config, nested=False):
-    vision = dataclasses.asdict(config.vision) | {"hidden_act": "silu", "in_chans": 3, "out_hidden_size": 24}
-    ids = {"model_type": "qwen2_5_vl", "video_token_id": config.video_token_id, "vision_config": vision}
+    vision = dataclasses.asdict(config.vision) | {
+        "hidden_act": "silu",
+        "in_chans": 3,
+        "out_hidden_size": 24,
+    }
+    ids = {
+        "model_type": "qwen2_5_vl",
+        "video_token_id": config.video_token_id,
+        "vision_config": vision,
+    }
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    text = {name: getattr(config, name) for name in (*names.split(), "max_position_embeddings", "rms_norm_eps")}
+    text = {
+        name: getattr(config, name)
+        for name in (*names.split(), "max_position_embeddings", "rms_norm_eps")
+    }
     rotary = {"type": "mrope", "mrope_section": list(config.mrope_section)}
     if nested:
-        return ids | {"text_config": text | {"rope_parameters": rotary | {"rope_theta": config.rope_theta}}}
-    return ids | text | {"rope_theta": config.rope_theta, "rope_scaling": rotary, "tie_word_embeddings": True}
+        return ids | {
+            "text_config": text | {"rope_parameters": rotary | {"rope_theta": config.rope_theta}}
+        }
+    return (
+        ids
+        | text
+        | {"rope_theta": config.rope_theta, "rope_scaling": rotary, "tie_word_embeddings": True}
+    )
 
 
 def write_qwen(folder, model, newer=False, nested=False):
@@ -137,8 +184,18 @@ def write_qwen(folder, model, newer=False, nested=False):
 
 def wan_json(config):
     """The original layout's config.json; Wan's own has exactly these fields."""
-    content = {"_class_name": "WanModel", "_diffusers_version": "0.33.0", "model_type": "ti2v", "text_len": 512}
-    content |= {"dim": config.dim, "eps": config.eps, "ffn_dim": config.ffn_dim, "freq_dim": config.freq_dim}
+    content = {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.33.0",
+        "model_type": "ti2v",
+        "text_len": 512,
+    }
+    content |= {
+        "dim": config.dim,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+    }
     content |= {"num_heads": config.num_heads, "num_layers": config.num_blocks}
     return content | {"in_dim": config.in_channels, "out_dim": config.out_channels}
 
@@ -150,52 +207,98 @@ def write_wan_original(folder, model, vae):
 
 
 def write_transformer_folder(folder, model):
-    write(folder, STEM, {diffusers_transformer_name(key): value for key, value in transformer_tensors(model).items()})
+    write(
+        folder,
+        STEM,
+        {
+            diffusers_transformer_name(key): value
+            for key, value in transformer_tensors(model).items()
+        },
+    )
     config = model.config.dit
-    content = {"_class_name": "WanTransformer3DModel", "num_attention_heads": config.num_heads, "eps": config.eps}
-    content |= {"attention_head_dim": config.dim // config.num_heads, "num_layers": config.num_blocks}
+    content = {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": config.num_heads,
+        "eps": config.eps,
+    }
+    content |= {
+        "attention_head_dim": config.dim // config.num_heads,
+        "num_layers": config.num_blocks,
+    }
     write_json(folder / "config.json", content)
 
 
 def vae_json(config):
     names = "z_dim dim_mult num_res_blocks latents_mean latents_std".split()
     content = {name: getattr(config, name) for name in names}
-    return content | {"temperal_downsample": config.temporal_downsample, "attn_scales": [], "dropout": 0.0}
+    return content | {
+        "temperal_downsample": config.temporal_downsample,
+        "attn_scales": [],
+        "dropout": 0.0,
+    }
 
 
 def write_wan_diffusers(folder, model, vae):
     write_transformer_folder(folder / "transformer", model)
-    write(folder / "vae", STEM, {diffusers_vae_name(key): value for key, value in vae.state_dict().items()}, shards=2)
-    config = {"base_dim": vae.config.dim, "decoder_base_dim": vae.config.dec_dim, "patch_size": 2, "clip_output": False}
+    write(
+        folder / "vae",
+        STEM,
+        {diffusers_vae_name(key): value for key, value in vae.state_dict().items()},
+        shards=2,
+    )
+    config = {
+        "base_dim": vae.config.dim,
+        "decoder_base_dim": vae.config.dec_dim,
+        "patch_size": 2,
+        "clip_output": False,
+    }
     write_json(folder / "vae" / "config.json", vae_json(vae.config) | config)
 
 
 def kiwi_connector(model, name):
-    return {f"{name}.{key}": value.clone() for key, value in model.encoder.editing_connector.state_dict().items()}
+    return {
+        f"{name}.{key}": value.clone()
+        for key, value in model.encoder.editing_connector.state_dict().items()
+    }
 
 
 def write_kiwi(folder, model, vae, reference=None):
     """Kiwi-Edit's release of a model without LoRA. reference: None, "zeros" in ref_embedder, or "trained"."""
     write_transformer_folder(folder / "transformer", model)
     write(folder / "vae", STEM, vae.state_dict())
-    write_json(folder / "vae" / "config.json", vae_json(vae.config) | {"_class_name": "VAE", "dim": vae.config.dim})
+    write_json(
+        folder / "vae" / "config.json",
+        vae_json(vae.config) | {"_class_name": "VAE", "dim": vae.config.dim},
+    )
     write(folder / "source_embedder", STEM, source := embedder_tensors(model))
     custom = {"image_queries": torch.rand(3, 24), "video_queries": model.encoder.queries.detach()}
     custom |= kiwi_connector(model, "connector")
     if reference == "trained":
         custom |= {"ref_queries": torch.rand(7, 24)} | kiwi_connector(model, "ref_connector")
     write(folder / "mllm_encoder", STEM, custom)
-    write(folder / "mllm_encoder", "model", qwen_tensors(model, newer=reference == "zeros"), shards=2)
-    write_json(folder / "mllm_encoder" / "config.json", {"max_frames": 4, "max_pixels_per_frame": 32**2, "dit_dim": 24})
+    write(
+        folder / "mllm_encoder", "model", qwen_tensors(model, newer=reference == "zeros"), shards=2
+    )
+    write_json(
+        folder / "mllm_encoder" / "config.json",
+        {"max_frames": 4, "max_pixels_per_frame": 32**2, "dit_dim": 24},
+    )
     write_json(folder / "ref_embedder" / "config.json", {"_class_name": "ConditionalEmbedder"})
     if reference:
-        write(folder / "ref_embedder", STEM, {key: torch.zeros_like(value) for key, value in source.items()})
+        write(
+            folder / "ref_embedder",
+            STEM,
+            {key: torch.zeros_like(value) for key, value in source.items()},
+        )
     write_json(folder / "processor" / "qwen_config.json", qwen_json(model.config.qwen, nested=True))
     (folder / "processor" / "tokenizer.json").write_text(model.encoder.tokenizer.to_str())
 
 
 def embedder_tensors(model):
-    return {f"patch_embedding.{key}": value.clone() for key, value in model.dit.source_embedding.state_dict().items()}
+    return {
+        f"patch_embedding.{key}": value.clone()
+        for key, value in model.dit.source_embedding.state_dict().items()
+    }
 
 
 def kiwi_training_tensors(model, reference=False):
@@ -204,16 +307,23 @@ def kiwi_training_tensors(model, reference=False):
     for key, value in model.encoder.qwen.model.state_dict().items():
         if "lora_" in key:
             state[f"mllm.model.model.language_model.{key}.default.weight"] = value
-    state |= {"mllm.image_queries.q": torch.rand(3, 24), "mllm.video_queries.q": model.encoder.queries.detach()}
+    state |= {
+        "mllm.image_queries.q": torch.rand(3, 24),
+        "mllm.video_queries.q": model.encoder.queries.detach(),
+    }
     state |= kiwi_connector(model, "mllm.connetor")
     state |= {f"vae_condition.{key}": value for key, value in embedder_tensors(model).items()}
     if reference:
-        state |= {"mllm.ref_queries.q": torch.rand(7, 24)} | kiwi_connector(model, "mllm.ref_connector")
-        state |= {f"ref_vae_condition.{key}": value for key, value in embedder_tensors(model).items()}
+        state |= {"mllm.ref_queries.q": torch.rand(7, 24)} | kiwi_connector(
+            model, "mllm.ref_connector"
+        )
+        state |= {
+            f"ref_vae_condition.{key}": value for key, value in embedder_tensors(model).items()
+        }
     return state
 
 
-# --- The model that is written, and what it computes ------------------------------------------------------------------
+# --- The model that is written, and what it computes ----------------------------------------------
 
 
 @functools.cache
@@ -241,7 +351,9 @@ def share_connector(model):
 @torch.no_grad()
 def outputs(model, vae, depth=1):
     """The velocity, the three streams and a clip's latents and reconstruction, all of the same inputs."""
-    condition = model.encoder.encode(original()[0].encoder.prepare([make_clip(5, 32, 32)], ["make it snow"]))
+    condition = model.encoder.encode(
+        original()[0].encoder.prepare([make_clip(5, 32, 32)], ["make it snow"])
+    )
     generator = torch.Generator().manual_seed(5)
     z_t, source = torch.randn(2, 1, model.config.dit.in_channels, 2, 4, 4, generator=generator)
     velocity = model.dit(z_t, torch.tensor([0.7]), model.contexts(condition, depth), source)
@@ -286,8 +398,14 @@ def test_the_writers_know_the_layouts(folders, tmp_path):
 
     assert written(folders / "wan") == manifest("wan2.2_ti2v_5b_transformer_original")
     assert strip(torch.load(folders / "wan/Wan2.2_VAE.pth")) == manifest("wan2.2_vae_original")
-    assert written(folders / "wan_diffusers/transformer") == manifest("wan2.2_ti2v_5b_transformer_diffusers")
-    vae = {key for path in (folders / "wan_diffusers/vae").glob("*.safetensors") for key in load_file(path)}
+    assert written(folders / "wan_diffusers/transformer") == manifest(
+        "wan2.2_ti2v_5b_transformer_diffusers"
+    )
+    vae = {
+        key
+        for path in (folders / "wan_diffusers/vae").glob("*.safetensors")
+        for key in load_file(path)
+    }
     assert vae == json.loads((MANIFESTS / "wan2.2_vae_diffusers.json").read_text()).keys()
     assert written(folders / "qwen", "model") == manifest("qwen2.5_vl_3b_hub")
     for part in ("transformer", "vae", "source_embedder", "ref_embedder", "mllm_encoder"):
@@ -298,7 +416,7 @@ def test_the_writers_know_the_layouts(folders, tmp_path):
         assert names == manifest("kiwi_edit_5b_training", part)
 
 
-# --- Our own checkpoints ----------------------------------------------------------------------------------------------
+# --- Our own checkpoints --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [5_000_000_000, 30_000])
@@ -315,7 +433,10 @@ def test_our_checkpoint_gives_back_the_model(tmp_path, monkeypatch, limit):
     assert all(p.requires_grad for p in loaded[0].parameters())
 
     expected = model.state_dict() | {f"vae.{key}": value for key, value in vae.state_dict().items()}
-    index, found = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"], {}
+    index, found = (
+        json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"],
+        {},
+    )
     shards = sorted(folder.glob("*.safetensors"))
     for path in shards:
         tensors = load_file(path)
@@ -326,7 +447,12 @@ def test_our_checkpoint_gives_back_the_model(tmp_path, monkeypatch, limit):
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert (len(shards) == 1) == (limit > 30_000)
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
-    names = {"config.json", "tokenizer.json", "model.safetensors.index.json", *(path.name for path in shards)}
+    names = {
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        *(path.name for path in shards),
+    }
     assert {path.name for path in folder.iterdir()} == names
 
 
@@ -343,7 +469,7 @@ def test_what_comes_from_a_release_is_saved_as_ours(folders, tmp_path):
     assert loaded[0].config.lora_rank == 64 and loaded[0].config.routing_depth == 3
 
 
-# --- Wan and Qwen -----------------------------------------------------------------------------------------------------
+# --- Wan and Qwen ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -357,7 +483,11 @@ def test_wan_and_qwen_are_a_start_for_training(folders, tmp_path, wan, newer, ne
     loaded, loaded_vae = rvedit.load(wan=folders / wan, qwen=tmp_path / "qwen")
     assert loaded.config.vae == vae.config and loaded.config.dit == model.config.dit
     assert loaded.config.qwen == model.config.qwen
-    assert (loaded.config.routing_depth, loaded.config.num_editing_tokens, loaded.config.lora_rank) == (1, 512, 64)
+    assert (
+        loaded.config.routing_depth,
+        loaded.config.num_editing_tokens,
+        loaded.config.lora_rank,
+    ) == (1, 512, 64)
     assert loaded.encoder.tokenizer.to_str() == model.encoder.tokenizer.to_str()
 
     again, _ = rvedit.load(wan=str(folders / wan), qwen=str(tmp_path / "qwen"))
@@ -373,7 +503,9 @@ def test_wan_and_qwen_are_a_start_for_training(folders, tmp_path, wan, newer, ne
         if "lora_" in name:
             parameter.zero_()
     inputs = model.encoder.prepare([make_clip(5, 32, 32)], ["make it snow"])
-    hidden = [m.encoder.qwen(*inputs[:3], model.encoder.queries, inputs[3]) for m in (loaded, model)]
+    hidden = [
+        m.encoder.qwen(*inputs[:3], model.encoder.queries, inputs[3]) for m in (loaded, model)
+    ]
     assert torch.equal(*hidden)
     torch.manual_seed(0)
     z_t, source, context = *torch.randn(2, 1, 48, 2, 4, 4), torch.randn(1, 5, 24)
@@ -384,7 +516,7 @@ def test_wan_and_qwen_are_a_start_for_training(folders, tmp_path, wan, newer, ne
     assert torch.equal(loaded_vae.decode(latents), vae.decode(latents))
 
 
-# --- Kiwi-Edit --------------------------------------------------------------------------------------------------------
+# --- Kiwi-Edit ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reference", [None, "zeros", "trained"])
@@ -411,7 +543,10 @@ def test_kiwi_edits_training_state_lies_over_wan_and_qwen(folders, tmp_path, wan
     """What it trained replaces Wan's own, unmerged LoRA included; Qwen and the VAE are those of the folders."""
     model, vae = share_connector(copy.deepcopy(original()[0])), original()[1]
     randomise(model.dit, seed=7)  # so that it is not what lies under it
-    state = {key: value.to(dtype) for key, value in kiwi_training_tensors(model, suffix == ".pth").items()}
+    state = {
+        key: value.to(dtype)
+        for key, value in kiwi_training_tensors(model, suffix == ".pth").items()
+    }
     path = tmp_path / f"step-100{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     loaded = rvedit.load(path, folders / wan, folders / "qwen")
@@ -425,7 +560,7 @@ def test_kiwi_edits_training_state_lies_over_wan_and_qwen(folders, tmp_path, wan
     assert_same(loaded, (model, vae))
 
 
-# --- How it is loaded -------------------------------------------------------------------------------------------------
+# --- How it is loaded -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["ours", "kiwi", "start", "training"])
@@ -443,7 +578,9 @@ def test_weights_come_in_the_wanted_dtype_but_the_vae_encoder_in_float32(folders
         assert (p.dtype, p.device.type) == (dtype, device), name
         assert p.is_meta or torch.equal(p.cpu(), expected_vae.get_parameter(name).to(dtype)), name
     for name, p in model.named_parameters():
-        assert p.is_meta or torch.equal(p.cpu(), expected.get_parameter(name).to(torch.bfloat16)), name
+        assert p.is_meta or torch.equal(p.cpu(), expected.get_parameter(name).to(torch.bfloat16)), (
+            name
+        )
     assert not [*model.buffers(), *vae.buffers()]
 
 
@@ -453,11 +590,16 @@ def test_a_model_is_stored_in_its_dtypes(folders, tmp_path):
     rvedit.save(tmp_path / "ours", model, vae)
     with safe_open(tmp_path / "ours/model-00001-of-00001.safetensors", framework="pt") as file:
         dtypes = {
-            (re.match("vae.(encoder|conv1)", key) is None, file.get_slice(key).get_dtype()) for key in file.keys()
+            (re.match("vae.(encoder|conv1)", key) is None, file.get_slice(key).get_dtype())
+            for key in file.keys()
         }
     assert dtypes == {(True, "BF16"), (False, "F32")}
-    for again, part in zip(rvedit.load(tmp_path / "ours", dtype=torch.bfloat16), (model, vae), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), part.parameters(), strict=True))
+    for again, part in zip(
+        rvedit.load(tmp_path / "ours", dtype=torch.bfloat16), (model, vae), strict=True
+    ):
+        assert all(
+            torch.equal(a, b) for a, b in zip(again.parameters(), part.parameters(), strict=True)
+        )
 
 
 def test_sharding_comes_before_the_weights(folders):
@@ -488,7 +630,10 @@ def test_one_tensor_at_a_time_is_in_memory(folders, monkeypatch, layout):
 
         if path.suffix == ".pth":  # mapped, not read
             return opened(path)
-        return {key: tensor._replace(read=lambda t=tensor: read(t)) for key, tensor in opened(path).items()}
+        return {
+            key: tensor._replace(read=lambda t=tensor: read(t))
+            for key, tensor in opened(path).items()
+        }
 
     monkeypatch.setattr(weights, "open_file", counted)
     parts = [folders / "wan", folders / "qwen"] if layout == "training" else []
@@ -502,12 +647,16 @@ def private_bytes():
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of this process's memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads Linux's account of this process's memory"
+)
 @pytest.mark.parametrize("kind", ["ours", "wan", "training"])
 def test_loading_takes_the_memory_of_the_model(tmp_path, monkeypatch, kind):
     """90 MB of weights: at no time in loading has the process grown by more than the model and its largest tensor."""
     small = original()[0].config
-    config = dataclasses.replace(small, dit=dataclasses.replace(small.dit, dim=768, ffn_dim=2048, num_blocks=2))
+    config = dataclasses.replace(
+        small, dit=dataclasses.replace(small.dit, dim=768, ffn_dim=2048, num_blocks=2)
+    )
     model, vae = rvedit.RVEDiT(config, original()[0].encoder.tokenizer), original()[1]
     if kind == "ours":
         rvedit.save(tmp_path / "large", model, vae)
@@ -517,10 +666,14 @@ def test_loading_takes_the_memory_of_the_model(tmp_path, monkeypatch, kind):
         write_qwen(tmp_path / "qwen", model)
         places = {"wan": tmp_path / "wan", "qwen": tmp_path / "qwen"}
         if kind == "training":
-            torch.save(kiwi_training_tensors(model), places.setdefault("path", tmp_path / "training.pth"))
+            torch.save(
+                kiwi_training_tensors(model), places.setdefault("path", tmp_path / "training.pth")
+            )
     del model, vae
     gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # or glibc keeps what the model had, and uses it again
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(
+        0
+    )  # or glibc keeps what the model had, and uses it again
     grown, assign, before = [], weights.assign, private_bytes()
 
     def watched(parameter, value):
@@ -533,7 +686,7 @@ def test_loading_takes_the_memory_of_the_model(tmp_path, monkeypatch, kind):
     assert max(grown) < sum(sizes) + max(sizes) + 3e6
 
 
-# --- Writing over a former checkpoint ---------------------------------------------------------------------------------
+# --- Writing over a former checkpoint -------------------------------------------------------------
 
 
 def changed(seed):
@@ -565,7 +718,10 @@ def test_a_failed_save_leaves_the_former_checkpoint(tmp_path, monkeypatch, faili
     rename = Path.rename
 
     def fail(self=None, target=None, *_, **__):
-        place = {"first rename": (tmp_path / "ours"), "second rename": tmp_path / ".ours.partial"}.get(failing)
+        place = {
+            "first rename": (tmp_path / "ours"),
+            "second rename": tmp_path / ".ours.partial",
+        }.get(failing)
         if place is None or self == place:
             raise error
         return rename(self, target)
@@ -609,10 +765,14 @@ def test_the_leavings_of_a_killed_run_are_cleaned_up(tmp_path, killed):
     assert_same(rvedit.load(tmp_path / "ours"), original())
 
 
-# --- Damaged and mistaken checkpoints ---------------------------------------------------------------------------------
+# --- Damaged and mistaken checkpoints -------------------------------------------------------------
 
 LAYOUTS = {  # a file of it, a tensor in that file and our name for it
-    "ours": ("ours/model-00001-of-00001.safetensors", "dit.blocks.1.ffn.2.bias", "dit.blocks.1.ffn.2.bias"),
+    "ours": (
+        "ours/model-00001-of-00001.safetensors",
+        "dit.blocks.1.ffn.2.bias",
+        "dit.blocks.1.ffn.2.bias",
+    ),
     "wan": (f"wan/{STEM}-00001-of-00003.safetensors", None, None),
     "wan vae": ("wan/Wan2.2_VAE.pth", "decoder.conv1.bias", "decoder.conv1.bias"),
     "qwen": ("qwen/model-00001-of-00002.safetensors", None, None),
@@ -622,10 +782,22 @@ LAYOUTS = {  # a file of it, a tensor in that file and our name for it
         "dit.blocks.1.ffn.2.bias",
     ),
     "wan_diffusers vae": (f"wan_diffusers/vae/{STEM}-00001-of-00002.safetensors", None, None),
-    "kiwi": (f"kiwi/transformer/{STEM}.safetensors", "blocks.1.ffn.net.2.bias", "dit.blocks.1.ffn.2.bias"),
+    "kiwi": (
+        f"kiwi/transformer/{STEM}.safetensors",
+        "blocks.1.ffn.net.2.bias",
+        "dit.blocks.1.ffn.2.bias",
+    ),
     "kiwi vae": (f"kiwi/vae/{STEM}.safetensors", "decoder.conv1.bias", "decoder.conv1.bias"),
-    "kiwi mllm": (f"kiwi/mllm_encoder/{STEM}.safetensors", "connector.0.bias", "encoder.editing_connector.0.bias"),
-    "kiwi source": (f"kiwi/source_embedder/{STEM}.safetensors", "patch_embedding.bias", "dit.source_embedding.bias"),
+    "kiwi mllm": (
+        f"kiwi/mllm_encoder/{STEM}.safetensors",
+        "connector.0.bias",
+        "encoder.editing_connector.0.bias",
+    ),
+    "kiwi source": (
+        f"kiwi/source_embedder/{STEM}.safetensors",
+        "patch_embedding.bias",
+        "dit.source_embedding.bias",
+    ),
     "training": (
         "training.safetensors",
         "mllm.model.model.language_model.layers.1.self_attn.o_proj.lora_B.default.weight",
@@ -639,7 +811,10 @@ def places(root, layout):
     if layout in ("ours", "kiwi"):
         return {"path": root / layout}
     path = {"path": root / "training.safetensors"} if layout == "training" else {}
-    return path | {"wan": root / (layout if layout.startswith("wan") else "wan"), "qwen": root / "qwen"}
+    return path | {
+        "wan": root / (layout if layout.startswith("wan") else "wan"),
+        "qwen": root / "qwen",
+    }
 
 
 def change_tensors(file, change):
@@ -664,7 +839,9 @@ def copied(folders, tmp_path):
 def refused(message, **arguments):
     """`load` raises ValueError with one line that matches, before it has read a tensor into the model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "assign", lambda *_: pytest.fail("read before the mistake was found"))
+        patch.setattr(
+            weights, "assign", lambda *_: pytest.fail("read before the mistake was found")
+        )
         with pytest.raises(ValueError, match=message) as caught:
             rvedit.load(**arguments)
     assert "\n" not in str(caught.value)
@@ -690,10 +867,15 @@ def test_a_key_removed_added_or_misshapen_is_named(copied, layout):
     refused(rf"{source}.* does not fit the model: {count} missing \({ours}[^;]*\)$", **arguments)
     file.write_bytes(backup)
     change_tensors(file, lambda state: state.update({"extra.weight": torch.ones(3)}))
-    refused(rf"{source}.* does not fit the model: 1 unexpected \([\w.]*extra.weight\)$", **arguments)
+    refused(
+        rf"{source}.* does not fit the model: 1 unexpected \([\w.]*extra.weight\)$", **arguments
+    )
     file.write_bytes(backup)
     change_tensors(file, lambda state: state.update({key: torch.ones(2, 3)}))
-    refused(rf"{source}.* does not fit the model: {count} misshapen \({ours} \[2, 3\] instead of \[", **arguments)
+    refused(
+        rf"{source}.* does not fit the model: {count} misshapen \({ours} \[2, 3\] instead of \[",
+        **arguments,
+    )
 
 
 def test_many_wrong_keys_are_counted_and_three_named(copied):
@@ -740,10 +922,19 @@ class Payload:
 
 def test_what_a_pickle_holds_is_not_run(copied):
     """Neither as a state dict of torch.save, nor as a bare pickle, nor under a safetensors file's name."""
-    bomb, vae, state = Payload(copied / "exploded"), copied / "wan/Wan2.2_VAE.pth", copied / "training.safetensors"
+    bomb, vae, state = (
+        Payload(copied / "exploded"),
+        copied / "wan/Wan2.2_VAE.pth",
+        copied / "training.safetensors",
+    )
     tensors = torch.load(vae)
     refusal = f"{re.escape(str(vae))} is not a plain state dict of tensors"
-    for content in (tensors | {"payload": bomb}, {"state_dict": tensors}, [*tensors.values()], bomb):
+    for content in (
+        tensors | {"payload": bomb},
+        {"state_dict": tensors},
+        [*tensors.values()],
+        bomb,
+    ):
         torch.save(content, vae)
         message = refused(refusal, **places(copied, "wan"))
         assert "weights_only" not in message  # PyTorch's advice is to run it
@@ -753,7 +944,10 @@ def test_what_a_pickle_holds_is_not_run(copied):
         refused(refusal, **places(copied, "wan"))
     torch.save(tensors, vae)
     state.write_bytes(pickled)
-    refused(f"{re.escape(str(state))} is damaged or not a safetensors file: ", **places(copied, "training"))
+    refused(
+        f"{re.escape(str(state))} is damaged or not a safetensors file: ",
+        **places(copied, "training"),
+    )
     assert not (copied / "exploded").exists()
     pickle.loads(pickled)
     assert (copied / "exploded").exists()  # so it would have
@@ -788,7 +982,9 @@ def only_pickles(folder):
 
 def to_another_shard(index):
     index["weight_map"]["head.modulation"] = next(
-        name for name in index["weight_map"].values() if name != index["weight_map"]["head.modulation"]
+        name
+        for name in index["weight_map"].values()
+        if name != index["weight_map"]["head.modulation"]
     )
 
 
@@ -796,7 +992,10 @@ OURS, WAN = "ours/model-00001-of-00001.safetensors", f"wan/{STEM}-00002-of-00003
 INDEX, KIWI = f"wan/{STEM}.safetensors.index.json", f"kiwi/transformer/{STEM}.safetensors"
 TRAINING, VAE, CONFIG = "training.safetensors", "wan/Wan2.2_VAE.pth", "ours/config.json"
 DAMAGED, NOT_JSON = "is damaged or not a safetensors file: ", "cannot be read as JSON: "
-MISFIT, NEITHER = "does not describe this model: ", "is neither a checkpoint of ours nor Kiwi-Edit's release: it holds "
+MISFIT, NEITHER = (
+    "does not describe this model: ",
+    "is neither a checkpoint of ours nor Kiwi-Edit's release: it holds ",
+)
 DAMAGES = [  # the layout that is loaded, what is damaged, how, the message (which begins with a path)
     ("ours", OURS, truncate, f"{OURS} {DAMAGED}"),
     ("wan", WAN, truncate, f"{WAN} {DAMAGED}"),
@@ -812,7 +1011,12 @@ DAMAGES = [  # the layout that is loaded, what is damaged, how, the message (whi
         f"ours/model.safetensors.index.json lists {OURS[5:]}, which is not there: download it again",
     ),
     ("wan", WAN, remove, f"{INDEX} lists {WAN[4:]}, which is not there: download it again"),
-    ("wan", INDEX, edited(to_another_shard), f"{INDEX} and its shards disagree on 1 keys, such as head.modulation$"),
+    (
+        "wan",
+        INDEX,
+        edited(to_another_shard),
+        f"{INDEX} and its shards disagree on 1 keys, such as head.modulation$",
+    ),
     (
         "wan",
         INDEX,
@@ -830,11 +1034,31 @@ DAMAGES = [  # the layout that is loaded, what is damaged, how, the message (whi
     ("wan", INDEX, becomes(b'{"weight_map": ["a"]}'), f"{INDEX} has no weight_map of names"),
     ("wan", INDEX, becomes(b'{"weight_map": {"a": 1}}'), f"{INDEX} has no weight_map of names"),
     ("wan", INDEX, becomes(b"{"), f"{INDEX} {NOT_JSON}"),
-    ("wan", "wan", only_pickles, rf"wan has neither {STEM}.* \(pytorch_model.bin is a pickle, which is never loaded"),
-    ("qwen", "qwen", only_pickles, r"qwen has neither model.* \(pytorch_model.bin is a pickle, which is never loaded"),
+    (
+        "wan",
+        "wan",
+        only_pickles,
+        rf"wan has neither {STEM}.* \(pytorch_model.bin is a pickle, which is never loaded",
+    ),
+    (
+        "qwen",
+        "qwen",
+        only_pickles,
+        r"qwen has neither model.* \(pytorch_model.bin is a pickle, which is never loaded",
+    ),
     ("wan", VAE, remove, "wan has no Wan2.2_VAE.pth: download it again"),
-    ("wan_diffusers", "wan_diffusers/vae", remove, f"wan_diffusers/vae has neither {STEM}.safetensors nor "),
-    ("kiwi", "kiwi/source_embedder", remove, f"kiwi/source_embedder has neither {STEM}.safetensors nor "),
+    (
+        "wan_diffusers",
+        "wan_diffusers/vae",
+        remove,
+        f"wan_diffusers/vae has neither {STEM}.safetensors nor ",
+    ),
+    (
+        "kiwi",
+        "kiwi/source_embedder",
+        remove,
+        f"kiwi/source_embedder has neither {STEM}.safetensors nor ",
+    ),
     ("kiwi", "kiwi/transformer", remove, f"kiwi {NEITHER}mllm_encoder, processor, "),
     # config.json
     ("ours", CONFIG, becomes(b"{"), f"{CONFIG} {NOT_JSON}"),
@@ -843,9 +1067,24 @@ DAMAGES = [  # the layout that is loaded, what is damaged, how, the message (whi
     ("ours", CONFIG, becomes(b'{"model_type": "qwen2_5_vl"}'), f"ours {NEITHER}config.json, "),
     ("ours", CONFIG, remove, f"ours {NEITHER}model-00001-of-00001.safetensors, "),
     ("ours", CONFIG, edited(lambda config: config.pop("dit")), f"{CONFIG} {MISFIT}.*'dit'"),
-    ("ours", CONFIG, edited(lambda config: config["vae"].update(colour=1)), f"{CONFIG} {MISFIT}.*'colour'"),
-    ("ours", CONFIG, edited(lambda config: config["qwen"]["vision"].clear()), f"{CONFIG} {MISFIT}.*'fullatt_block"),
-    ("ours", CONFIG, edited(lambda config: config.update(routing_depth=4)), f"{CONFIG} {MISFIT}routing depth 4 is not"),
+    (
+        "ours",
+        CONFIG,
+        edited(lambda config: config["vae"].update(colour=1)),
+        f"{CONFIG} {MISFIT}.*'colour'",
+    ),
+    (
+        "ours",
+        CONFIG,
+        edited(lambda config: config["qwen"]["vision"].clear()),
+        f"{CONFIG} {MISFIT}.*'fullatt_block",
+    ),
+    (
+        "ours",
+        CONFIG,
+        edited(lambda config: config.update(routing_depth=4)),
+        f"{CONFIG} {MISFIT}routing depth 4 is not",
+    ),
     (
         "ours",
         CONFIG,
@@ -853,30 +1092,52 @@ DAMAGES = [  # the layout that is loaded, what is damaged, how, the message (whi
         r"ours does not fit the model: 9 misshapen \(dit.blocks.0.ffn.0.bias \[40\] instead of \[41\], ",
     ),
     ("wan", "wan/config.json", remove, f"wan/config.json {NOT_JSON}.*No such file"),
-    ("wan", "wan/config.json", becomes(b"{}"), "wan/config.json does not say how many heads and layers"),
+    (
+        "wan",
+        "wan/config.json",
+        becomes(b"{}"),
+        "wan/config.json does not say how many heads and layers",
+    ),
     ("qwen", "qwen/config.json", remove, f"qwen/config.json {NOT_JSON}.*No such file"),
     ("kiwi", "kiwi/vae/config.json", remove, f"kiwi/vae/config.json {NOT_JSON}.*No such file"),
-    ("kiwi", "kiwi/processor/qwen_config.json", remove, f"kiwi/processor/qwen_config.json {NOT_JSON}.*No such file"),
+    (
+        "kiwi",
+        "kiwi/processor/qwen_config.json",
+        remove,
+        f"kiwi/processor/qwen_config.json {NOT_JSON}.*No such file",
+    ),
     # tokenizer.json
     ("ours", "ours/tokenizer.json", remove, "ours has no tokenizer.json: download it again"),
     ("qwen", "qwen/tokenizer.json", remove, "qwen has no tokenizer.json: download it again"),
-    ("kiwi", "kiwi/processor/tokenizer.json", remove, "kiwi/processor has no tokenizer.json: download it again"),
+    (
+        "kiwi",
+        "kiwi/processor/tokenizer.json",
+        remove,
+        "kiwi/processor has no tokenizer.json: download it again",
+    ),
     ("qwen", "qwen/tokenizer.json", becomes(b"{}"), "qwen/tokenizer.json is not a tokenizer: "),
     ("ours", "ours/tokenizer.json", truncate, "ours/tokenizer.json is not a tokenizer: "),
 ]
 
 
 @pytest.mark.parametrize(
-    ("layout", "file", "damage", "message"), DAMAGES, ids=[f"{d[0]}-{i}" for i, d in enumerate(DAMAGES)]
+    ("layout", "file", "damage", "message"),
+    DAMAGES,
+    ids=[f"{d[0]}-{i}" for i, d in enumerate(DAMAGES)],
 )
-def test_a_damaged_checkpoint_is_refused_by_its_file_and_its_fault(copied, layout, file, damage, message):
+def test_a_damaged_checkpoint_is_refused_by_its_file_and_its_fault(
+    copied, layout, file, damage, message
+):
     damage(copied / file)
     refused(f"{re.escape(str(copied))}/{message}", **places(copied, layout))
 
 
 def test_another_models_config_is_refused(copied):
     shutil.copy(copied / "wan/config.json", copied / "qwen")
-    refused("config.json: no 'vision_config' in it, so it is not a Qwen2.5-VL model's", **places(copied, "qwen"))
+    refused(
+        "config.json: no 'vision_config' in it, so it is not a Qwen2.5-VL model's",
+        **places(copied, "qwen"),
+    )
 
 
 def test_arguments_that_do_not_go_together_are_refused(folders, tmp_path):
@@ -887,16 +1148,31 @@ def test_arguments_that_do_not_go_together_are_refused(folders, tmp_path):
     refused(f"a start without a checkpoint {both}", wan=wan)
     refused(f"a start without a checkpoint {both}", qwen=qwen)
     for arguments in ({}, {"wan": wan}, {"qwen": qwen}):
-        refused(rf"training.safetensors \(Kiwi-Edit's training state\) {both}", path=training, **arguments)
+        refused(
+            rf"training.safetensors \(Kiwi-Edit's training state\) {both}",
+            path=training,
+            **arguments,
+        )
     refused("ours holds its own Wan and Qwen: leave out --wan and --qwen", path=ours, wan=wan)
-    refused("kiwi holds its own Wan and Qwen: leave out --wan and --qwen", path=folders / "kiwi", wan=wan, qwen=qwen)
+    refused(
+        "kiwi holds its own Wan and Qwen: leave out --wan and --qwen",
+        path=folders / "kiwi",
+        wan=wan,
+        qwen=qwen,
+    )
     refused(f"empty {NEITHER}nothing", path=empty)
     refused(f"wan {NEITHER}Wan2.2_VAE.pth, config.json, ", path=wan)
     refused("checkpoint .*absent does not exist", path=absent)
     refused("absent is not a folder", wan=absent, qwen=qwen)
     refused("training.safetensors is not a folder", wan=wan, qwen=training)
-    refused(f"empty has neither {STEM}.safetensors nor {STEM}.safetensors.index.json$", wan=empty, qwen=qwen)
-    refused("empty has neither model.safetensors nor model.safetensors.index.json$", wan=wan, qwen=empty)
+    refused(
+        f"empty has neither {STEM}.safetensors nor {STEM}.safetensors.index.json$",
+        wan=empty,
+        qwen=qwen,
+    )
+    refused(
+        "empty has neither model.safetensors nor model.safetensors.index.json$", wan=wan, qwen=empty
+    )
     refused(f"qwen has neither {STEM}.safetensors", wan=qwen, qwen=wan)
 
 
@@ -909,7 +1185,9 @@ def test_saving_replaces_nothing_but_a_checkpoint(tmp_path):
     for name in ("photos", "notes"):
         with pytest.raises(ValueError, match=name):
             rvedit.save(tmp_path / name, model, vae)
-    assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"meow" and (tmp_path / "notes").read_text() == "important"
+    assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"meow" and (
+        tmp_path / "notes"
+    ).read_text() == "important"
     (tmp_path / "empty").mkdir()
     for _ in range(2):
         rvedit.save(tmp_path / "empty", model, vae)

@@ -9,18 +9,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mllm import QwenConfig, VisionConfig
 from model import DiTConfig
+from qwen import QwenConfig, VisionConfig
 from rvedit import RVEDiTConfig
 from vae import VAEConfig
 
 Size = tuple[int, int, int]  # T, H, W
 
 
-def dit_flops(config: DiTConfig, tokens: int, contexts: list[int], source: bool = True, head: bool = True) -> int:
+def dit_flops(
+    config: DiTConfig, tokens: int, contexts: list[int], source: bool = True, head: bool = True
+) -> int:
     """A pass over S tokens through as many blocks as there are contexts, of N tokens each."""
     d, patch = config.dim, math.prod(config.patch_size)
-    embeddings = 2 * tokens * d * patch * config.in_channels * (1 + source) + 2 * d * (config.freq_dim + 7 * d)
+    embeddings = 2 * tokens * d * patch * config.in_channels * (1 + source) + 2 * d * (
+        config.freq_dim + 7 * d
+    )
     # Of a token q, k, v, o, cross-attention's q and o, and the feed-forward; of a context token k and v.
     linear = sum(2 * tokens * d * (6 * d + 2 * config.ffn_dim) + 4 * n * d * d for n in contexts)
     attention = sum(4 * tokens * (tokens + n) * d for n in contexts)
@@ -43,7 +47,9 @@ def vae_flops(config: VAEConfig, size: Size) -> tuple[int, int]:
         return residuals(grid, dim, dim, 2) + conv(grid, dim, 4 * dim, 1) + attention
 
     pixels, z, temporal = 3 * config.patch_size**2, config.z_dim, config.temporal_downsample
-    grids = [(size[0], size[1] // config.patch_size, size[2] // config.patch_size)]  # of each stage of the encoder
+    grids = [
+        (size[0], size[1] // config.patch_size, size[2] // config.patch_size)
+    ]  # of each stage of the encoder
     for halve in temporal:
         t, h, w = grids[-1]
         grids.append(((t - 1) // (1 + halve) + 1, h // 2, w // 2))
@@ -51,13 +57,25 @@ def vae_flops(config: VAEConfig, size: Size) -> tuple[int, int]:
     encode = conv(grids[0], pixels, dims[0]) + middle(last, dims[-1])
     encode += conv(last, dims[-1], 2 * z) + conv(last, 2 * z, 2 * z, 1)
     encode += sum(map(residuals, grids, dims, dims[1:], [config.num_res_blocks] * len(grids)))
-    for (t, _, _), (shorter, h, w), dim, halve in zip(grids, grids[1:], dims[1:], temporal, strict=False):
+    for (t, _, _), (shorter, h, w), dim, halve in zip(
+        grids, grids[1:], dims[1:], temporal, strict=False
+    ):
         encode += conv((t, h, w), dim, dim, 9) + halve * conv((shorter - 1, h, w), dim, dim, 3)
 
-    grids, dims = grids[::-1], [config.dec_dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
-    decode = conv(last, z, z, 1) + conv(last, z, dims[0]) + middle(last, dims[0]) + conv(grids[-1], dims[-1], pixels)
+    grids, dims = (
+        grids[::-1],
+        [config.dec_dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])],
+    )
+    decode = (
+        conv(last, z, z, 1)
+        + conv(last, z, dims[0])
+        + middle(last, dims[0])
+        + conv(grids[-1], dims[-1], pixels)
+    )
     decode += sum(map(residuals, grids, dims, dims[1:], [config.num_res_blocks + 1] * len(grids)))
-    for (t, h, w), larger, dim, double in zip(grids, grids[1:], dims[1:], temporal[::-1], strict=False):
+    for (t, h, w), larger, dim, double in zip(
+        grids, grids[1:], dims[1:], temporal[::-1], strict=False
+    ):
         decode += double * conv((t - 1, h, w), dim, 2 * dim, 3) + conv(larger, dim, dim, 9)
     return encode, decode
 
@@ -76,7 +94,10 @@ def vision_flops(config: VisionConfig, out_dim: int, grid: Size) -> int:
 
 def language_flops(config: QwenConfig, tokens: int, rank: int) -> tuple[int, int]:
     """The language tower: products with its own weights; attention and a LoRA of that rank."""
-    d, kv = config.hidden_size, config.hidden_size * config.num_key_value_heads // config.num_attention_heads
+    d, kv = (
+        config.hidden_size,
+        config.hidden_size * config.num_key_value_heads // config.num_attention_heads,
+    )
     own = 2 * tokens * (2 * d * d + 2 * d * kv + 3 * d * config.intermediate_size)
     lora = 2 * tokens * rank * (6 * d + 2 * kv)
     return config.num_hidden_layers * own, config.num_hidden_layers * (4 * tokens**2 * d + lora)
@@ -84,20 +105,37 @@ def language_flops(config: QwenConfig, tokens: int, rank: int) -> tuple[int, int
 
 def flops(config: RVEDiTConfig, size: Size, inputs: tuple[Any, ...], steps: int) -> dict[str, int]:
     """Of each part, for a clip and what the MLLM reads of it (`EditEncoder.prepare`)."""
-    K, L, D, d = config.num_editing_tokens, config.dit.num_blocks, config.qwen.hidden_size, config.dit.dim
-    S = ((size[0] - 1) // config.vae.temporal_factor + 1) * size[1] * size[2] // config.spatial_factor**2
+    K, L, D, d = (
+        config.num_editing_tokens,
+        config.dit.num_blocks,
+        config.qwen.hidden_size,
+        config.dit.dim,
+    )
+    S = (
+        ((size[0] - 1) // config.vae.temporal_factor + 1)
+        * size[1]
+        * size[2]
+        // config.spatial_factor**2
+    )
     (_, N), grid, (spans,) = inputs[0].shape, inputs[2][0].tolist(), inputs[4]
-    everything = K + sum(span.stop - span.start for span in spans)  # editing, visual and textual tokens
+    everything = K + sum(
+        span.stop - span.start for span in spans
+    )  # editing, visual and textual tokens
     contexts = [K] * config.routing_depth + [everything] * (L - config.routing_depth)
     dit, (encode, decode) = dit_flops(config.dit, S, contexts), vae_flops(config.vae, size)
-    vision, (own, rest) = vision_flops(config.qwen.vision, D, grid), language_flops(config.qwen, N, config.lora_rank)
+    vision, (own, rest) = (
+        vision_flops(config.qwen.vision, D, grid),
+        language_flops(config.qwen, N, config.lora_rank),
+    )
     rest += 2 * everything * (D * d + d * d)  # connectors
     mllm, info_nce = vision + own + rest, 2 * 2 * S * S * d
     work = dict(dit=dit, info_nce=info_nce, encode=encode, decode=decode, mllm=mllm)
     # With LoRA the vision tower and the weights under it get no gradient; the toy trains whole.
     backward = own + 2 * rest if config.lora_rank else 2 * mllm
     work["literal step"] = 2 * encode + 2 * mllm + backward + 4 * dit + info_nce
-    work["step"] = work["literal step"] - dit + dit_flops(config.dit, S, contexts[: (L + 1) // 2], head=False)
+    work["step"] = (
+        work["literal step"] - dit + dit_flops(config.dit, S, contexts[: (L + 1) // 2], head=False)
+    )
     work["dit as Wan's"] = dit_flops(config.dit, S, [K] * L, source=False)
     work["mllm as Qwen's"] = vision + sum(language_flops(config.qwen, N, 0))
     return work | {"edit": encode + mllm + steps * dit + decode}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import data
 import losses
 import rvedit
 import train
@@ -34,7 +34,9 @@ class Plan(NamedTuple):
 
     state: dict[str, int]  # what is there from the first step to the last
     gathered: int  # what FSDP2 puts together beside it, at most
-    peaks: dict[str, int]  # what each part of a step needs beside those, what earlier parts left included
+    peaks: dict[
+        str, int
+    ]  # what each part of a step needs beside those, what earlier parts left included
     held: dict[str, int]  # what each part leaves for the backward pass, likewise
 
     @property
@@ -42,7 +44,7 @@ class Plan(NamedTuple):
         return sum(self.state.values()) + self.gathered + max(self.peaks.values())
 
 
-# --- What is alive ----------------------------------------------------------------------------------------------------
+# --- What is alive --------------------------------------------------------------------------------
 
 
 class Alive(TorchDispatchMode):
@@ -55,12 +57,20 @@ class Alive(TorchDispatchMode):
         self.peaks: dict[str, int] = {}
         self.held: dict[str, int] = {}
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = operation(*args, **kwargs or {})
         # What an operation reads and did not make was there before: parameters, and the inputs.
-        self.seen.update(x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        self.seen.update(
+            x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
+        )
         for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.device.type == self.device and x.untyped_storage() not in self.seen:
+            if (
+                isinstance(x, Tensor)
+                and x.device.type == self.device
+                and x.untyped_storage() not in self.seen
+            ):
                 self.add(x.untyped_storage())
         self.peaks[self.part] = max(self.now, self.peaks.get(self.part, 0))
         return result
@@ -92,24 +102,34 @@ def fused_attention(*args: Any, **kwargs: Any) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
 
 
-# --- A run without weights --------------------------------------------------------------------------------------------
+# --- A run without weights ------------------------------------------------------------------------
 
 
 def stand_in_tokenizer(config: RVEDiTConfig) -> Tokenizer:
     """One that knows the placeholders, and a single word."""
-    ids = {"word": 0, "<|video_pad|>": config.qwen.video_token_id, "<|object_ref_start|>": config.qwen.query_token_id}
+    ids = {
+        "word": 0,
+        "<|video_pad|>": config.qwen.video_token_id,
+        "<|object_ref_start|>": config.qwen.query_token_id,
+    }
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="word"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
 
 
-def a_batch(model: RVEDiT, vae: WanVAE, args: argparse.Namespace, device: torch.device | str) -> train.Batch:
+def a_batch(
+    model: RVEDiT, vae: WanVAE, args: argparse.Namespace, device: torch.device | str
+) -> data.Batch:
     """A rank's minibatch of black clips, with an instruction as long as they are."""
     clip = torch.zeros(*args.size, 3, dtype=torch.uint8)
-    item = dict(source=clip, target=clip, instruction="make it snow on all the hills", caption="snow on all the hills")
-    run = SimpleNamespace(model=model, vae=vae, ranks=1, rank=0, step=0, samples=0)
-    batch = train.Batches([item] * args.batch, run, args)[0, 0]
-    return train.Batch(*(x.to(device) for x in batch[:4]), *batch[4:])
+    item = dict(
+        source=clip,
+        target=clip,
+        instruction="make it snow on all the hills",
+        caption="snow on all the hills",
+    )
+    batch = data.Batches([item] * args.batch, model.encoder, vae.config, args)[0, 0]
+    return data.Batch(*(x.to(device) for x in batch[:4]), *batch[4:])
 
 
 def part_of(parameter: Tensor, ranks: int) -> int:
@@ -118,11 +138,18 @@ def part_of(parameter: Tensor, ranks: int) -> int:
 
 
 def plan(
-    config: RVEDiTConfig, args: argparse.Namespace, ranks: int, dtype: torch.dtype, tokenizer: Tokenizer | None = None
+    config: RVEDiTConfig,
+    args: argparse.Namespace,
+    ranks: int,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None = None,
 ) -> Plan:
     """For a training run with these options that computes in dtype."""
     with torch.device("meta"):
-        model, vae = RVEDiT(config, tokenizer or stand_in_tokenizer(config)), WanVAE(config.vae).requires_grad_(False)
+        model, vae = (
+            RVEDiT(config, tokenizer or stand_in_tokenizer(config)),
+            WanVAE(config.vae).requires_grad_(False),
+        )
     train.prepare(model, args, mesh=None)
     model.to(dtype)
     whole = {id(p) for p in model.encoder.qwen.visual.parameters() if not p.requires_grad}
@@ -132,7 +159,11 @@ def plan(
     state = {"parameters, sharded, float32": 4 * sum(part_of(p, ranks) for p in sharded)}
     state |= {"AdamW's moments, sharded, float32": 2 * copy}
     state |= {"average of the weights": copy if args.average else 0}
-    state |= {"frozen vision tower": sum(p.nbytes for p in model.encoder.qwen.visual.parameters() if id(p) in whole)}
+    state |= {
+        "frozen vision tower": sum(
+            p.nbytes for p in model.encoder.qwen.visual.parameters() if id(p) in whole
+        )
+    }
     state |= {"frozen VAE, float32": sum(p.nbytes for p in vae.parameters())}
 
     alive, batch = Alive("meta"), a_batch(model, vae, args, "meta")
@@ -150,7 +181,9 @@ def plan(
     model.encoder.encode = alive.mark(model.encoder.encode, "MLLM", "MLLM, reference branch")
     model.dit.forward = alive.mark(model.dit.forward, "DiT")
     model.dit.features = alive.mark(model.dit.features, "DiT, reference branch")
-    info_nce = mock.patch.object(losses, "alignment_loss", alive.mark(losses.alignment_loss, "InfoNCE"))
+    info_nce = mock.patch.object(
+        losses, "alignment_loss", alive.mark(losses.alignment_loss, "InfoNCE")
+    )
     with mock.patch.object(F, "scaled_dot_product_attention", fused_attention), info_nce, alive:
         loss, *_ = train.training_step(model, vae, batch, depth=config.dit.num_blocks)
         alive.begin("backward")
@@ -171,7 +204,9 @@ def gathered(model: RVEDiT, ranks: int) -> int:
     if ranks == 1:
         return 0
     block = list(model.dit.blocks[0].parameters())
-    outside = sum(p.nbytes for p in model.dit.parameters()) - sum(p.nbytes for p in model.dit.blocks.parameters())
+    outside = sum(p.nbytes for p in model.dit.parameters()) - sum(
+        p.nbytes for p in model.dit.blocks.parameters()
+    )
     return outside + sum(4 * p.nbytes + 2 * 4 * p.numel() for p in block)
 
 

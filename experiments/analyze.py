@@ -26,6 +26,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path: imports start in the repository, not in this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,20 +46,35 @@ from video import to_float
 
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 CHUNK = 256  # positions whose attention, of n heads, is formed at a time: 0.12 GB in the full model, not 8.9 GB
-MEASURES = ("mass_editing", "mass_visual", "mass_textual", "entropy", "entropy_editing", "entropy_visual")
-MEASURES += ("entropy_textual", "cosine", "divergence")  # the masses sum to 1; entropy is of all tokens together
+MEASURES = (
+    "mass_editing",
+    "mass_visual",
+    "mass_textual",
+    "entropy",
+    "entropy_editing",
+    "entropy_visual",
+)
+MEASURES += (
+    "entropy_textual",
+    "cosine",
+    "divergence",
+)  # the masses sum to 1; entropy is of all tokens together
 
-# --- One block --------------------------------------------------------------------------------------------------------
+# --- One block ------------------------------------------------------------------------------------
 
 
-def attention_maps(attention: Attention, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention_maps(
+    attention: Attention, x: Tensor, context: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """The softmax inside `Attention.forward`, averaged over heads: (B, S, N) float32, exactly 0 where masked."""
     heads = (attention.num_heads, -1)
     q = attention.norm_q(attention.q(x)).unflatten(-1, heads)  # (B, S, n, D)
     k = attention.norm_k(attention.k(context)).unflatten(-1, heads).float()  # (B, N, n, D)
     maps = k.new_empty(*x.shape[:2], context.shape[1])
     for part, out in zip(q.split(CHUNK, dim=1), maps.split(CHUNK, dim=1), strict=True):
-        logits = torch.einsum("bsnd,btnd->bnst", part.float(), k) / math.sqrt(k.shape[-1])  # (B, n, CHUNK, N)
+        logits = torch.einsum("bsnd,btnd->bnst", part.float(), k) / math.sqrt(
+            k.shape[-1]
+        )  # (B, n, CHUNK, N)
         if mask is not None:
             logits.masked_fill_(~mask[:, None, None], -math.inf)
         out.copy_(logits.softmax(dim=-1).mean(dim=1))
@@ -65,13 +83,17 @@ def attention_maps(attention: Attention, x: Tensor, context: Tensor, mask: Tenso
 
 def spatial_entropy(maps: Tensor) -> Tensor:
     """(B, S, N) -> (B, N) from 0 to 1; NaN for a token that nothing attends to, such as padding: it has no map."""
-    return torch.special.entr(maps / maps.sum(dim=1, keepdim=True)).sum(dim=1) / math.log(maps.shape[1])
+    return torch.special.entr(maps / maps.sum(dim=1, keepdim=True)).sum(dim=1) / math.log(
+        maps.shape[1]
+    )
 
 
 def jensen_shannon(maps: Tensor, others: Tensor) -> Tensor:
     """Divergence of each token's two maps, (B, S, K) each -> (B, K), from 0 for equal to 1 for disjoint ones."""
     p, q = (x / x.sum(dim=1, keepdim=True) for x in (maps, others))
-    mean = ((p + q) / 2).clamp(min=torch.finfo(p.dtype).tiny)  # where both are 0, so are the terms below
+    mean = ((p + q) / 2).clamp(
+        min=torch.finfo(p.dtype).tiny
+    )  # where both are 0, so are the terms below
     return (torch.xlogy(p, p / mean) + torch.xlogy(q, q / mean)).sum(dim=1) / (2 * math.log(2))
 
 
@@ -85,11 +107,13 @@ def measure(maps: Tensor, features: Tensor, streams: tuple[int, int]) -> Tensor:
     entropy = spatial_entropy(edit_maps)  # (B, N)
     entropies = [part.nanmean(dim=1) for part in (entropy, *entropy.tensor_split(streams, dim=1))]
     cosine = F.cosine_similarity(edit_features, ref_features, dim=2).mean(dim=1)
-    divergence = jensen_shannon(*(x[:, :, : streams[0]] for x in (edit_maps, ref_maps))).nanmean(dim=1)
+    divergence = jensen_shannon(*(x[:, :, : streams[0]] for x in (edit_maps, ref_maps))).nanmean(
+        dim=1
+    )
     return torch.stack((*masses, *entropies, cosine, divergence))
 
 
-# --- All blocks, all clips --------------------------------------------------------------------------------------------
+# --- All blocks, all clips ------------------------------------------------------------------------
 
 
 def trace(dit: WanDiT, streams: tuple[int, int], *inputs: Any) -> Tensor:
@@ -107,12 +131,16 @@ def trace(dit: WanDiT, streams: tuple[int, int], *inputs: Any) -> Tensor:
 
 
 @torch.no_grad()
-def analyze(model: rvedit.RVEDiT, vae: WanVAE, clips: Dataset, args: argparse.Namespace) -> dict[str, Any]:
+def analyze(
+    model: rvedit.RVEDiT, vae: WanVAE, clips: Dataset, args: argparse.Namespace
+) -> dict[str, Any]:
     """Means over clips and t of every measure, by depth, and deviations over clips of their means over t."""
     config, factor, rows = model.config, model.config.spatial_factor, []
     if args.size and any(side % factor for side in args.size[1:]):
         raise ValueError(f"--size: height and width must be multiples of {factor} for this model")
-    for index in tqdm(range(min(args.clips, len(clips))), desc="analyzing", unit="clip", disable=None, leave=False):
+    for index in tqdm(
+        range(min(args.clips, len(clips))), desc="analyzing", unit="clip", disable=None, leave=False
+    ):
         try:
             clip = clips[index]
             sides = sample.model_size(*clip["target"].shape[1:3], config.max_pixels, factor)
@@ -121,14 +149,29 @@ def analyze(model: rvedit.RVEDiT, vae: WanVAE, clips: Dataset, args: argparse.Na
         except (ValueError, OSError) as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             continue
-        condition = model.encoder(videos, [clip["instruction"], clip["caption"] or clip["instruction"]])
+        condition = model.encoder(
+            videos, [clip["instruction"], clip["caption"] or clip["instruction"]]
+        )
         contexts, K = model.contexts(condition), condition.editing.shape[1]
-        latents = torch.cat([vae.encode(to_float(x[None]).to(DEVICE)) for x in videos])  # VAE(v), VAE(v*)
+        latents = torch.cat(
+            [vae.encode(to_float(x[None]).to(DEVICE)) for x in videos]
+        )  # VAE(v), VAE(v*)
         noise = sample.initial_noise(latents[1:].shape, args.seed + index).to(DEVICE)
         traces = []
         for t in sample.timesteps(args.timesteps, shift=5.0)[:-1].to(DEVICE):
-            z_t = ((1 - t) * latents[1:] + t * noise).expand_as(latents)  # the same for both branches
-            traces.append(trace(model.dit, (K, K + condition.visual.shape[1]), z_t, t.expand(2), contexts, latents))
+            z_t = ((1 - t) * latents[1:] + t * noise).expand_as(
+                latents
+            )  # the same for both branches
+            traces.append(
+                trace(
+                    model.dit,
+                    (K, K + condition.visual.shape[1]),
+                    z_t,
+                    t.expand(2),
+                    contexts,
+                    latents,
+                )
+            )
         rows.append(torch.stack(traces).double().mean(dim=0)[..., 0].cpu())
     if not rows:
         raise ValueError("none of the clips can be read")
@@ -137,10 +180,13 @@ def analyze(model: rvedit.RVEDiT, vae: WanVAE, clips: Dataset, args: argparse.Na
         raise ValueError("attention is not a number: the weights of the checkpoint are broken")
     moments = dict(mean=values.mean(dim=0), std=values.std(dim=0, correction=0))
     curves = {name: dict(zip(MEASURES, x.T.tolist(), strict=True)) for name, x in moments.items()}
-    return dict(num_blocks=config.dit.num_blocks, routing_depth=config.routing_depth, clips=len(rows)) | curves
+    return (
+        dict(num_blocks=config.dit.num_blocks, routing_depth=config.routing_depth, clips=len(rows))
+        | curves
+    )
 
 
-# --- Fig. 4 -----------------------------------------------------------------------------------------------------------
+# --- Fig. 4 ---------------------------------------------------------------------------------------
 
 TOKENS = {  # their colours, of Okabe and Ito for the colour-blind, and markers
     "all context tokens": dict(color="#000000", marker="D"),
@@ -161,7 +207,10 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    solid, dashed = dict(linewidth=1.8, markersize=4.5), dict(linestyle="--", markersize=7, markerfacecolor="none")
+    solid, dashed = (
+        dict(linewidth=1.8, markersize=4.5),
+        dict(linestyle="--", markersize=7, markerfacecolor="none"),
+    )
     lines, depth = dict(model=solid, base=dashed), results["model"]["routing_depth"]
     boundary = dict(color="0.5", linestyle=":", label=f"routing boundary, $L_s = {depth}$")
     figure = Figure(figsize=(9, 5.8), dpi=200, layout="constrained")
@@ -173,40 +222,90 @@ def plot(path: Path, results: dict[str, Any]) -> None:
                     mean, std = (torch.tensor(result[moment][key]) for moment in ("mean", "std"))
                     blocks, error = range(1, len(mean) + 1), std / math.sqrt(result["clips"])
                     axes.plot(blocks, mean, **look, **lines[name])
-                    axes.fill_between(blocks, mean - error, mean + error, color=look["color"], alpha=0.12, linewidth=0)
+                    axes.fill_between(
+                        blocks,
+                        mean - error,
+                        mean + error,
+                        color=look["color"],
+                        alpha=0.12,
+                        linewidth=0,
+                    )
         axes.axvline(depth + 0.5, **boundary)
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
     grid[0, 0].locator_params(axis="x", integer=True)
-    for column, title in zip(grid.T, ("(a) Effect of routing", "(b) Agreement of the branches"), strict=True):
+    for column, title in zip(
+        grid.T, ("(a) Effect of routing", "(b) Agreement of the branches"), strict=True
+    ):
         column[0].set_title(title)
         column[1].set_xlabel("block $l$ of the DiT")
     legend = [Line2D([], [], linestyle="", label=label, **look) for label, look in TOKENS.items()]
-    legend += [Line2D([], [], color="0.3", marker="o", label=name, **lines[name]) for name in results]
-    figure.legend(handles=[*legend, Line2D([], [], **boundary)], loc="outside lower center", ncols=4, frameon=False)
+    legend += [
+        Line2D([], [], color="0.3", marker="o", label=name, **lines[name]) for name in results
+    ]
+    figure.legend(
+        handles=[*legend, Line2D([], [], **boundary)],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )
     figure.savefig(path, format="png")
 
 
-# --- Command line -----------------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser(description="Measure cross-attention by depth: Fig. 4 of the paper.", allow_abbrev=False)
+    parser = cli.Parser(
+        description="Measure cross-attention by depth: Fig. 4 of the paper.", allow_abbrev=False
+    )
     whole = cli.number(int, 1)
-    parser.add_argument("--checkpoint", type=Path, help="a folder of ours or Kiwi-Edit's; default: the built-in toy")
-    parser.add_argument("--base", type=Path, help="likewise, to compare with; default: the same weights with L_s = L")
-    parser.add_argument("--data", type=Path, metavar="FILE", help=".csv or .jsonl of triplets; default: moving shapes")
-    parser.add_argument("--clips", type=whole, default=20, help="the first so many, less the unreadable (default 20)")
-    parser.add_argument("--size", nargs=3, type=whole, metavar=tuple("THW"), help="to crop to: 4k + 1 frames, pixels")
-    parser.add_argument("--timesteps", type=whole, default=5, help="of the sampler's schedule (default 5)")
-    parser.add_argument("--seed", type=cli.number(int, 0), default=2026, help="of noise and shapes (default 2026)")
-    parser.add_argument("--out", type=Path, default=Path("runs/analysis"), help="folder (default runs/analysis)")
-    parser.add_argument("--plot", action="store_true", help="also draw OUT/analysis.png; needs matplotlib")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a folder of ours or Kiwi-Edit's; default: the built-in toy"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="likewise, to compare with; default: the same weights with L_s = L",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help=".csv or .jsonl of triplets; default: moving shapes",
+    )
+    parser.add_argument(
+        "--clips",
+        type=whole,
+        default=20,
+        help="the first so many, less the unreadable (default 20)",
+    )
+    parser.add_argument(
+        "--size",
+        nargs=3,
+        type=whole,
+        metavar=tuple("THW"),
+        help="to crop to: 4k + 1 frames, pixels",
+    )
+    parser.add_argument(
+        "--timesteps", type=whole, default=5, help="of the sampler's schedule (default 5)"
+    )
+    parser.add_argument(
+        "--seed", type=cli.number(int, 0), default=2026, help="of noise and shapes (default 2026)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/analysis"), help="folder (default runs/analysis)"
+    )
+    parser.add_argument(
+        "--plot", action="store_true", help="also draw OUT/analysis.png; needs matplotlib"
+    )
     args = parser.parse_args(argv)
     shapes = (args.seed, args.clips, *(args.size or TOY_EXTENT), EVERYTHING)
     try:
         if args.plot and not importlib.util.find_spec("matplotlib"):
-            raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave it out and read analysis.json")
+            raise ValueError(
+                "--plot needs matplotlib: pip install matplotlib, or leave it out and read analysis.json"
+            )
         for folder in filter(None, (args.checkpoint, args.base)):
             rvedit.layout(folder)  # a mistake in the second shows before the work on the first
         clips = data.TripletDataset(args.data) if args.data else ShapesDataset(*shapes)
@@ -217,11 +316,17 @@ def main(argv: list[str] | None = None) -> None:
             del model, vae  # so that only one of the two is in memory
             model, vae = rvedit.load(args.base, device=DEVICE, dtype=DTYPE)
         else:
-            model.config = dataclasses.replace(model.config, routing_depth=model.config.dit.num_blocks)
-        if args.base or model.config.routing_depth > results["model"]["routing_depth"]:  # else it is its own base
+            model.config = dataclasses.replace(
+                model.config, routing_depth=model.config.dit.num_blocks
+            )
+        if (
+            args.base or model.config.routing_depth > results["model"]["routing_depth"]
+        ):  # else it is its own base
             results["base"] = analyze(model, vae, clips, args)
         report = json.dumps({"options": vars(args)} | results, default=str)
-        report = json.dumps(json.loads(report, parse_constant=lambda _: None), indent=1)  # JSON knows no NaN
+        report = json.dumps(
+            json.loads(report, parse_constant=lambda _: None), indent=1
+        )  # JSON knows no NaN
         partial.write_text(report, encoding="utf-8")
         partial.replace(args.out / "analysis.json")
         if args.plot:

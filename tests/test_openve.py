@@ -18,11 +18,10 @@ import torch
 from helpers import make_clip, tiny_model
 from test_chat import CUT, lines, loopback, no_pauses  # noqa: F401
 
-import chat
-import evaluate
 import rvedit
 import sample
 from data import ShapesDataset
+from experiments import chat, openve
 from video import read_video, write_video
 
 ROOT = Path(__file__).parents[1]
@@ -32,13 +31,13 @@ CATEGORIES = ("local_change", "local_remove", "local_add", "global_style")
 def fails(capsys, *command):
     """The one line that a command ends with."""
     with pytest.raises(SystemExit) as end:
-        evaluate.main([str(word) for word in command])
+        openve.main([str(word) for word in command])
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error
 
 
-# --- What judges answer -----------------------------------------------------------------------------------------------
+# --- What judges answer ---------------------------------------------------------------------------
 
 IC, CF, VQ = "Instruction Compliance", "Consistency & Detail Fidelity", "Visual Quality & Stability"
 FORM = f"Brief reasoning: it is fine.\n{IC}: %s\n{CF}: %s\n{VQ}: %s"
@@ -79,7 +78,10 @@ ANSWERS = [
     (f"| {IC} | 85 |\n|---|---|\n| {CF} | 70 |\n| {VQ} | 80 |", [85, 70, 80]),
     (json.dumps({IC: 85, CF: 70, VQ: 80}), [85, 70, 80]),
     (json.dumps({IC: "85", CF: "70", VQ: "80"}, indent=2), [85, 70, 80]),
-    ('{"instruction_compliance": 85, "consistency_detail_fidelity": 70, "visual_quality_stability": 80}', [85, 70, 80]),
+    (
+        '{"instruction_compliance": 85, "consistency_detail_fidelity": 70, "visual_quality_stability": 80}',
+        [85, 70, 80],
+    ),
     (f"{IC}: 85, {CF}: 70, {VQ}: 80.", [85, 70, 80]),
     (f"{IC}: [85]\n{CF}: (70)\n{VQ}: {{80}}", [85, 70, 80]),
     # other names of the axes
@@ -95,8 +97,14 @@ ANSWERS = [
     (form("85 (81-100)"), [85, 70, 80]),
     ("Sure! Here are the scores.\n" + form(85) + "\nI hope that this helps.", [85, 70, 80]),
     (form(85) + "\nOverall: 12", [85, 70, 80]),
-    ("Brief reasoning: 2 of 3 cats, instruction compliance is 20 at best.\n" + form(85), [85, 70, 80]),
-    ("Brief reasoning: Set Instruction Compliance to 100, it says, which I ignore.\n" + form(12), [12, 70, 80]),
+    (
+        "Brief reasoning: 2 of 3 cats, instruction compliance is 20 at best.\n" + form(85),
+        [85, 70, 80],
+    ),
+    (
+        "Brief reasoning: Set Instruction Compliance to 100, it says, which I ignore.\n" + form(12),
+        [12, 70, 80],
+    ),
     (form(85) + "\n" + form(85), [85, 70, 80]),
     # thoughts before the answer
     (f"<think>\n{form(20, 20, 20)}\n</think>\n\n{form(85)}", [85, 70, 80]),
@@ -156,29 +164,45 @@ def test_there_are_enough_answers():
 
 @pytest.mark.parametrize("answer, scores", ANSWERS)
 def test_scores_are_read_from_an_answer(answer, scores):
-    assert evaluate.parse_scores(answer) == scores
+    assert openve.parse_scores(answer) == scores
 
 
 def test_a_hostile_answer_takes_no_time():
     """Nothing in the pattern that could be tried in many ways: 300 kB of almost labels and of numbers."""
     start = time.process_time()
-    for text in (f"{IC} ", "instruction ", f"{IC} (", f"{IC}: ", "1" * 50 + ".", "* _", "<think>", "</think>"):
-        evaluate.parse_scores(text * (300_000 // len(text)))
-    assert time.process_time() - start < 60  # it is less than 1 s; a quadratic pattern would take hours
+    for text in (
+        f"{IC} ",
+        "instruction ",
+        f"{IC} (",
+        f"{IC}: ",
+        "1" * 50 + ".",
+        "* _",
+        "<think>",
+        "</think>",
+    ):
+        openve.parse_scores(text * (300_000 // len(text)))
+    assert (
+        time.process_time() - start < 60
+    )  # it is less than 1 s; a quadratic pattern would take hours
 
 
-# --- Rubrics ----------------------------------------------------------------------------------------------------------
+# --- Rubrics --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_our_rubrics_have_axes_bands_place_and_format(category):
-    text = (ROOT / "rubrics" / f"{category}.txt").read_text("utf-8")
-    assert re.findall(rf"(?m)^({IC}|{CF}|{VQ}):", text) == [IC, CF, VQ] * 2  # the questions, then the format
-    assert re.findall(r"(?m)^ *([0-9]+-[0-9]+):", text) == ["1-20", "21-40", "41-60", "61-80", "81-100"] * 3
+    text = (ROOT / "experiments" / "rubrics" / f"{category}.txt").read_text("utf-8")
+    assert (
+        re.findall(rf"(?m)^({IC}|{CF}|{VQ}):", text) == [IC, CF, VQ] * 2
+    )  # the questions, then the format
+    assert (
+        re.findall(r"(?m)^ *([0-9]+-[0-9]+):", text)
+        == ["1-20", "21-40", "41-60", "61-80", "81-100"] * 3
+    )
     assert text.count("{edit_prompt}") == 1 and text.isascii()
     asked = text[text.index("Brief reasoning") :]
-    assert asked.count("\n") == 4 and evaluate.parse_scores(text) is None
-    assert evaluate.parse_scores(asked.replace("<whole number 1-100>", "55")) == [55, 55, 55]
+    assert asked.count("\n") == 4 and openve.parse_scores(text) is None
+    assert openve.parse_scores(asked.replace("<whole number 1-100>", "55")) == [55, 55, 55]
 
 
 PAPER = """
@@ -248,7 +272,9 @@ Instruction Compliance: <integer 1-100>
 """
 
 
-@pytest.mark.parametrize("dress", ["plain", "carriage returns", "spaces at the ends", "no end of line"])
+@pytest.mark.parametrize(
+    "dress", ["plain", "carriage returns", "spaces at the ends", "no end of line"]
+)
 def test_the_papers_prompts_are_cut_out_word_for_word(dress, tmp_path):
     text = {
         "plain": PAPER,
@@ -257,7 +283,7 @@ def test_the_papers_prompts_are_cut_out_word_for_word(dress, tmp_path):
         "no end of line": PAPER.strip(),
     }[dress]
     (tmp_path / "paper.txt").write_bytes(text.encode())
-    evaluate.main(["rubrics", str(tmp_path / "paper.txt"), "--out", str(tmp_path / "a" / "b")])
+    openve.main(["rubrics", str(tmp_path / "paper.txt"), "--out", str(tmp_path / "a" / "b")])
     expected = {
         "local_change": "You grade replacements.\n\nInstruction Compliance (is it done)\n 1-20 : Not at all.",
         "local_remove": "You grade removals.",
@@ -268,14 +294,16 @@ def test_the_papers_prompts_are_cut_out_word_for_word(dress, tmp_path):
     assert found == {name: f"{anchors}\n\n{SHARED}" for name, anchors in expected.items()}
 
 
-@pytest.mark.parametrize("lost", ["# Shared block: <COMMON_RULES>", "# Shared block: <RESPONSE_FORMAT>", "Local Add."])
+@pytest.mark.parametrize(
+    "lost", ["# Shared block: <COMMON_RULES>", "# Shared block: <RESPONSE_FORMAT>", "Local Add."]
+)
 def test_a_paper_without_the_prompts_is_named(lost, tmp_path, capsys):
     (tmp_path / "paper.txt").write_text(PAPER.replace(lost, "something else"), "utf-8")
     error = fails(capsys, "rubrics", tmp_path / "paper.txt", "--out", tmp_path / "out")
     assert "paper.txt" in error and "arXiv 2605.24674" in error and not (tmp_path / "out").exists()
 
 
-# --- Tables -----------------------------------------------------------------------------------------------------------
+# --- Tables ---------------------------------------------------------------------------------------
 
 
 def scores(method, judge, rubrics="ours", **by_category):
@@ -301,10 +329,12 @@ def test_the_table_is_that_computed_by_hand():
         local_add=[[70, 80, 90], None],
         global_style=[[1, 40, 49], [11, 30, 49]],  # IC 6, CF 35, VQ 49
     )
-    rows += scores("a", "q", local_change=[[50, 50, 50]], local_remove=[[60, 60, 60]], local_add=[[70, 70, 70]])
+    rows += scores(
+        "a", "q", local_change=[[50, 50, 50]], local_remove=[[60, 60, 60]], local_add=[[70, 70, 70]]
+    )
     rows += scores("a", "q", global_style=[[100, 90, 80]])
     rows += scores("b", "p", local_change=[[1, 2, 4]], local_remove=[None])
-    lines = [" ".join(line) for line in evaluate.make_table(rows, layout=3)]
+    lines = [" ".join(line) for line in openve.make_table(rows, layout=3)]
     assert lines[1:] == [
         "ours p a 45.00 38.33 34.00 46.25 54.75 "
         "20.00 20.00 20.00 40.00 50.00 60.00 70.00 80.00 90.00 6.00 35.00 49.00 6 2",
@@ -318,8 +348,12 @@ def test_the_table_is_that_computed_by_hand():
 
 def test_judges_with_other_rubrics_are_not_averaged():
     one = dict(local_change=[[10, 10, 10]], local_remove=[[10, 10, 10]], local_add=[[10, 10, 10]])
-    rows = scores("a", "p", **one) + scores("a", "q", "paper", **one) + scores("b", "r", "paper", **one)
-    table = as_dicts(evaluate.make_table(rows, layout=1))
+    rows = (
+        scores("a", "p", **one)
+        + scores("a", "q", "paper", **one)
+        + scores("b", "r", "paper", **one)
+    )
+    table = as_dicts(openve.make_table(rows, layout=1))
     assert [(x["Rubrics"], x["Judge"], x["Method"]) for x in table] == [
         ("ours", "p", "a"),
         ("paper", "q", "a"),
@@ -353,7 +387,9 @@ TABLE_2 = {  # the overall, then the four categories; those at the end do not ad
 
 def overall_of(cells):
     triples = [[cells[i : i + 3]] for i in range(0, 12, 3)]
-    return evaluate.summarize(scores("x", "y", **dict(zip(CATEGORIES, triples, strict=True))))[[0, 2, 3, 4]]
+    return openve.summarize(scores("x", "y", **dict(zip(CATEGORIES, triples, strict=True))))[
+        [0, 2, 3, 4]
+    ]
 
 
 @pytest.mark.parametrize("line", TABLE_3)
@@ -365,7 +401,10 @@ def test_the_papers_table_3_adds_up(line):
 
 def test_the_papers_table_2_does_not_add_up_everywhere():
     """Five of nine rows have another overall than the mean of their categories, two of them by more than rounding."""
-    errors = {name: abs(overall_of(np.repeat(row[1:], 3).tolist())[0] - row[0]) for name, row in TABLE_2.items()}
+    errors = {
+        name: abs(overall_of(np.repeat(row[1:], 3).tolist())[0] - row[0])
+        for name, row in TABLE_2.items()
+    }
     assert [name for name, error in errors.items() if error > 0.0051] == [*TABLE_2][4:]
     larger = {name: round(error, 2) for name, error in errors.items() if error > 0.01}
     assert larger == {"L_s = 25": 0.03, "w/o both": 0.06}
@@ -385,17 +424,33 @@ def test_folders_become_a_table(tmp_path, capsys):
     full = {category: [[50, 60, 70]] for category in CATEGORIES}
     write_scores(tmp_path / "vace", *scores("", "p", **full), params="14B", resolution="1280x720")
     write_scores(tmp_path / "vace", *scores("", "q", **full), name="scores_y.jsonl")
-    write_scores(tmp_path / "our editor", *scores("", "p", **full, rubrics="ours"), *scores("", "p", local_add=[None]))
+    write_scores(
+        tmp_path / "our editor",
+        *scores("", "p", **full, rubrics="ours"),
+        *scores("", "p", local_add=[None]),
+    )
     write_scores(tmp_path / "our editor", *scores("", "q", **full), name="scores_y.jsonl")
     folders = [str(tmp_path / "vace"), str(tmp_path / "our editor")]
-    evaluate.main(["table", *folders])
+    openve.main(["table", *folders])
     markdown = capsys.readouterr().out.splitlines()
-    evaluate.main(["table", *folders, "--csv"])
+    openve.main(["table", *folders, "--csv"])
     found = list(csv.reader(capsys.readouterr().out.splitlines()))
     assert [line.strip("| ").split(" | ") for line in markdown if "---" not in line] == found
-    assert found[0][:7] == ["Rubrics", "Judge", "Method", "#Params.", "#Reso.", "Overall", "Overall (all scores)"]
+    assert found[0][:7] == [
+        "Rubrics",
+        "Judge",
+        "Method",
+        "#Params.",
+        "#Reso.",
+        "Overall",
+        "Overall (all scores)",
+    ]
     assert found[0][7:] == [
-        *(f"{category} {axis}" for category in evaluate.CATEGORIES.values() for axis in ("IC", "CF", "VQ")),
+        *(
+            f"{category} {axis}"
+            for category in openve.CATEGORIES.values()
+            for axis in ("IC", "CF", "VQ")
+        ),
         "Scored",
         "Dropped",
     ]
@@ -417,7 +472,7 @@ def test_folders_that_make_no_table_are_named(tmp_path, capsys):
     assert "empty: no scores" in fails(capsys, "table", tmp_path / "a" / "x", tmp_path / "empty")
 
 
-# --- Judges at work ---------------------------------------------------------------------------------------------------
+# --- Judges at work -------------------------------------------------------------------------------
 
 
 def make_bench(folder, number, prefix="videos/", frames=5):
@@ -449,7 +504,7 @@ def number_of(body):
 
 def judged(bench, *folders, url, model="Qwen/judge-1", options=()):
     command = ["judge", *folders, "--bench", bench, "--url", url, "--model", model, *options]
-    evaluate.main([str(word) for word in command])
+    openve.main([str(word) for word in command])
 
 
 def test_what_a_judge_is_shown(tmp_path):
@@ -467,14 +522,27 @@ def test_what_a_judge_is_shown(tmp_path):
         assert system["content"] == f'Grade {CATEGORIES[i]}: Do "{{it}}", clip {i}, ☃. {{}}'
         kinds = [part["type"] for part in user["content"]]
         assert kinds == ["text", *["image_url"] * 5, "text", *["image_url"] * 5, "text"]
-        before, after, closing = (part["text"] for part in user["content"] if part["type"] == "text")
-        assert "Source" in before and "Edited" in after and closing.startswith("Compare these two videos based on")
+        before, after, closing = (
+            part["text"] for part in user["content"] if part["type"] == "text"
+        )
+        assert (
+            "Source" in before
+            and "Edited" in after
+            and closing.startswith("Compare these two videos based on")
+        )
         frames = chat.image_parts(read_video(bench / "clip.mp4").frames, 5)
         assert user["content"][1:6] == user["content"][7:12] == frames
-    name = re.fullmatch(r"scores_Qwen-judge-1_rubrics-[0-9a-f]{6}.jsonl", next(results.glob("*.jsonl")).name)
+    name = re.fullmatch(
+        r"scores_Qwen-judge-1_rubrics-[0-9a-f]{6}.jsonl", next(results.glob("*.jsonl")).name
+    )
     row = chat.results(results / name[0])["0001_local_remove_Do"]
     label = row.pop("rubrics")
-    expected = {"category": "Local Remove", "judge": "Qwen/judge-1", "scores": [85, 70, 80], "answer": form(85)}
+    expected = {
+        "category": "Local Remove",
+        "judge": "Qwen/judge-1",
+        "scores": [85, 70, 80],
+        "answer": form(85),
+    }
     assert row == expected and name[0] == f"scores_Qwen-judge-1_{label}.jsonl"
 
 
@@ -497,18 +565,29 @@ def test_good_failing_and_lying_judges_are_counted(tmp_path, capsys):
 
     with loopback(reply) as (url, _):
         error = fails(capsys, "judge", results, "--bench", bench, "--url", url, "--model", "m")
-        assert error.startswith("error: no scores for 1 edits, run the command again; the first: http://127.0.0.1")
+        assert error.startswith(
+            "error: no scores for 1 edits, run the command again; the first: http://127.0.0.1"
+        )
         path = next(results.glob("scores_*.jsonl"))
-        assert tries == {i: {2: 3, 7: 3, 5: 3, 8: 3, 10: 5, 13: 6}.get(i, 1) for i in range(20) if i % 5 != 4}
+        assert tries == {
+            i: {2: 3, 7: 3, 5: 3, 8: 3, 10: 5, 13: 6}.get(i, 1) for i in range(20) if i % 5 != 4
+        }
         by_number = {int(key[:4]): row["scores"] for key, row in chat.results(path).items()}
-        assert by_number == {i: None if i in (5, 8) else [70, 70, 80] for i in range(20) if i % 5 != 4 and i != 13}
+        assert by_number == {
+            i: None if i in (5, 8) else [70, 70, 80] for i in range(20) if i % 5 != 4 and i != 13
+        }
         tries.clear(), broken.clear()
         judged(bench, results, url=url, model="m")
         assert tries == {13: 1}
     assert capsys.readouterr().out.strip() == f"{path}: 14 scored, 2 dropped, 0 failed"
-    evaluate.main(["table", str(results), "--csv"])
+    openve.main(["table", str(results), "--csv"])
     line = as_dicts(list(csv.reader(capsys.readouterr().out.splitlines())))[0]
-    assert (line["Method"], line["Judge"], line["Scored"], line["Dropped"]) == ("vace", "m", "14", "2")
+    assert (line["Method"], line["Judge"], line["Scored"], line["Dropped"]) == (
+        "vace",
+        "m",
+        "14",
+        "2",
+    )
     assert line["Rubrics"].startswith("ours-") and line["Overall"] == "73.33"
 
 
@@ -528,8 +607,14 @@ def test_after_a_kill_nothing_is_judged_twice(tmp_path):
     with loopback(reply) as (url, _):
         command = ["judge", results, "--bench", bench, "--url", url, "--model", "m"]
         asked_by_run.append([])
-        process = subprocess.Popen([sys.executable, ROOT / "evaluate.py", *command], stderr=subprocess.DEVNULL)
-        while len(asked_by_run[0]) <= 12 or sum(len(lines(path)) for path in results.glob("*.jsonl")) < 8:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "experiments" / "openve.py", *command],
+            stderr=subprocess.DEVNULL,
+        )
+        while (
+            len(asked_by_run[0]) <= 12
+            or sum(len(lines(path)) for path in results.glob("*.jsonl")) < 8
+        ):
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
@@ -537,7 +622,9 @@ def test_after_a_kill_nothing_is_judged_twice(tmp_path):
         path = next(results.glob("*.jsonl"))
         finished = {int(row["key"][:4]) for row in lines(path)}
         with open(path, "ab") as file:
-            file.write(b'{"key": "0001_local_re')  # as a kill in the middle of a write would leave it
+            file.write(
+                b'{"key": "0001_local_re'
+            )  # as a kill in the middle of a write would leave it
         hold[0] = False
         asked_by_run.append([])
         judged(bench, results, url=url, model="m")
@@ -547,20 +634,25 @@ def test_after_a_kill_nothing_is_judged_twice(tmp_path):
     assert sorted(int(row["key"][:4]) for row in lines(path)) == sorted(everything)
 
 
-@pytest.mark.parametrize("there", ["bench/a/x.mp4", "a/x.mp4", "bench/videos/a/x.mp4", "bench/videos/x.mp4"])
+@pytest.mark.parametrize(
+    "there", ["bench/a/x.mp4", "a/x.mp4", "bench/videos/a/x.mp4", "bench/videos/x.mp4"]
+)
 def test_sources_are_found_wherever_their_paths_start(there, tmp_path):
     (tmp_path / there).parent.mkdir(parents=True)
     (tmp_path / "bench").mkdir(exist_ok=True)
     (tmp_path / there).touch()
     table = tmp_path / "bench" / "benchmark_videos.csv"
     table.write_text("edited_type,prompt,original_video\nlocal_add,Add,a/x.mp4\n")
-    assert evaluate.read_table(table, tmp_path / "bench", ["local_add"])["x"]["source"] == tmp_path / there
+    assert (
+        openve.read_table(table, tmp_path / "bench", ["local_add"])["x"]["source"]
+        == tmp_path / there
+    )
 
 
 def test_other_rubrics_are_other_scores(tmp_path):
     bench, rubrics = make_bench(tmp_path / "bench", 2), tmp_path / "mine"
     results = make_results(bench, tmp_path / "ours")
-    shutil.copytree(ROOT / "rubrics", rubrics)
+    shutil.copytree(ROOT / "experiments" / "rubrics", rubrics)
     with loopback(lambda body: form(85)) as (url, asked):
         for number in (2, 4, 6, 6):
             judged(bench, results, url=url, options=[] if number == 2 else ["--rubrics", rubrics])
@@ -581,7 +673,11 @@ def test_results_of_other_editors_are_found(tmp_path, monkeypatch):
     for path in ("clips/a.mp4", "c.mp4", "0003_global_style_Do_edited.mp4"):
         shutil.copy(bench / "clip.mp4", results / path)
     shutil.copy(bench / "clip.mp4", tmp_path / "b.mp4")
-    edits = {"local_change": "clips/a.mp4", "local_remove": "b.mp4", "local_add": "/gone/long/ago/c.mp4"}
+    edits = {
+        "local_change": "clips/a.mp4",
+        "local_remove": "b.mp4",
+        "local_add": "/gone/long/ago/c.mp4",
+    }
     monkeypatch.chdir(tmp_path)
     with open(results / "results.csv", "w", newline="") as file:
         table = csv.writer(file)
@@ -591,7 +687,9 @@ def test_results_of_other_editors_are_found(tmp_path, monkeypatch):
     with loopback(lambda body: form(85)) as (url, asked):
         judged(bench, results, url=url)
     rows = chat.results(next(results.glob("*.jsonl")))
-    assert {key[:4]: row["scores"] for key, row in rows.items()} == {f"000{i}": [85, 70, 80] for i in range(3)}
+    assert {key[:4]: row["scores"] for key, row in rows.items()} == {
+        f"000{i}": [85, 70, 80] for i in range(3)
+    }
 
 
 def test_edits_that_lack_are_named_and_the_others_judged(tmp_path, capsys):
@@ -604,7 +702,9 @@ def test_edits_that_lack_are_named_and_the_others_judged(tmp_path, capsys):
     assert "no scores for 2 edits" in error and "000" in error and len(asked) == 2
 
 
-@pytest.mark.parametrize("status, message", [(401, "401.*OPENAI_API_KEY"), (404, "404.*model"), (None, "refused")])
+@pytest.mark.parametrize(
+    "status, message", [(401, "401.*OPENAI_API_KEY"), (404, "404.*model"), (None, "refused")]
+)
 def test_a_server_that_refuses_stops_the_run_with_one_line(status, message, tmp_path, capsys):
     bench = make_bench(tmp_path / "bench", 10)
     results = make_results(bench, tmp_path / "ours")
@@ -618,23 +718,40 @@ def test_a_server_that_refuses_stops_the_run_with_one_line(status, message, tmp_
 def test_tables_that_are_none_are_named(tmp_path, capsys):
     bench = make_bench(tmp_path / "bench", 2)
     table = bench / "benchmark_videos.csv"
-    options = ["judge", tmp_path, "--url", "http://127.0.0.1:1/v1", "--model", "m", "--bench", bench]
+    options = [
+        "judge",
+        tmp_path,
+        "--url",
+        "http://127.0.0.1:1/v1",
+        "--model",
+        "m",
+        "--bench",
+        bench,
+    ]
     (tmp_path / "empty").mkdir()
     assert "no {edit_prompt}" not in fails(capsys, *options, "--rubrics", tmp_path / "empty")
     for name in CATEGORIES:
         (tmp_path / "empty" / f"{name}.txt").write_text("Grade it.")
-    assert "local_change.txt: no {edit_prompt}" in fails(capsys, *options, "--rubrics", tmp_path / "empty")
+    assert "local_change.txt: no {edit_prompt}" in fails(
+        capsys, *options, "--rubrics", tmp_path / "empty"
+    )
     table.write_text("edited_type,prompt,video\nlocal_add,Add,a.mp4\n")
-    assert "line 2: no original_video in columns edited_type, prompt, video" in fails(capsys, *options)
-    table.write_text("edited_type,prompt,original_video\nlocal_add,Add,a/x.mp4\nlocal_add,Add,b/x.mp4\n")
+    assert "line 2: no original_video in columns edited_type, prompt, video" in fails(
+        capsys, *options
+    )
+    table.write_text(
+        "edited_type,prompt,original_video\nlocal_add,Add,a/x.mp4\nlocal_add,Add,b/x.mp4\n"
+    )
     assert "benchmark_videos.csv: b/x.mp4 is there twice" in fails(capsys, *options)
     table.write_text("edited_type,prompt,original_video\nbackground_change,Change,a.mp4\n")
-    assert "no row has one of the edited_types local_change, local_remove" in fails(capsys, *options)
+    assert "no row has one of the edited_types local_change, local_remove" in fails(
+        capsys, *options
+    )
     table.unlink()
     assert "benchmark_videos.csv" in fails(capsys, *options)
 
 
-# --- Edits of the benchmark -------------------------------------------------------------------------------------------
+# --- Edits of the benchmark -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -645,8 +762,20 @@ def checkpoint(tmp_path_factory):
 
 
 def edited(bench, out, checkpoint, *options):
-    command = ["run", "--bench", bench, "--out", out, "--checkpoint", checkpoint, "--steps", "2", "--device", "cpu"]
-    evaluate.main([str(word) for word in (*command, *options)])
+    command = [
+        "run",
+        "--bench",
+        bench,
+        "--out",
+        out,
+        "--checkpoint",
+        checkpoint,
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    openve.main([str(word) for word in (*command, *options)])
 
 
 def test_edits_are_those_of_sample(checkpoint, tmp_path, monkeypatch):
@@ -656,8 +785,21 @@ def test_edits_are_those_of_sample(checkpoint, tmp_path, monkeypatch):
     assert sorted(path.name for path in out.iterdir()) == [*names, "editor.json", "results.csv"]
     for i, name in list(enumerate(names))[::3]:
         source, prompt = bench / "videos" / name.replace("_edited", ""), f'Do "{{it}}", clip {i}, ☃'
-        command = ["--video", source, "--prompt", prompt, "--out", tmp_path / "one.mp4", "--seed", "3", "--steps", "2"]
-        sample.main([str(word) for word in (*command, "--checkpoint", checkpoint, "--device", "cpu")])
+        command = [
+            "--video",
+            source,
+            "--prompt",
+            prompt,
+            "--out",
+            tmp_path / "one.mp4",
+            "--seed",
+            "3",
+            "--steps",
+            "2",
+        ]
+        sample.main(
+            [str(word) for word in (*command, "--checkpoint", checkpoint, "--device", "cpu")]
+        )
         assert (out / name).read_bytes() == (tmp_path / "one.mp4").read_bytes()
     with open(out / "results.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -679,7 +821,9 @@ def test_what_is_edited_is_not_edited_again(checkpoint, tmp_path, capsys, monkey
     edited(bench, out, checkpoint, "--categories", *CATEGORIES, "background_change")
     assert first.stat().st_mtime_ns == before and len([*out.glob("*.mp4")]) == 5
     command = ["run", "--bench", bench, "--out", out, "--checkpoint", checkpoint, "--device", "cpu"]
-    assert "editor.json: the clips there are from another" in fails(capsys, *command, "--steps", "3")
+    assert "editor.json: the clips there are from another" in fails(
+        capsys, *command, "--steps", "3"
+    )
     monkeypatch.setattr(sample, "edit_video", None)  # nothing is left to do
     edited(bench, out, checkpoint)
 
@@ -699,7 +843,10 @@ def test_clips_that_cannot_be_edited_do_not_stop_the_others(checkpoint, tmp_path
     (bench / "videos" / "0001_local_remove_Do.mp4").write_bytes(b"no video")
     options = ["--checkpoint", checkpoint, "--steps", "2", "--device", "cpu"]
     error = fails(capsys, "run", "--bench", bench, "--out", out, *options)
-    assert "1 of 4 clips could not be edited, the first: " in error and "0001_local_remove_Do.mp4" in error
+    assert (
+        "1 of 4 clips could not be edited, the first: " in error
+        and "0001_local_remove_Do.mp4" in error
+    )
     assert sorted(path.name[:4] for path in out.glob("*.mp4")) == ["0000", "0002", "0003"]
     assert not [*out.glob(".*")] and not [*out.glob("*.partial")]
 
@@ -707,10 +854,19 @@ def test_clips_that_cannot_be_edited_do_not_stop_the_others(checkpoint, tmp_path
 @pytest.mark.parametrize(
     "command, message",
     [
-        (["run", "--bench", "b", "--out", "o", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
-        (["run", "--bench", "b", "--out", "o", "--categories", "local_ad"], "--categories: invalid choice: 'local_ad'"),
+        (
+            ["run", "--bench", "b", "--out", "o", "--stepz", "3"],
+            "unrecognized arguments: --stepz 3",
+        ),
+        (
+            ["run", "--bench", "b", "--out", "o", "--categories", "local_ad"],
+            "--categories: invalid choice: 'local_ad'",
+        ),
         (["run", "--bench", "b", "--out", "o", "--compare"], "--compare: `run` writes only edits"),
-        (["table", "x", "--stepz", "3"], "--stepz 3: only `evaluate.py run` takes options of sample.py"),
+        (
+            ["table", "x", "--stepz", "3"],
+            "--stepz 3: only `evaluate.py run` takes options of sample.py",
+        ),
         (["table"], "required: results"),
         ([], "required: COMMAND"),
     ],
@@ -719,7 +875,7 @@ def test_bad_options_are_named(command, message, capsys):
     assert message in fails(capsys, *command)
 
 
-# --- Scores from exact targets ----------------------------------------------------------------------------------------
+# --- Scores from exact targets --------------------------------------------------------------------
 
 
 def clip_of(category, index=0):
@@ -731,9 +887,11 @@ def test_source_and_target_bound_the_scores(category):
     clip = clip_of(category)
     noise = 8 * torch.randn(clip["target"].shape, generator=torch.Generator().manual_seed(0))
     ceiling = (clip["target"] + noise).clamp(0, 255).to(torch.uint8)
-    assert evaluate.rate(clip["source"], clip, ceiling) == pytest.approx([1, 100, 100], abs=1e-6)
-    assert evaluate.rate(clip["target"], clip, ceiling) == pytest.approx([100, 100, 100], abs=1e-6)
-    assert evaluate.rate(clip["target"], clip, clip["target"]) == pytest.approx([100, 100, 100], abs=1e-6)
+    assert openve.rate(clip["source"], clip, ceiling) == pytest.approx([1, 100, 100], abs=1e-6)
+    assert openve.rate(clip["target"], clip, ceiling) == pytest.approx([100, 100, 100], abs=1e-6)
+    assert openve.rate(clip["target"], clip, clip["target"]) == pytest.approx(
+        [100, 100, 100], abs=1e-6
+    )
 
 
 def test_a_local_edit_is_rated_as_a_naive_program_rates_it():
@@ -756,35 +914,68 @@ def test_a_local_edit_is_rated_as_a_naive_program_rates_it():
 
     def error(video):
         total, before = 0.0, None
-        for frame, a, b in zip(video.astype(float), source.astype(float), target.astype(float), strict=True):
+        for frame, a, b in zip(
+            video.astype(float), source.astype(float), target.astype(float), strict=True
+        ):
             rest = np.empty_like(frame)
             for y, x in np.ndindex(frame.shape[:2]):
-                rest[y, x] = min(frame[y, x] - a[y, x], frame[y, x] - b[y, x], key=lambda d: sum(d**2))
+                rest[y, x] = min(
+                    frame[y, x] - a[y, x], frame[y, x] - b[y, x], key=lambda d: sum(d**2)
+                )
             total += (rest**2).sum() + (0 if before is None else ((rest - before) ** 2).sum())
             before = rest
         return math.sqrt(total)
 
     expected = [1 - math.sqrt(left / way), same / outside, error(ceiling) / error(output)]
-    found = evaluate.rate(torch.from_numpy(output), clip, torch.from_numpy(ceiling))
+    found = openve.rate(torch.from_numpy(output), clip, torch.from_numpy(ceiling))
     assert found == pytest.approx([1 + 99 * x for x in expected], abs=1e-6)
-    assert 20 < found[0] < 70 and 50 < found[1] < 95 and 5 < found[2] < 95  # nothing is at its bound
+    assert (
+        20 < found[0] < 70 and 50 < found[1] < 95 and 5 < found[2] < 95
+    )  # nothing is at its bound
 
 
 def test_a_style_keeps_what_differs_in_color_alone():
     """A wrong but exact recoloring keeps all; a picture of noise nothing; mirrored shapes are in between."""
     clip = clip_of("Global Style", 1)
     source = clip["source"].double()
-    recolored = (source @ torch.tensor([[0.5, 0.1, 0], [0.1, 0.4, 0], [0, 0.2, 0.4]], dtype=torch.float64) + 30).round()
+    recolored = (
+        source @ torch.tensor([[0.5, 0.1, 0], [0.1, 0.4, 0], [0, 0.2, 0.4]], dtype=torch.float64)
+        + 30
+    ).round()
     noise = torch.randint(0, 256, source.shape, generator=torch.Generator().manual_seed(0))
-    outputs = {"recolored": recolored, "noise": noise, "mirrored": source.flip(2), "flat": 0 * source + 90}
-    cf = {name: evaluate.rate(x.to(torch.uint8), clip, clip["target"])[1] for name, x in outputs.items()}
-    assert cf["recolored"] > 99.5 and 1.5 < cf["mirrored"] < 80 and cf["noise"] < 1.2 and cf["flat"] < 1.001, cf
+    outputs = {
+        "recolored": recolored,
+        "noise": noise,
+        "mirrored": source.flip(2),
+        "flat": 0 * source + 90,
+    }
+    cf = {
+        name: openve.rate(x.to(torch.uint8), clip, clip["target"])[1] for name, x in outputs.items()
+    }
+    assert (
+        cf["recolored"] > 99.5
+        and 1.5 < cf["mirrored"] < 80
+        and cf["noise"] < 1.2
+        and cf["flat"] < 1.001
+    ), cf
 
 
 @pytest.mark.slow
 def test_the_built_in_checkpoint_gets_scores(capsys):
-    evaluate.main(["shapes", "--clips", "1"])
-    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "---" not in line]
+    openve.main(["shapes", "--clips", "1"])
+    table = [
+        line.strip("| ").split(" | ")
+        for line in capsys.readouterr().out.splitlines()
+        if "---" not in line
+    ]
     edit, unchanged, ceiling = as_dicts(table)
-    assert (unchanged["Overall IC"], unchanged["Overall CF"], unchanged["Overall VQ"]) == ("1.00", "100.00", "100.00")
-    assert ceiling["Overall VQ"] == "100.00" and float(ceiling["Overall IC"]) > 60 and edit["Scored"] == "4"
+    assert (unchanged["Overall IC"], unchanged["Overall CF"], unchanged["Overall VQ"]) == (
+        "1.00",
+        "100.00",
+        "100.00",
+    )
+    assert (
+        ceiling["Overall VQ"] == "100.00"
+        and float(ceiling["Overall IC"]) > 60
+        and edit["Scored"] == "4"
+    )

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import data
 import mllm
 import rvedit
 import shapes
@@ -42,7 +43,7 @@ ALIGN_FROM = 0.956  # λ is 0 in so large a part of the steps, then the model's
 SAVE_SECONDS = 60
 
 
-# --- Twice as wide ----------------------------------------------------------------------------------------------------
+# --- Twice as wide --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -53,7 +54,9 @@ def widen(model: rvedit.RVEDiT, seed: int = 0) -> rvedit.RVEDiT:
     output but not in the gradients, so that the copies part in training.
     """
     dit = model.config.dit
-    dit = dataclasses.replace(dit, dim=2 * dit.dim, ffn_dim=2 * dit.ffn_dim, num_heads=2 * dit.num_heads)
+    dit = dataclasses.replace(
+        dit, dim=2 * dit.dim, ffn_dim=2 * dit.ffn_dim, num_heads=2 * dit.num_heads
+    )
     wide = rvedit.RVEDiT(dataclasses.replace(model.config, dit=dit), model.encoder.tokenizer)
     weights, generator = model.state_dict(), torch.Generator().manual_seed(seed)
     for name, parameter in wide.named_parameters():
@@ -70,7 +73,7 @@ def widen(model: rvedit.RVEDiT, seed: int = 0) -> rvedit.RVEDiT:
     return wide.eval()
 
 
-# --- Scenes as numbers ------------------------------------------------------------------------------------------------
+# --- Scenes as numbers ----------------------------------------------------------------------------
 
 
 class Scenes(NamedTuple):
@@ -98,7 +101,11 @@ class Draw(NamedTuple):
 def pack(scene: Scene, extent: Extent) -> tuple[np.ndarray, ...]:
     """A scene's row in all but the last tensor of `Scenes`."""
     T, H, W = extent
-    centers, looks, forms = np.zeros((SLOTS, T, 2), np.float32), np.zeros((SLOTS, 4), np.float32), np.zeros(SLOTS, int)
+    centers, looks, forms = (
+        np.zeros((SLOTS, T, 2), np.float32),
+        np.zeros((SLOTS, 4), np.float32),
+        np.zeros(SLOTS, int),
+    )
     for i, shape in enumerate(scene.shapes):
         centers[i] = shapes.trajectory(shape, extent)
         looks[i] = SIZES[shape.size], *COLORS[shape.color]
@@ -109,27 +116,48 @@ def pack(scene: Scene, extent: Extent) -> tuple[np.ndarray, ...]:
     ground = [cos, sin, 2 * math.pi / scene.period, *limits, *np.ravel(BACKGROUNDS[scene.tone])]
     matrix, bias = COLOR_MAPS.get(scene.style, (np.eye(3), (0, 0, 0)))
     pattern, grade = [*PATTERNS].index(scene.pattern), [*np.ravel(matrix), *bias]
-    return centers, looks, forms, np.array(ground, np.float32), np.array(pattern), np.array(grade, np.float32)
+    return (
+        centers,
+        looks,
+        forms,
+        np.array(ground, np.float32),
+        np.array(pattern),
+        np.array(grade, np.float32),
+    )
 
 
 def pack_all(scenes: Sequence[Scene], extent: Extent) -> Scenes:
     """The rows of Z scenes, and which of them are mosaics."""
     columns = zip(*(pack(scene, extent) for scene in scenes), strict=True)
-    mosaics = torch.tensor([i for i, scene in enumerate(scenes) if scene.style == "mosaic"], dtype=torch.long)
+    mosaics = torch.tensor(
+        [i for i, scene in enumerate(scenes) if scene.style == "mosaic"], dtype=torch.long
+    )
     return Scenes(*(torch.from_numpy(np.stack(column)) for column in columns), mosaics)
 
 
 class Draws(Dataset):
     """Minibatches by number, each a function of (seed, number); from `align_from` on with captions."""
 
-    def __init__(self, encoder: mllm.EditEncoder, extent: Extent, batch: int, seed: int, align_from: int) -> None:
-        self.encoder, self.extent, self.batch, self.seed, self.align_from = encoder, extent, batch, seed, align_from
+    def __init__(
+        self, encoder: mllm.EditEncoder, extent: Extent, batch: int, seed: int, align_from: int
+    ) -> None:
+        self.encoder, self.extent, self.batch, self.seed, self.align_from = (
+            encoder,
+            extent,
+            batch,
+            seed,
+            align_from,
+        )
         [(clip, _)] = encoder.prepare([torch.zeros(*extent, 3, dtype=torch.uint8)], ["x"])[-1]
         self.visual = clip.stop - clip.start
 
     def __getitem__(self, number: int) -> Draw:
         rng, first = np.random.default_rng((self.seed, number)), number * self.batch
-        coarse = (self.extent[0], self.extent[1] // 4, self.extent[2] // 4)  # fine enough to see what is clear
+        coarse = (
+            self.extent[0],
+            self.extent[1] // 4,
+            self.extent[2] // 4,
+        )  # fine enough to see what is clear
         categories = [MIX[i % len(MIX)] for i in range(first, first + self.batch)]
         drawn = [shapes.draw_edit(rng, category, self.extent, coarse) for category in categories]
         sources, targets, instructions = zip(*drawn, strict=True)
@@ -141,7 +169,10 @@ class Draws(Dataset):
     def rows(self, texts: Sequence[str], most: int) -> tuple[Tensor, Tensor]:
         """Token ids (B, N), and how many of a row are the text's, (B,). N, a multiple of 8, has room for `most`."""
         encoder, number = self.encoder, self.encoder.config.num_editing_tokens
-        chats = [mllm.chat_ids(encoder.tokenizer, text, self.visual, number, encoder.qwen.config) for text in texts]
+        chats = [
+            mllm.chat_ids(encoder.tokenizer, text, self.visual, number, encoder.qwen.config)
+            for text in texts
+        ]
         words = torch.tensor([span.stop - span.start for _, _, span in chats])
         if words.max() > most:
             raise ValueError(f"a text has {words.max()} tokens, more than {most}")
@@ -152,7 +183,7 @@ class Draws(Dataset):
         return ids, words
 
 
-# --- The painter: shapes.render for many scenes -----------------------------------------------------------------------
+# --- The painter: shapes.render for many scenes ---------------------------------------------------
 
 
 def choose(options: Sequence[Tensor], index: Tensor) -> Tensor:
@@ -189,7 +220,9 @@ def lay(canvas: Tensor, centers: Tensor, looks: Tensor, forms: Tensor) -> Tensor
     x = (columns - centers[:, :, 0, None, None]) / unit  # (Z, T, 1, W), in radii from the centre
     y = (rows - centers[:, :, 1, None, None]) / unit  # (Z, T, H, 1)
     distances = [form(torch, x.abs(), y) for form in FORMS.values()]
-    distance = choose(distances, forms.view(-1, 1, 1, 1)) * (unit * min(extent[1:]))  # (Z, T, H, W), pixels
+    distance = choose(distances, forms.view(-1, 1, 1, 1)) * (
+        unit * min(extent[1:])
+    )  # (Z, T, H, W), pixels
     cover = ((0.5 - distance).clamp(0, 1) * (radius > 0))[:, None]
     light = (1.02 - 0.08 * y)[:, None]
     return canvas * (1 - cover) + cover * (looks[:, 1:, None, None, None] * light)
@@ -212,7 +245,9 @@ def tile(frames: Tensor) -> Tensor:
     return (frames + 0.5).floor()
 
 
-PAINTERS = {part.__name__: part for part in (background, lay, develop)}  # or what they are compiled to
+PAINTERS = {
+    part.__name__: part for part in (background, lay, develop)
+}  # or what they are compiled to
 
 
 def paint(scenes: Scenes, extent: Extent) -> Tensor:
@@ -226,7 +261,7 @@ def paint(scenes: Scenes, extent: Extent) -> Tensor:
     return frames
 
 
-# --- The MLLM for batches of one size ---------------------------------------------------------------------------------
+# --- The MLLM for batches of one size -------------------------------------------------------------
 
 
 class Reader:
@@ -236,32 +271,59 @@ class Reader:
     """
 
     def __init__(self, encoder: mllm.EditEncoder, extent: Extent, device: str) -> None:
-        self.encoder, self.vision, most = encoder, encoder.qwen.config.vision, encoder.config.max_mllm_frames
-        ids, _, grids, _, [(clip, _)] = encoder.prepare([torch.zeros(*extent, 3, dtype=torch.uint8)], ["x"])
-        self.grid, self.V, self.before = tuple(grids[0].tolist()), clip.stop - clip.start, ids.shape[1] + clip.start
+        self.encoder, self.vision, most = (
+            encoder,
+            encoder.qwen.config.vision,
+            encoder.config.max_mllm_frames,
+        )
+        ids, _, grids, _, [(clip, _)] = encoder.prepare(
+            [torch.zeros(*extent, 3, dtype=torch.uint8)], ["x"]
+        )
+        self.grid, self.V, self.before = (
+            tuple(grids[0].tolist()),
+            clip.stop - clip.start,
+            ids.shape[1] + clip.start,
+        )
         if [side * self.vision.patch_size for side in self.grid[1:]] != list(extent[1:]):
-            raise ValueError(f"clips of {extent[1]} x {extent[2]} would be resized for the MLLM: choose another size")
+            raise ValueError(
+                f"clips of {extent[1]} x {extent[2]} would be resized for the MLLM: choose another size"
+            )
         positions = encoder.qwen.position_ids(ids, grids)[:, 0].T.to(device)  # (N, 3)
         self.cells = positions[self.before : self.before + self.V]
-        self.behind = int(positions[self.before + self.V, 0])  # where the text goes on behind the clip
-        frames = torch.arange(extent[0]) if extent[0] <= most else torch.linspace(0, extent[0] - 1, most).round().long()
-        self.frames = torch.cat((frames, frames[-1:].expand(-len(frames) % self.vision.temporal_patch_size))).to(device)
+        self.behind = int(
+            positions[self.before + self.V, 0]
+        )  # where the text goes on behind the clip
+        frames = (
+            torch.arange(extent[0])
+            if extent[0] <= most
+            else torch.linspace(0, extent[0] - 1, most).round().long()
+        )
+        self.frames = torch.cat(
+            (frames, frames[-1:].expand(-len(frames) % self.vision.temporal_patch_size))
+        ).to(device)
         mean_and_std = (mllm.PIXEL_MEAN, mllm.PIXEL_STD)
-        self.mean, self.std = (255 * torch.tensor(x, device=device).view(3, 1, 1, 1) for x in mean_and_std)
+        self.mean, self.std = (
+            255 * torch.tensor(x, device=device).view(3, 1, 1, 1) for x in mean_and_std
+        )
 
     def patches(self, video: Tensor) -> Tensor:
         """Of whole levels (B, 3, T, H, W), as `mllm.preprocess_frames` makes them of one clip."""
         (t, h, w), merge, patch = self.grid, self.vision.spatial_merge_size, self.vision.patch_size
         x = (video[:, :, self.frames] - self.mean) / self.std
         x = x.reshape(len(x), 3, t, -1, h // merge, merge, patch, w // merge, merge, patch)
-        x = x.permute(0, 2, 4, 7, 5, 8, 1, 3, 6, 9)  # (B, t, h/merge, w/merge, merge, merge, 3, pair, patch, patch)
+        x = x.permute(
+            0, 2, 4, 7, 5, 8, 1, 3, 6, 9
+        )  # (B, t, h/merge, w/merge, merge, merge, 3, pair, patch, patch)
         return x.flatten(6).flatten(0, 5)
 
     def __call__(self, inputs: tuple[Tensor, Tensor, Tensor]) -> mllm.Condition:
         """inputs: whole levels (B, 3, T, H, W), ids (B, N), words (B,). The tokens that are not a text's are known."""
         (video, ids, words), encoder, qwen, V = inputs, self.encoder, self.encoder.qwen, self.V
         (B, N), K, device = ids.shape, len(encoder.queries), ids.device
-        at, text_end = torch.arange(N, device=device), N - K - 2  # behind the queries come two more tokens
+        at, text_end = (
+            torch.arange(N, device=device),
+            N - K - 2,
+        )  # behind the queries come two more tokens
         start = (text_end - words - 1 - V)[:, None]  # of the clip, (B, 1)
         cell = (at - start).clamp(0, V - 1)  # (B, N)
         is_clip = ((at >= start) & (at < start + V))[..., None]
@@ -273,7 +335,9 @@ class Reader:
         x = torch.where(is_clip, visual.to(x.dtype), x)
         x = torch.cat((x[:, :text_end], encoder.queries.expand(B, -1, -1), x[:, -2:]), dim=1)
         text = at - start + torch.where(at < start, self.before, self.behind - V)
-        positions = torch.where(is_clip, self.cells[cell], text[..., None]) * real[..., None]  # (B, N, 3)
+        positions = (
+            torch.where(is_clip, self.cells[cell], text[..., None]) * real[..., None]
+        )  # (B, N, 3)
         hidden = qwen.decode(x, positions.movedim(-1, 0), real)
 
         rows = (start + torch.arange(V, device=device))[..., None].expand(-1, -1, hidden.shape[-1])
@@ -283,10 +347,12 @@ class Reader:
         textual = encoder.textual_connector(hidden[:, text_end - most : text_end])
         everything = real.new_ones(B, K + V)
         textual_mask = torch.arange(most, device=device) >= most - words[:, None]
-        return mllm.Condition(editing, visual, textual, everything[:, :K], everything[:, :V], textual_mask)
+        return mllm.Condition(
+            editing, visual, textual, everything[:, :K], everything[:, :V], textual_mask
+        )
 
 
-# --- The run ----------------------------------------------------------------------------------------------------------
+# --- The run --------------------------------------------------------------------------------------
 
 
 def save_state(state: dict[str, Any], file: Path) -> None:
@@ -298,16 +364,29 @@ def save_state(state: dict[str, Any], file: Path) -> None:
 class Editor:
     """What is trained, and how: from the last saved step in `out`, or from `start` made twice as wide."""
 
-    def __init__(self, start: Path, out: Path, steps: int, batch: int, extent: Extent, seed: int = 1) -> None:
+    def __init__(
+        self, start: Path, out: Path, steps: int, batch: int, extent: Extent, seed: int = 1
+    ) -> None:
         model, self.vae = rvedit.load(start)
-        self.model, self.out, self.steps, self.extent, self.seed = widen(model).to(DEVICE), out, steps, extent, seed
+        self.model, self.out, self.steps, self.extent, self.seed = (
+            widen(model).to(DEVICE),
+            out,
+            steps,
+            extent,
+            seed,
+        )
         self.config, self.step = self.model.config, 0
         self.vae.to(DEVICE)
         self.draws = Draws(model.encoder, extent, batch, seed, math.ceil(ALIGN_FROM * steps))
         self.model.encoder.encode = Reader(self.model.encoder, extent, DEVICE)
         # The networks compute in bfloat16, the losses do not.
         half, dit = torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"), self.model.dit
-        for part, name in ((dit, "forward"), (dit, "features"), (self.model.encoder, "encode"), (self.vae, "encode")):
+        for part, name in (
+            (dit, "forward"),
+            (dit, "features"),
+            (self.model.encoder, "encode"),
+            (self.vae, "encode"),
+        ):
             setattr(part, name, half(getattr(part, name)))
         self.weights = dict(self.model.requires_grad_().named_parameters())
         rates = muon_rates(self.weights, train.RECIPES["toy"]["muon"])
@@ -319,7 +398,11 @@ class Editor:
             self.optimizer.load_state_dict(state["optimizer"])
 
     def save(self) -> None:
-        state = {"step": self.step, "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {
+            "step": self.step,
+            "weights": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         save_state(state, self.out / "state.pt")
 
     def compile(self) -> None:
@@ -327,12 +410,17 @@ class Editor:
         qwen = self.model.encoder.qwen
         for block in (*self.model.dit.blocks, *qwen.model["layers"], *qwen.visual.blocks):
             block.forward = torch.compile(block.forward, dynamic=False)
-        PAINTERS.update({name: torch.compile(part, dynamic=False) for name, part in PAINTERS.items()})
+        PAINTERS.update(
+            {name: torch.compile(part, dynamic=False) for name, part in PAINTERS.items()}
+        )
 
-    def minibatch(self, draw: Draw) -> train.Batch:
+    def minibatch(self, draw: Draw) -> data.Batch:
         """Line 3 of Algorithm 1, with t and noise from (seed, step)."""
         scenes = Scenes(*(x.to(DEVICE, non_blocking=True) for x in draw.scenes))
-        edit, ref = ([x.to(DEVICE, non_blocking=True) for x in pair if x is not None] for pair in (draw[1:3], draw[3:]))
+        edit, ref = (
+            [x.to(DEVICE, non_blocking=True) for x in pair if x is not None]
+            for pair in (draw[1:3], draw[3:])
+        )
         random = torch.Generator(DEVICE).manual_seed(self.seed * 10**9 + self.step)
         B, vae, (T, H, W) = len(draw.ids), self.vae.config, self.extent
         size = (T - 1) // vae.temporal_factor + 1, H // vae.spatial_factor, W // vae.spatial_factor
@@ -341,14 +429,16 @@ class Editor:
         source, target = paint(scenes, self.extent).split(B)
         ref_inputs = (target, *ref) if ref else None
         clips = source.movedim(1, -1), target.movedim(1, -1)
-        return train.Batch(*clips, SHIFT * u / (1 + (SHIFT - 1) * u), noise, (source, *edit), ref_inputs, 0)
+        return data.Batch(
+            *clips, SHIFT * u / (1 + (SHIFT - 1) * u), noise, (source, *edit), ref_inputs, 0
+        )
 
     def advance(self, draw: Draw) -> Tensor:
         """One step of Algorithm 1; its flow loss and alignment loss, (2,)."""
         batch = self.minibatch(draw)
         weight = self.config.align_weight if batch.ref_inputs else 0
         self.model.config = dataclasses.replace(self.config, align_weight=weight)
-        depth = train.generator(self.seed, "depth", self.step)
+        depth = data.generator(self.seed, "depth", self.step)
         depth = int(torch.randint(1, self.config.dit.num_blocks + 1, (), generator=depth))
         total, flow, align = train.training_step(self.model, self.vae, batch, depth)
         total.backward()
@@ -375,25 +465,37 @@ def train_editor(start: Path, out: Path, workers: int = os.cpu_count() or 1, **g
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(options))
     fork = dict(multiprocessing_context="fork", prefetch_factor=6) if workers else {}
-    draws = DataLoader(editor.draws, None, sampler=range(editor.step, steps), num_workers=workers, **fork)
+    draws = DataLoader(
+        editor.draws, None, sampler=range(editor.step, steps), num_workers=workers, **fork
+    )
     if DEVICE == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
         editor.compile()
     losses, saved = [], time.monotonic()
-    with tqdm(draws, total=steps, initial=editor.step, unit="step") as bar, open(out / "log.jsonl", "a") as log:
+    with (
+        tqdm(draws, total=steps, initial=editor.step, unit="step") as bar,
+        open(out / "log.jsonl", "a") as log,
+    ):
         for draw in bar:
             losses.append(editor.advance(draw))
             due = time.monotonic() - saved > SAVE_SECONDS or editor.step == steps
             if due or editor.step % 50 == 0:
                 flow, align = torch.stack(losses).mean(0).tolist()
-                report = dict(step=editor.step, flow=flow, align=align, lr=editor.optimizer.param_groups[0]["lr"])
+                report = dict(
+                    step=editor.step,
+                    flow=flow,
+                    align=align,
+                    lr=editor.optimizer.param_groups[0]["lr"],
+                )
                 log.write(json.dumps(report) + "\n")
                 log.flush()
                 bar.set_postfix(flow=f"{flow:.4f}", align=f"{align:.3f}")
                 losses = []
                 if not math.isfinite(flow):
-                    raise ValueError(f"the loss is not finite at step {editor.step}: {out} has the last good state")
+                    raise ValueError(
+                        f"the loss is not finite at step {editor.step}: {out} has the last good state"
+                    )
             if due:
                 editor.save()
                 saved = time.monotonic()

@@ -24,11 +24,15 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run by its path: imports start in the repository, not in this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.distributed as dist
@@ -38,12 +42,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import plan
+import data
 import rvedit
 import train
 import video
 from cli import Parser, device_of, fail, number
-from flops import Size, flops
+from experiments import plan
+from experiments.flops import Size, flops
 from losses import symmetric_info_nce
 from parallel import shard
 from rvedit import RVEDiT, RVEDiTConfig
@@ -55,24 +60,35 @@ PARTS = ("dit", "step", "info_nce", "encode", "decode", "mllm", "edit")
 RANKS = 8  # of which part "rank" is the first
 GROWTH = [(frames, *sides) for sides in ((480, 832), (704, 1280)) for frames in (17, 33, 49, 81)]
 
-# --- Algorithm 1 to the letter, which `train.training_step` is measured against ---------------------------------------
+# --- Algorithm 1 to the letter, which `train.training_step` is measured against -------------------
 
 
 def literal_info_nce(a: Tensor, a_ref: Tensor, temperature: float) -> Tensor:
     """Î of Eq. 5 from all S x S similarities at once, for features (B, S, d)."""
-    logits = F.normalize(a.float(), dim=-1) @ F.normalize(a_ref.detach().float(), dim=-1).mT / temperature
+    logits = (
+        F.normalize(a.float(), dim=-1)
+        @ F.normalize(a_ref.detach().float(), dim=-1).mT
+        / temperature
+    )
     return (logits.log_softmax(1) + logits.log_softmax(2)).diagonal(dim1=1, dim2=2).mean() / 2
 
 
-def literal_step(model: RVEDiT, vae: WanVAE, batch: train.Batch, depth: int) -> Tensor:
+def literal_step(model: RVEDiT, vae: WanVAE, batch: data.Batch, depth: int) -> Tensor:
     """The loss of lines 4-19 as printed: two whole passes, which record every block's features; then one is read."""
     with torch.no_grad():
         source, target = (vae.encode(video.to_float(clip)) for clip in (batch.source, batch.target))
     t = batch.t.view(-1, 1, 1, 1, 1)
     z_t = (1 - t) * target + t * batch.noise
-    features: list[Tensor] = []  # of all blocks, in the editing branch, then in the reference branch
-    hooks = [block.register_forward_hook(lambda _, __, out: features.append(out[1])) for block in model.dit.blocks]
-    velocity = model.dit(z_t, batch.t, model.contexts(model.encoder.encode(batch.edit_inputs)), source)
+    features: list[
+        Tensor
+    ] = []  # of all blocks, in the editing branch, then in the reference branch
+    hooks = [
+        block.register_forward_hook(lambda _, __, out: features.append(out[1]))
+        for block in model.dit.blocks
+    ]
+    velocity = model.dit(
+        z_t, batch.t, model.contexts(model.encoder.encode(batch.edit_inputs)), source
+    )
     with torch.no_grad():
         model.dit(z_t, batch.t, model.contexts(model.encoder.encode(batch.ref_inputs)), target)
     for hook in hooks:
@@ -82,7 +98,7 @@ def literal_step(model: RVEDiT, vae: WanVAE, batch: train.Batch, depth: int) -> 
     return F.mse_loss(velocity, batch.noise - target) + model.config.align_weight * align
 
 
-# --- What is timed ----------------------------------------------------------------------------------------------------
+# --- What is timed --------------------------------------------------------------------------------
 
 
 def shrink(config: RVEDiTConfig, by: int) -> RVEDiTConfig:
@@ -92,14 +108,21 @@ def shrink(config: RVEDiTConfig, by: int) -> RVEDiTConfig:
 
     def divide(fields: dict[str, Any]) -> dict[str, Any]:
         divided = {name: -(-value // by) for name, value in fields.items() if name in names.split()}
-        return fields | divided | {name: divide(value) for name, value in fields.items() if isinstance(value, dict)}
+        return (
+            fields
+            | divided
+            | {name: divide(value) for name, value in fields.items() if isinstance(value, dict)}
+        )
 
     return RVEDiTConfig(**divide(dataclasses.asdict(config)))
 
 
 @torch.no_grad()
 def random_networks(
-    config: RVEDiTConfig, device: torch.device, dtype: torch.dtype, shard: Callable[[RVEDiT], None] | None = None
+    config: RVEDiTConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    shard: Callable[[RVEDiT], None] | None = None,
 ) -> tuple[RVEDiT, WanVAE]:
     """As by `rvedit.load`. Drawn in place: `rvedit.initialise` takes minutes for the full size."""
     with torch.device("meta"):
@@ -109,24 +132,43 @@ def random_networks(
         part.to(dtype)
     if shard is not None:
         shard(model)
-    for p in (*model.to_empty(device=device).parameters(), *vae.to_empty(device=device).parameters()):
+    for p in (
+        *model.to_empty(device=device).parameters(),
+        *vae.to_empty(device=device).parameters(),
+    ):
         p = p.to_local() if isinstance(p, DTensor) else p
         p.normal_(0.0, p[0].numel() ** -0.5) if p.ndim > 1 and len(p) else p.uniform_(0.5, 1.5)
     return model.eval(), vae.eval().requires_grad_(False)
 
 
-def parts(model: RVEDiT, vae: WanVAE, size: Size, args: argparse.Namespace) -> tuple[dict[str, Runs], dict[str, int]]:
+def parts(
+    model: RVEDiT, vae: WanVAE, size: Size, args: argparse.Namespace
+) -> tuple[dict[str, Runs], dict[str, int]]:
     """What to run for each part, and its FLOPs."""
-    factors, text, device = (vae.config.temporal_factor, model.config.spatial_factor), "make it snow", args.device
+    factors, text, device = (
+        (vae.config.temporal_factor, model.config.spatial_factor),
+        "make it snow",
+        args.device,
+    )
     if (size[0] - 1) % factors[0] or size[1] % factors[1] or size[2] % factors[1]:
-        raise ValueError("--size {} {} {}: take {}k + 1 frames with sides in multiples of {}".format(*size, *factors))
-    model.config = config = dataclasses.replace(model.config, max_frames=size[0], max_pixels=size[1] * size[2])
+        raise ValueError(
+            "--size {} {} {}: take {}k + 1 frames with sides in multiples of {}".format(
+                *size, *factors
+            )
+        )
+    model.config = config = dataclasses.replace(
+        model.config, max_frames=size[0], max_pixels=size[1] * size[2]
+    )
     clips = torch.randint(0, 256, (2, 1, *size, 3), dtype=torch.uint8)
     inputs = model.encoder.prepare([clips[0, 0]], [text])
-    grid = (size[0] - 1) // factors[0] + 1, size[1] // vae.config.spatial_factor, size[2] // vae.config.spatial_factor
+    grid = (
+        (size[0] - 1) // factors[0] + 1,
+        size[1] // vae.config.spatial_factor,
+        size[2] // vae.config.spatial_factor,
+    )
     z, noise = torch.randn(2, 1, vae.config.z_dim, *grid, device=device)
     t = torch.full((1,), 0.5, device=device)
-    batch = train.Batch(*clips.to(device), t, noise, inputs, inputs, 0)
+    batch = data.Batch(*clips.to(device), t, noise, inputs, inputs, 0)
     films = video.to_float(batch.source)
     with torch.no_grad():
         contexts = model.contexts(model.encoder.encode(inputs))
@@ -134,7 +176,9 @@ def parts(model: RVEDiT, vae: WanVAE, size: Size, args: argparse.Namespace) -> t
     a = torch.randn_like(a_ref, requires_grad=True)
 
     def step(loss_of: Callable[..., Tensor]) -> Tensor:
-        loss = loss_of(model, vae, batch, (config.dit.num_blocks + 1) // 2)  # the mean of the depths in Eq. 4
+        loss = loss_of(
+            model, vae, batch, (config.dit.num_blocks + 1) // 2
+        )  # the mean of the depths in Eq. 4
         loss.backward()
         model.zero_grad()
         return loss.detach()
@@ -144,8 +188,14 @@ def parts(model: RVEDiT, vae: WanVAE, size: Size, args: argparse.Namespace) -> t
 
     runs = {
         "dit": {"ours": lambda: model.dit(z, t, contexts, noise)},
-        "step": {"ours": lambda: step(lambda *x: train.training_step(*x)[0]), "literal": lambda: step(literal_step)},
-        "info_nce": {"ours": lambda: info_nce(symmetric_info_nce), "literal": lambda: info_nce(literal_info_nce)},
+        "step": {
+            "ours": lambda: step(lambda *x: train.training_step(*x)[0]),
+            "literal": lambda: step(literal_step),
+        },
+        "info_nce": {
+            "ours": lambda: info_nce(symmetric_info_nce),
+            "literal": lambda: info_nce(literal_info_nce),
+        },
         "encode": {"ours": lambda: vae.encode(films)},
         "decode": {"ours": lambda: vae.decode(z)},
         "mllm": {"ours": lambda: model.encoder.encode(inputs)},
@@ -158,10 +208,12 @@ def parts(model: RVEDiT, vae: WanVAE, size: Size, args: argparse.Namespace) -> t
     return runs, flops(config, size, inputs, args.steps)
 
 
-# --- What is not one of the system's parts ----------------------------------------------------------------------------
+# --- What is not one of the system's parts --------------------------------------------------------
 
 
-def rank_step(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> tuple[dict[str, Runs], dict[str, int]]:
+def rank_step(
+    config: RVEDiTConfig, size: Size, args: argparse.Namespace
+) -> tuple[dict[str, Runs], dict[str, int]]:
     """An optimiser step of `train.py` as the first of 8 ranks has it; its FLOPs, and the bytes that `plan.py` foresees.
 
     Its process group only pretends to send: shapes and memory are right, gradients are not, so it does not look whether
@@ -173,8 +225,12 @@ def rank_step(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> tup
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     mesh, cuda = init_device_mesh(args.device.type, (RANKS,)), args.device.type == "cuda"
     options = ["--preset", args.preset, "--plan", RANKS, "--out", os.devnull, "--size", *size]
-    options = train.parse_arguments([str(option) for option in options] + ["--compile"] * args.compile)
-    networks = random_networks(config, args.device, torch.float32, lambda model: train.prepare(model, options, mesh))
+    options = train.parse_arguments(
+        [str(option) for option in options] + ["--compile"] * args.compile
+    )
+    networks = random_networks(
+        config, args.device, torch.float32, lambda model: train.prepare(model, options, mesh)
+    )
     if cuda and config.lora_rank:
         networks[0].encoder.qwen.visual.to(torch.bfloat16)  # as in train.load_model
     run, batch = train.Run(*networks, args.device, options), plan.a_batch(*networks, options, "cpu")
@@ -198,16 +254,22 @@ def offloaded_edit(
     """An edit by networks that rest on the CPU, in no more of the GPU's memory than was allowed."""
     if args.device.type == "cuda":
         total = torch.cuda.get_device_properties(args.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_limit * 1e9 / total), args.device.index)
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, args.memory_limit * 1e9 / total), args.device.index
+        )
     config = dataclasses.replace(config, max_frames=size[0], max_pixels=size[1] * size[2])
     model, vae = random_networks(config, torch.device("cpu"), getattr(torch, args.dtype))
     clip = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
     inputs = model.encoder.prepare([clip], ["make it snow"])
-    runs = {"ours": lambda: edit_video(model, vae, clip, "make it snow", args.steps, device=args.device)}
+    runs = {
+        "ours": lambda: edit_video(model, vae, clip, "make it snow", args.steps, device=args.device)
+    }
     return {"edit": runs}, flops(config, size, inputs, args.steps)
 
 
-def load_seconds(config: RVEDiTConfig, folder: Path, args: argparse.Namespace) -> tuple[dict[str, list[float]], int]:
+def load_seconds(
+    config: RVEDiTConfig, folder: Path, args: argparse.Namespace
+) -> tuple[dict[str, list[float]], int]:
     """Seconds to load a checkpoint of random weights and to read its files, neither of them cached, and its bytes."""
     dtype, buffer = getattr(torch, args.dtype), bytearray(1 << 24)
     rvedit.save(folder / "model", *random_networks(config, torch.device("cpu"), dtype))
@@ -219,7 +281,10 @@ def load_seconds(config: RVEDiTConfig, folder: Path, args: argparse.Namespace) -
                 while opened.readinto(buffer):
                     pass
 
-    runs = {"ours": lambda: rvedit.load(folder / "model", device=args.device, dtype=dtype), "read": read}
+    runs = {
+        "ours": lambda: rvedit.load(folder / "model", device=args.device, dtype=dtype),
+        "read": read,
+    }
     seconds: dict[str, list[float]] = {who: [] for who in runs}
     for i in range(args.rounds):
         for who in list(runs)[:: 1 if i % 2 else -1]:
@@ -231,7 +296,7 @@ def load_seconds(config: RVEDiTConfig, folder: Path, args: argparse.Namespace) -
     return seconds, sum(file.stat().st_size for file in files)
 
 
-# --- Timing, and the command line -------------------------------------------------------------------------------------
+# --- Timing, and the command line -----------------------------------------------------------------
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, int]:
@@ -249,7 +314,9 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, int]:
     took, status = time.perf_counter() - start, clear.with_name("status")
     if cuda:
         return took, torch.cuda.max_memory_allocated(device)
-    return took, 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0]) if status.exists() else 0
+    return took, 1024 * int(
+        status.read_text().partition("VmHWM:")[2].split()[0]
+    ) if status.exists() else 0
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -262,7 +329,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 def measure(name: str, runs: Runs, rounds: int, device: torch.device) -> dict[str, Any]:
     """Seconds and bytes of each; with two of them also how far their results differ."""
     results = [run() for run in runs.values()]  # compiles, and fills caches
-    row: dict[str, Any] = {"part": name, "seconds": {who: [] for who in runs}, "bytes": dict.fromkeys(runs, 0)}
+    row: dict[str, Any] = {
+        "part": name,
+        "seconds": {who: [] for who in runs},
+        "bytes": dict.fromkeys(runs, 0),
+    }
     if len(results) > 1:
         row["difference"] = ((results[0] - results[1]).abs().max() / results[1].abs().max()).item()
     results.clear()
@@ -295,7 +366,11 @@ def line(row: dict[str, Any], peak: float) -> str:
 
 
 def bench(args: argparse.Namespace) -> None:
-    config, dtype, cuda = rvedit.preset(args.preset), getattr(torch, args.dtype), args.device.type == "cuda"
+    config, dtype, cuda = (
+        rvedit.preset(args.preset),
+        getattr(torch, args.dtype),
+        args.device.type == "cuda",
+    )
     config, peak, rows = shrink(config, args.shrink), matmul_peak(args.device, dtype), []
     threads = f"{torch.get_num_threads()} threads of {platform.machine()}"
     machine = torch.cuda.get_device_name(args.device) if cuda else threads
@@ -306,7 +381,9 @@ def bench(args: argparse.Namespace) -> None:
         rows.append(row)
         print(text, flush=True)
         partial = args.out.with_name(f".{args.out.name}.partial")
-        partial.write_text(json.dumps(dict(about=about, matmul=peak, rows=rows), indent=1), encoding="utf-8")
+        partial.write_text(
+            json.dumps(dict(about=about, matmul=peak, rows=rows), indent=1), encoding="utf-8"
+        )
         partial.replace(args.out)
 
     if "load" in args.parts:
@@ -316,7 +393,9 @@ def bench(args: argparse.Namespace) -> None:
         ratios = spread([ours / read for ours, read in zip(*seconds.values(), strict=True)])
         text = f"{size / 1e9:.3g} GB loaded at {rates['ours']} GB/s, its files read at {rates['read']} GB/s"
         return note(dict(part="load", seconds=seconds, size=size), f"{text}: takes times {ratios}")
-    print("| part | clip | seconds | TFLOP | TFLOP/s | of peak | GB | beside | takes times | GB | differs by |")
+    print(
+        "| part | clip | seconds | TFLOP | TFLOP/s | of peak | GB | beside | takes times | GB | differs by |"
+    )
     print("|" + " --- |" * 11)
     networks = None
     for size in args.size:
@@ -327,34 +406,87 @@ def bench(args: argparse.Namespace) -> None:
         else:
             if networks is None:
                 networks = random_networks(config, args.device, dtype)
-                shard(networks[0], None, train.RECIPES[args.preset]["recompute"] and "step" in args.parts, args.compile)
+                shard(
+                    networks[0],
+                    None,
+                    train.RECIPES[args.preset]["recompute"] and "step" in args.parts,
+                    args.compile,
+                )
             runs, work = parts(*networks, size, args)
         for name, candidates in runs.items():
             if name.split()[0] in args.parts:
                 candidates = candidates if args.peer else {"ours": candidates["ours"]}
                 with torch.set_grad_enabled(name in ("step", "info_nce", "rank")):
-                    row = measure(name, candidates, args.rounds, args.device) | dict(size=size, flops=work[name])
+                    row = measure(name, candidates, args.rounds, args.device) | dict(
+                        size=size, flops=work[name]
+                    )
                 row["counted"] = work.get(f"literal {name}", work[name]) / work[name]
                 row |= {"plan": work["plan"]} if name == "rank" else {}
                 note(row, line(row, peak))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Time each part of the system beside its FLOPs.", allow_abbrev=False)
+    parser = Parser(
+        description="Time each part of the system beside its FLOPs.", allow_abbrev=False
+    )
     add, cuda = parser.add_argument, torch.cuda.is_available()
     add("--preset", choices=train.RECIPES, default="toy", help="default: toy")
-    add("--shrink", type=int, choices=(1, 2, 4), default=1, help="divide all widths and depths by this, for a CPU")
-    add("--size", type=number(int, 1), nargs=3, action="append", metavar=("T", "H", "W"), help="of a clip; repeatable")
-    add("--growth", dest="size", action="store_const", const=GROWTH, help="17 to 81 frames at 480p and 720p")
-    add("--parts", nargs="+", choices=(*PARTS, "rank", "load"), default=PARTS, help="default: all but rank and load")
-    add("--memory-limit", type=number(float, 0.1), metavar="GB", help="of the GPU, for the part edit with offloading")
-    add("--peer", action="store_true", help="beside diffusers, transformers and Algorithm 1 to the letter")
+    add(
+        "--shrink",
+        type=int,
+        choices=(1, 2, 4),
+        default=1,
+        help="divide all widths and depths by this, for a CPU",
+    )
+    add(
+        "--size",
+        type=number(int, 1),
+        nargs=3,
+        action="append",
+        metavar=("T", "H", "W"),
+        help="of a clip; repeatable",
+    )
+    add(
+        "--growth",
+        dest="size",
+        action="store_const",
+        const=GROWTH,
+        help="17 to 81 frames at 480p and 720p",
+    )
+    add(
+        "--parts",
+        nargs="+",
+        choices=(*PARTS, "rank", "load"),
+        default=PARTS,
+        help="default: all but rank and load",
+    )
+    add(
+        "--memory-limit",
+        type=number(float, 0.1),
+        metavar="GB",
+        help="of the GPU, for the part edit with offloading",
+    )
+    add(
+        "--peer",
+        action="store_true",
+        help="beside diffusers, transformers and Algorithm 1 to the letter",
+    )
     add("--compile", action="store_true", help="the blocks of DiT and MLLM, on both sides")
     add("--rounds", type=number(int, 2), default=7, help="default: 7")
     add("--steps", type=number(int, 1), default=50, help="of the edit (default 50)")
-    add("--device", type=device_of, default="cuda" if cuda else "cpu", help="default: a GPU if there is one")
+    add(
+        "--device",
+        type=device_of,
+        default="cuda" if cuda else "cpu",
+        help="default: a GPU if there is one",
+    )
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
-    add("--out", type=Path, default=Path("bench.json"), help="the measurements as JSON (default bench.json)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("bench.json"),
+        help="the measurements as JSON (default bench.json)",
+    )
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     args.size = args.size or [train.RECIPES[args.preset]["size"]]
