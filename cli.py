@@ -1,56 +1,157 @@
-"""What the command lines share, and the options of sample.py: without PyTorch, whose import takes seconds."""
+"""What all command lines share: parsing, errors in one line, and files that are never half written.
+
+Nothing here imports PyTorch, whose import takes seconds, so that mistakes are found at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import math
+import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn
+
+# Packages of requirements.txt, by the names under which they are imported.
+REQUIRED = ("torch", "safetensors", "numpy", "av", "tokenizers", "tqdm")
+
+# --- Errors ---------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        """One line and exit code 2, as for every other mistake, instead of the whole usage."""
-        fail(message.removeprefix("argument "))
+class Stop(Exception):
+    """Ends a command with its message in one line, wherever it is raised."""
 
 
-def fail(message: object) -> None:
-    print(f"error: {message}", file=sys.stderr)
+def fail(message: object) -> NoReturn:
+    """Print one line on stderr and exit with code 2, as every mistake of a user does."""
+    lines = str(message).strip().splitlines() or ["unknown error"]
+    print(f"error: {lines[0]}", file=sys.stderr)
     raise SystemExit(2)
 
 
+def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a command's main: errors that a user can mend become one line and exit code 2."""
+
+    @functools.wraps(main)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, OSError, Stop) as error:
+            fail(error)
+        except RecursionError:
+            fail("the input is nested too deeply, such as JSON of thousands of brackets")
+        except MemoryError as error:
+            fail(f"out of memory: {error}" if str(error) else "out of memory")
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+    return run
+
+
+def begin() -> None:
+    """Call first in a script: Ctrl-C during slow imports is silent, a missing package one line."""
+
+    def report(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if kind is KeyboardInterrupt:
+            raise SystemExit(130)
+        if kind is ModuleNotFoundError and error.name in REQUIRED:
+            fail(f"{error.name} is not installed: run `pip install -r requirements.txt`")
+        sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = report
+
+
+# --- Options --------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports a mistake in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message.removeprefix("argument "))
+
+
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """A parser for numbers of `kind` in [low, high]."""
+    """Make a parser (for `type=`) of finite numbers of `kind` from `low` to `high`."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or value == math.inf:
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}"
-            )
-        return value
+        if low <= value <= high and value != math.inf:
+            return value
+        name = "a whole number" if kind is int else "a number"
+        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
 
     return parse
 
 
 def device_of(text: str) -> Any:
-    """A torch.device that is there."""
+    """Parse the name of a torch.device that exists on this machine."""
     import torch
 
     try:
         device = torch.device(text)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):  # an unknown name; a GPU that is not there
-        raise argparse.ArgumentTypeError(
-            f"this machine and this PyTorch have no {text!r}; leave it out"
-        ) from None
+        message = f"this machine and this PyTorch have no {text!r}; leave it out"
+        raise argparse.ArgumentTypeError(message) from None
     return device
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; what is written there becomes `path` when the block ends.
+
+    For a file or a folder. After an error nothing is left over, and a former `path` is untouched.
+    An OSError, such as that of a full disk, is raised again with the final name in its message.
+    """
+    path = Path(path)
+    # The ending stays: some writers choose their format by it. Several processes may write at once.
+    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    former = path.with_name(f".former-{path.name}")
+    try:
+        # A kill between the two renames below leaves the former folder under this name.
+        if former.exists() and not path.exists():
+            former.rename(path)
+        yield temporary
+        if temporary.is_dir() and path.exists():
+            # A folder cannot replace another in one step: the former one moves aside first.
+            path.rename(former)
+            temporary.rename(path)
+        else:
+            os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        if former.exists() and not path.exists():
+            former.rename(path)
+        for leftover in (temporary, former):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, complete or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+# --- The options of sample.py ---------------------------------------------------------------------
 
 
 def edit_parser() -> Parser:
