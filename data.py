@@ -5,7 +5,6 @@ The synthetic clips are in shapes.py, the three public sets in experiments/datas
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import hashlib
@@ -23,10 +22,11 @@ from torch.utils.data import Dataset
 
 import video
 from mllm import EditEncoder
+from rvedit import RVEDiTConfig
 from shapes import ShapesDataset  # noqa: F401  (data.ShapesDataset is its public name)
-from vae import VAEConfig
 
 COLUMNS = ("src_video", "tgt_video", "prompt")
+MAX_BROKEN = 20  # broken triplets in a row that end a run
 PATHS = {"src_video", "tgt_video", "original_video", "vace_video", "video"}  # columns of a CSV
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -171,103 +171,176 @@ def fit_clip(frames: torch.Tensor, num_frames: int, height: int, width: int) -> 
     return video.resize(frames[:length], *size)[:, top : top + height, left : left + width]
 
 
+class Triplet(NamedTuple):
+    """(v, ℓ, v*, ℓ*), its clips at the size of the step that it is for."""
+
+    source: Tensor  # v, uint8 (T, H, W, 3)
+    instruction: str  # ℓ
+    target: Tensor  # v*, uint8 (T, H, W, 3)
+    caption: str  # ℓ*; the instruction if the triplet has none
+
+
 class Batch(NamedTuple):
-    """Line 3: a minibatch (v, ℓ, v*, ℓ*) with t and ε."""
+    """Algorithm 1, line 3: a minibatch (v, ℓ, v*, ℓ*) with t and ε."""
 
     source: Tensor  # v, uint8 (B, T, H, W, 3)
     target: Tensor  # v*, likewise
     t: Tensor  # (B,)
     noise: Tensor  # ε, of the latents' shape, (B, C, T', H', W')
     edit_inputs: tuple[Any, ...]  # (v, ℓ) as the MLLM reads it
-    ref_inputs: tuple[Any, ...] | None  # (v*, ℓ*); None if λ = 0
-    broken: int  # clips that could not be read and were replaced
+    ref_inputs: tuple[Any, ...] | None  # (v*, ℓ*), likewise; None if λ = 0
+    broken: int  # triplets that could not be read and were replaced
 
 
-# --- Line 3: what is random, and the data ---------------------------------------------------------
+# --- Minibatches (Alg. 1, line 3) -----------------------------------------------------------------
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """On the CPU, a function of the key alone."""
-    return torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
-    )
+    """A random number generator on the CPU whose state is a function of the key alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def draw(
     seed: int, step: int, sample: int, shape: tuple[int, ...], shift: float
 ) -> tuple[Tensor, Tensor]:
-    """t from U[0, 1], moved towards noise as s·u / (1 + (s - 1)·u) by a shift s other than 1, and ε from N(0, I)."""
+    """Draw t from U[0, 1] and ε from N(0, I) for one sample of an optimiser step.
+
+    A shift s other than 1 moves t towards noise: u becomes s·u / (1 + (s - 1)·u).
+    """
     random = generator(seed, "noise", step, sample)
     u = torch.rand((), generator=random)
-    return shift * u / (1 + (shift - 1) * u), torch.randn(shape, generator=random)
+    t = shift * u / (1 + (shift - 1) * u)
+    return t, torch.randn(shape, generator=random)
 
 
 @functools.lru_cache(maxsize=2)
 def data_order(seed: int, epoch: int, length: int) -> Tensor:
+    """The order in which an epoch goes through the triplets, a permutation of 0 ... length - 1."""
     return torch.randperm(length, generator=generator(seed, "order", epoch))
 
 
 class Batches(Dataset):
-    """This rank's minibatches by (step, accumulation step), from where the run stands.
+    """The minibatches of one rank: `batches[step, micro]`, where micro counts accumulation steps.
 
-    Samples are numbered over accumulation steps, ranks and B: the same work, however divided, gets the same numbers.
+    The samples of an optimiser step are numbered over accumulation steps, then ranks, then the
+    clips of a minibatch. All that is random depends on (seed, step, number) only, so a run draws
+    the same samples however they are divided. A resumed run gives the step it goes on with, and
+    how many samples were trained on before, as `first_step` and `first_sample`.
+
+    A triplet that cannot be read is listed in `broken_file`, and the next one takes its place.
     """
 
     def __init__(
         self,
         triplets: Dataset,
         encoder: EditEncoder,
-        vae: VAEConfig,
-        args: argparse.Namespace,
+        config: RVEDiTConfig,
+        *,
+        sizes: list[tuple[int, int, int]],  # (T, H, W)
+        batch: int,
+        accumulate: int,
+        seed: int,
+        timestep_shift: float,
+        broken_file: Path,
         rank: int = 0,
         ranks: int = 1,
-        step: int = 0,
-        samples: int = 0,
-        needs_reference: bool = True,
+        first_step: int = 0,
+        first_sample: int = 0,
+        caption_fallback: bool = False,
     ) -> None:
-        self.triplets, self.args, self.encoder, self.vae = triplets, args, encoder, vae
-        self.ranks, self.rank, self.first_step, self.first_sample = ranks, rank, step, samples
-        self.needs_reference = needs_reference
+        self.triplets = triplets
+        self.encoder = encoder
+        self.config = config
+        self.sizes = sizes
+        self.batch = batch
+        self.accumulate = accumulate
+        self.seed = seed
+        self.timestep_shift = timestep_shift
+        self.broken_file = broken_file
+        self.rank = rank
+        self.ranks = ranks
+        self.first_step = first_step
+        self.first_sample = first_sample
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
-        (step, micro), args, B, factor = key, self.args, self.args.batch, self.vae.spatial_factor
-        numbers = range(
-            (micro * self.ranks + self.rank) * B, (micro * self.ranks + self.rank + 1) * B
-        )
-        first = self.first_sample + (step - self.first_step) * args.accumulate * self.ranks * B
-        sources, instructions, targets, captions, broken = zip(
-            *(self.read(first + n) for n in numbers), strict=True
-        )
-        length = (len(targets[0]) - 1) // self.vae.temporal_factor + 1
-        shape = self.vae.z_dim, length, args.size[1] // factor, args.size[2] // factor
-        t, noise = zip(
-            *(draw(args.seed, step, n, shape, args.timestep_shift) for n in numbers), strict=True
-        )
-        edit_inputs = self.encoder.prepare(list(sources), list(instructions))
-        ref_inputs = (
-            self.encoder.prepare(list(targets), list(captions)) if self.needs_reference else None
-        )
+        step, micro = key
+        first_number = (micro * self.ranks + self.rank) * self.batch
+        step_samples = self.accumulate * self.ranks * self.batch
+        first_position = self.first_sample + (step - self.first_step) * step_samples
+
+        samples: list[Triplet] = []
+        ts: list[Tensor] = []
+        noises: list[Tensor] = []
+        broken = 0
+        for number in range(first_number, first_number + self.batch):
+            sample, replaced = self.read(first_position + number, step)
+            shape = self.latent_shape(sample.target)
+            t, noise = draw(self.seed, step, number, shape, self.timestep_shift)
+            samples.append(sample)
+            ts.append(t)
+            noises.append(noise)
+            broken += replaced
+
+        sources = [sample.source for sample in samples]
+        targets = [sample.target for sample in samples]
+        edit_inputs = self.encoder.prepare(sources, [sample.instruction for sample in samples])
+        ref_inputs = None
+        if self.config.align_weight > 0:
+            ref_inputs = self.encoder.prepare(targets, [sample.caption for sample in samples])
         return Batch(
-            *map(torch.stack, (sources, targets, t, noise)), edit_inputs, ref_inputs, sum(broken)
+            source=torch.stack(sources),
+            target=torch.stack(targets),
+            t=torch.stack(ts),
+            noise=torch.stack(noises),
+            edit_inputs=edit_inputs,
+            ref_inputs=ref_inputs,
+            broken=broken,
         )
 
-    def read(self, position: int) -> tuple[Tensor, str, Tensor, str, int]:
-        """v, ℓ, v*, ℓ* at a position in the endless row of epochs, after so many broken ones in their place."""
-        length = len(self.triplets)
-        index = int(data_order(self.args.seed, position // length, length)[position % length])
-        for broken in range(20):
-            try:
-                return *self.fit((index + broken) % length), broken
-            except (ValueError, OSError) as error:
-                with open(self.args.out / "broken.txt", "a", encoding="utf-8") as file:
-                    file.write(f"triplet {(index + broken) % length + 1}: {error}\n")
-        raise ValueError(f"20 triplets, one after the other, are broken: see {file.name}")
+    def latent_shape(self, clip: Tensor) -> tuple[int, int, int, int]:
+        """(C, T', H', W') of the latents of a clip (T, H, W, 3)."""
+        T, H, W, _ = clip.shape
+        vae = self.config.vae
+        latent_frames = (T - 1) // vae.temporal_factor + 1
+        return vae.z_dim, latent_frames, H // vae.spatial_factor, W // vae.spatial_factor
 
-    def fit(self, index: int) -> tuple[Tensor, str, Tensor, str]:
-        args, item = self.args, self.triplets[index]
-        source, target = (fit_clip(item[name], *args.size) for name in ("source", "target"))
-        if args.batch > 1 and len(target) < args.size[0]:
+    def read(self, position: int, step: int) -> tuple[Triplet, int]:
+        """The triplet at a position of the endless series of epochs, or the next one that can be read.
+
+        Also returns the number of broken triplets that it replaces.
+        """
+        epoch, place = divmod(position, len(self.triplets))
+        index = int(data_order(self.seed, epoch, len(self.triplets))[place])
+        return self.next_readable(index, step)
+
+    def next_readable(self, index: int, step: int) -> tuple[Triplet, int]:
+        """The first triplet from `index` on that can be read, and the number of those before it."""
+        for broken in range(MAX_BROKEN):
+            candidate = (index + broken) % len(self.triplets)
+            try:
+                return self.load(candidate, step), broken
+            except (ValueError, OSError) as error:
+                self.note_broken(candidate, error)
+        raise ValueError(
+            f"{MAX_BROKEN} triplets, one after the other, are broken: see {self.broken_file}"
+        )
+
+    def note_broken(self, index: int, error: Exception) -> None:
+        with open(self.broken_file, "a", encoding="utf-8") as file:
+            file.write(f"triplet {index + 1}: {error}\n")
+
+    def fit(self, index: int, *, step: int) -> Triplet:
+        """The triplet at `index` as step `step` would train on it."""
+        return self.load(index, step)
+
+    def load(self, index: int, step: int) -> Triplet:
+        item = self.triplets[index]
+        frames, height, width = self.sizes[0]
+        source = fit_clip(item["source"], frames, height, width)
+        target = fit_clip(item["target"], frames, height, width)
+        if self.batch > 1 and len(target) < frames:
             raise ValueError(
-                f"it has {len(target)} frames, but with --batch above 1 all must have {args.size[0]}"
+                f"it has {len(target)} frames, but with --batch above 1 all must have {frames}"
             )
-        return source, item["instruction"], target, item["caption"] or item["instruction"]
+        return Triplet(source, item["instruction"], target, item["caption"] or item["instruction"])

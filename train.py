@@ -289,7 +289,9 @@ class Run:
         """Edit four clips or more, each rank its own but all as many; write source, edit and target side by side."""
         with self.averaged():
             for index in range(self.rank, math.ceil(4 / self.ranks) * self.ranks, self.ranks):
-                source, instruction, target, _ = clips.fit(index % len(clips.triplets))
+                source, instruction, target, _ = clips.fit(
+                    index % len(clips.triplets), step=self.step
+                )
                 clip = torch.cat(
                     (source, edit_video(self.model, self.vae, source, instruction), target), dim=2
                 )
@@ -299,17 +301,20 @@ class Run:
 
 
 def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.Batches:
-    encoder, reference = run.model.encoder, run.model.config.align_weight > 0
     return data.Batches(
         triplets,
-        encoder,
-        run.vae.config,
-        args,
-        run.rank,
-        run.ranks,
-        run.step,
-        run.samples,
-        reference,
+        run.model.encoder,
+        run.model.config,
+        sizes=[tuple(args.size)],
+        batch=args.batch,
+        accumulate=args.accumulate,
+        seed=args.seed,
+        timestep_shift=args.timestep_shift,
+        rank=run.rank,
+        ranks=run.ranks,
+        first_step=run.step,
+        first_sample=run.samples,
+        broken_file=run.out / "broken.txt",
     )
 
 

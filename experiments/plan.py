@@ -124,11 +124,22 @@ def a_batch(
     clip = torch.zeros(*args.size, 3, dtype=torch.uint8)
     item = dict(
         source=clip,
-        target=clip,
+        target=torch.ones_like(clip),  # training refuses a pair that is the same
         instruction="make it snow on all the hills",
         caption="snow on all the hills",
     )
-    batch = data.Batches([item] * args.batch, model.encoder, vae.config, args)[0, 0]
+    batches = data.Batches(
+        [item] * args.batch,
+        model.encoder,
+        model.config,
+        sizes=[tuple(args.size)],
+        batch=args.batch,
+        accumulate=args.accumulate,
+        seed=args.seed,
+        timestep_shift=args.timestep_shift,
+        broken_file=args.out / "broken.txt",
+    )
+    batch = batches[0, 0]
     return data.Batch(*(x.to(device) for x in batch[:4]), *batch[4:])
 
 

@@ -325,15 +325,24 @@ def test_samples_do_not_depend_on_how_the_work_is_divided(ranks, batch, accumula
     model, vae = tiny_model()
 
     def steps(ranks, batch, accumulate, first_step=0):
-        args = SimpleNamespace(
-            seed=1, batch=batch, accumulate=accumulate, size=(5, 64, 64), timestep_shift=1.0
+        options = dict(
+            sizes=[(5, 64, 64)],
+            batch=batch,
+            accumulate=accumulate,
+            seed=1,
+            timestep_shift=1.0,
+            ranks=ranks,
+            first_step=first_step,
+            first_sample=4 * first_step,
+            broken_file=Path("/nowhere"),
         )
         for step in range(first_step, 5):
             parts = []
             for micro in range(accumulate):
                 for rank in range(ranks):
-                    stand = dict(ranks=ranks, rank=rank, step=first_step, samples=4 * first_step)
-                    batches = data.Batches(Rows(), model.encoder, vae.config, args, **stand)
+                    batches = data.Batches(
+                        Rows(), model.encoder, model.config, rank=rank, **options
+                    )
                     parts.append(batches[step, micro])
             yield tuple(torch.cat(x) for x in zip(*(part[:4] for part in parts), strict=True))
 
