@@ -113,7 +113,7 @@ def device_of(text: str) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; what is written there becomes `path` when the block ends.
+    """Give a temporary name beside `path`; what is written there becomes `path` at the end.
 
     For a file or a folder. After an error nothing is left over, and a former `path` is untouched.
     An OSError, such as that of a full disk, is raised again with the final name in its message.
@@ -154,58 +154,86 @@ def write_text(path: str | Path, text: str) -> None:
 # --- The options of sample.py ---------------------------------------------------------------------
 
 
+def prompt(text: str) -> str:
+    """Parse an instruction: it must say something, in valid UTF-8."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; say what to change")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        # Python's way to hand over bytes that are not UTF-8.
+        raise argparse.ArgumentTypeError(
+            "it is not valid UTF-8; check the encoding of your terminal"
+        )
+    return text
+
+
 def edit_parser() -> Parser:
-    parser = Parser(description="Edit a video by an instruction.", allow_abbrev=False)
+    parser = Parser(
+        description="Edit a video or a photo by an instruction. Without --checkpoint this is the "
+        "built-in toy, which knows only moving shapes at 128x128; try --video assets/shapes.mp4 "
+        '--prompt "remove the red circle".',
+        allow_abbrev=False,
+    )
     clip = parser.add_argument_group("the edit")
     clip.add_argument(
         "--video",
         type=Path,
         required=True,
-        help="the clip to edit, of any format that FFmpeg reads",
+        help="video or photo to edit, in any format FFmpeg reads",
     )
-    clip.add_argument("--prompt", required=True, help='what to change, such as "make it snow"')
     clip.add_argument(
-        "--out", type=Path, help=".mp4 or .mov; default: NAME_edited.mp4 in this folder"
+        "--prompt", type=prompt, required=True, help='what to change, as "make the circle blue"'
+    )
+    clip.add_argument(
+        "--out",
+        type=Path,
+        help=".mp4 or .mov, for a photo .png, .jpg or .webp; default: NAME_edited in this folder",
     )
     clip.add_argument(
         "--compare",
         action="store_true",
-        help="also write source and edit side by side, OUT_compare",
+        help="write source and edit side by side, too: OUT_compare",
+    )
+    clip.add_argument(
+        "--keep-source",
+        action="store_true",
+        help="where nothing was edited, keep the source's own pixels at full resolution",
     )
     net = parser.add_argument_group("the model")
     net.add_argument(
-        "--checkpoint", type=Path, help="a folder of ours or Kiwi-Edit's; default: the built-in toy"
+        "--checkpoint", type=Path, help="our or Kiwi-Edit's checkpoint; default: the built-in toy"
     )
     net.add_argument(
-        "--wan", type=Path, help="Wan2.2-TI2V-5B, needed by a training state of Kiwi-Edit's"
+        "--wan", type=Path, help="Wan2.2-TI2V-5B's folder, which Kiwi-Edit's training states need"
     )
-    net.add_argument("--qwen", type=Path, help="Qwen2.5-VL-3B-Instruct, likewise")
+    net.add_argument(
+        "--qwen", type=Path, help="Qwen2.5-VL-3B-Instruct's folder, which they need as well"
+    )
     net.add_argument(
         "--routing-depth", type=number(int, 0), help="L_s of Eq. 3; default: the checkpoint's"
     )
     run = parser.add_argument_group("sampling")
     run.add_argument(
-        "--steps",
-        type=number(int, 1),
-        help="of Euler's method; default: the checkpoint's, 50 for most",
+        "--steps", type=number(int, 1), help="Euler steps; default: the checkpoint's, mostly 50"
     )
     run.add_argument(
-        "--shift",
-        type=number(float, 0.01),
-        default=5.0,
-        help="of the schedule, towards noise (default 5)",
+        "--shift", type=number(float, 0.01), default=5.0, help="timestep shift (default 5)"
     )
     run.add_argument(
-        "--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (default 0)"
+        "--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise (default 0)"
     )
     run.add_argument(
         "--max-pixels",
         type=number(int, 1),
-        help="of a frame in the model; default: the checkpoint's",
+        help="the largest frame, in pixels, that the model works on; default: the checkpoint's",
+    )
+    run.add_argument(
+        "--max-frames",
+        type=number(int, 1),
+        help="frames in one pass, longer clips take overlapping windows; default: the checkpoint's",
     )
     run.add_argument("--device", type=device_of, help="default: a GPU if there is one")
     run.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, else float32"
     )
     run.add_argument(
         "--offload", action="store_true", help="keep only the network in use on the GPU"

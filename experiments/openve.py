@@ -92,7 +92,7 @@ def save(path: Path, text: str) -> None:
 
 def run(args: Namespace) -> None:
     """Edit those clips that the folder lacks, as `sample.py` would; of torchrun's n processes each takes every n-th."""
-    settings = sample.parse_arguments(["--video", "", "--prompt", "", *args.options])
+    settings = sample.parse_arguments(["--video", "", "--prompt", "-", *args.options])
     if settings.compare:
         raise ValueError(
             "--compare: `run` writes only edits, the judge sees them beside their sources"

@@ -1,6 +1,7 @@
 """Algorithm 2, the way from clip to clip, and the command line with all that can go wrong in it."""
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from test_video import encode
 import rvedit
 import sample
 from mllm import EditEncoder
+from shapes import ShapesDataset
 
 ROOT = Path(__file__).parents[1]
 REAL_CLIPS = (
@@ -39,7 +41,7 @@ def test_the_schedule_is_the_shifted_line():
 
 
 def test_euler_equals_diffusers():
-    """Given our sigmas, FlowMatchEulerDiscreteScheduler takes the same steps through a nonlinear field."""
+    """Given our sigmas, diffusers' scheduler takes the same steps through a nonlinear field."""
     ts, noise = sample.timesteps(7, 5.0), torch.randn(1, 4, 3, 2, 2)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(sigmas=ts[:-1].tolist())
@@ -76,7 +78,7 @@ def test_noise_depends_on_the_seed_alone():
     "length, size", [(1, 21), (21, 21), (22, 21), (38, 21), (251, 21), (7, 5), (6, 1), (9, 3)]
 )
 def test_windows_cover_the_clip_and_leave_no_seam(length, size):
-    """Every frame lies in a window of the right size, and windows of one constant blend into that constant."""
+    """Every frame lies in a window of the right size, and a constant blends into itself."""
     slices = sample.windows(length, size)
     assert all(s.stop - s.start == min(size, length) for s in slices)
     assert slices[0].start == 0 and slices[-1].stop == length
@@ -100,7 +102,7 @@ def test_neighbouring_windows_cross_over_linearly():
 
 @torch.no_grad()
 def test_long_clips_are_denoised_in_windows_of_their_own():
-    """What the DiT is given for 33 frames at windows of 17: latents, source latents and condition of each window."""
+    """33 frames at windows of 17: each gets its own latents, source latents and MLLM frames."""
     model, vae = tiny_model()
     frames, calls, seen = make_clip(33, 32, 32), [], []
     velocity = model.dit.forward
@@ -114,7 +116,10 @@ def test_long_clips_are_denoised_in_windows_of_their_own():
     for (z, source), where in zip(calls, (slice(0, 5), slice(4, 9)), strict=True):
         assert torch.equal(z, sample.initial_noise(latents.shape, 0)[:, :, where])
         assert relative_error(source, latents[:, :, where]) < 1e-5
-    assert torch.equal(seen[0], frames[:17]) and torch.equal(seen[1], frames[13:33])
+    limit = model.config.max_mllm_frames
+    for clip, (first, last) in zip(seen, ((0, 16), (13, 32)), strict=True):
+        chosen = first + np.linspace(0, last - first, limit).round().astype(int)
+        assert torch.equal(clip, frames[chosen])
 
 
 # --- From clip to clip ----------------------------------------------------------------------------
@@ -158,7 +163,7 @@ def test_edit_video_is_algorithm_2():
 
 
 def test_the_encoder_is_given_prepared_frames(monkeypatch):
-    """On GPUs, a model that FSDP2 shards moves there what `encoder(...)` gets, but frames are prepared on the CPU."""
+    """FSDP2 moves what `encoder(...)` gets to the GPU, but frames are prepared on the CPU."""
     monkeypatch.setattr(EditEncoder, "forward", pytest.fail)
     sample.edit_video(*tiny_model(), make_clip(5, 32, 32), "add snow", steps=1)
 
@@ -186,7 +191,7 @@ def test_without_a_number_of_steps_it_is_the_models(tmp_path):
     rvedit.save(tmp_path / "tiny", model, vae)
     for given, steps in (([], 3), (["--steps", "2"], 2)):
         args = sample.parse_arguments(
-            ["--video", "", "--prompt", "", "--checkpoint", str(tmp_path / "tiny"), *given]
+            ["--video", "", "--prompt", "x", "--checkpoint", str(tmp_path / "tiny"), *given]
         )
         sample.load_model(args)
         assert args.steps == steps
@@ -195,7 +200,7 @@ def test_without_a_number_of_steps_it_is_the_models(tmp_path):
 
 @torch.no_grad()
 def test_offloading_keeps_only_the_network_in_use_on_the_device():
-    """Each network runs only after it was moved there, with none but the ones it needs beside it, and goes back."""
+    """Each network is moved there before it runs, alone, and back afterwards."""
     model, vae = tiny_model()
     networks = {"encoder": model.encoder, "dit": model.dit}
     networks |= {
@@ -232,7 +237,7 @@ def checkpoint(tmp_path_factory):
 
 
 def contents(path):
-    """What a player sees, through PyAV alone: timestamps in seconds, (width, height), rate, and the audio packets."""
+    """What a player sees, by PyAV alone: times in seconds, (width, height), rate, audio packets."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         frames = [
@@ -364,6 +369,7 @@ def test_options_reach_the_model(checkpoint, tmp_path):
         ("--shift", "1"),
         ("--steps", "3"),
         ("--max-pixels", "1024"),
+        ("--max-frames", "1"),
         ("--routing-depth", "0"),
         ("--dtype", "bfloat16"),
     ):
@@ -426,7 +432,9 @@ def test_bad_videos_are_named(how, message, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--prompt", " "], "--prompt is empty: say what to change"),
+        (["--prompt", " "], "--prompt: it is empty; say what to change"),
+        (["--prompt", "snow \udce9"], "--prompt: it is not valid UTF-8"),
+        (["--max-frames", "0"], "--max-frames: '0' is not a whole number at least 1"),
         (["--prompt", "x" * 900], "the instruction makes 1091 tokens, the model takes 600"),
         (["--out", "nowhere/out.mp4"], "nowhere"),
         (["--out", "."], "is a folder"),
@@ -516,7 +524,7 @@ def test_wan_and_qwen_alone_cannot_edit(tmp_path, capsys):
 
 
 def test_the_command_runs_as_the_readme_says(checkpoint, tmp_path):
-    """As a process of its own: exit code 0 and one line on stdout; exit code 2 and one line on stderr."""
+    """As a process: exit code 0 and one line on stdout; exit code 2 and one line on stderr."""
     encode(tmp_path / "in.mp4", images=images(5))
     command = [
         sys.executable,
@@ -544,7 +552,7 @@ def test_the_command_runs_as_the_readme_says(checkpoint, tmp_path):
 
 
 def test_the_built_in_checkpoint_edits_the_sample_clip(tmp_path, monkeypatch):
-    """The README's first command, in two steps instead of fifty, needs nothing but the repository."""
+    """The README's first command needs nothing but the repository."""
     monkeypatch.chdir(tmp_path)
     clip = ROOT / "assets" / "shapes.mp4"
     sample.main(
@@ -585,3 +593,95 @@ def test_a_kiwi_edit_checkpoint_keeps_its_routing_depth(checkpoint, monkeypatch,
     )
     sample.main([*map(str, options), "--routing-depth", "3", "--steps", "1"])
     assert np.isfinite(len(contents(tmp_path / "out.mp4")[0]))
+
+
+# --- What was not edited --------------------------------------------------------------------------
+
+
+def test_the_mask_is_one_around_edited_latents_and_zero_far_from_them():
+    """Against the definition, cell by cell: one latent wider, then a mean over neighbours."""
+    source = torch.randn(1, 4, 5, 8, 9, generator=torch.Generator().manual_seed(0))
+    latents = source.clone()
+    latents[:, :, 2, 3, 4] += 2.0
+    latents += 0.05  # what an editor leaves unchanged is not exact
+    mask = sample.change_mask(latents, source)
+    assert mask.shape == (5, 1, 8, 9)
+    near = torch.zeros(5, 8, 9)
+    near[1:4, 2:5, 3:6] = 1
+    for t, h, w in itertools.product(range(5), range(8), range(9)):
+        total = 0.0
+        for i, j, k in itertools.product((-1, 0, 1), repeat=3):
+            # A cell outside counts as the nearest one inside.
+            total += near[min(max(t + i, 0), 4), min(max(h + j, 0), 7), min(max(w + k, 0), 8)]
+        assert mask[t, 0, h, w] == pytest.approx(total.item() / 27, abs=1e-6)
+
+
+def test_kept_pixels_are_the_sources_and_edited_ones_the_edits():
+    """At full resolution: mask 0 gives the source exactly, 1 the edit, and one half their mean."""
+    source = [make_clip(1, 40, 60, seed=1), make_clip(4, 40, 60, seed=2)]
+    edited = [255 - block for block in source]
+    edited[1] = edited[1][:3]  # the last block of a clip may be shorter
+    mask = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 5, 6).contiguous()
+    edit_before = edited[1].float().clone()
+    first, second = sample.restore_source(iter(edited), iter(source), mask)
+    assert torch.equal(first, source[0])
+    for i, weight in enumerate((0.25, 0.5, 0.75)):
+        expected = source[1][i].float() * (1 - weight) + edit_before[i] * weight
+        assert (second[i].float() - expected).abs().max() <= 0.5
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    return rvedit.load()
+
+
+@pytest.mark.parametrize("side", (128, 384))
+def test_keep_source_is_nearer_to_the_target_outside_and_as_near_inside(built_in, side):
+    """The built-in model removes an object from a clip of its size, and from a larger one."""
+    clip = ShapesDataset(2026, 8, 5, side, side, ["Local Remove"])[0]
+    target, mask = clip["target"].float(), clip["mask"]
+    errors = {}
+    for keep in (False, True):
+        edit = sample.edit_video(
+            *built_in, clip["source"], clip["instruction"], keep_source=keep
+        ).float()
+        error = (edit - target).square()
+        errors[keep] = error[mask].mean(), error[~mask].mean()
+    assert errors[True][1] < 0.6 * errors[False][1]
+    assert errors[True][0] < 1.1 * errors[False][0]
+
+
+def test_a_global_style_is_hardly_changed_by_keep_source(built_in):
+    clip = ShapesDataset(2026, 8, 5, 128, 128, ["Global Style"])[0]
+    edits = [
+        sample.edit_video(*built_in, clip["source"], clip["instruction"], keep_source=keep).float()
+        for keep in (False, True)
+    ]
+    target = clip["target"].float()
+    plain, kept = ((edit - target).square().mean() for edit in edits)
+    assert kept < 1.05 * plain
+
+
+# --- The built-in model and clips that are not of its world ---------------------------------------
+
+
+def test_the_built_in_model_says_that_real_footage_is_not_its_world(built_in, capsys):
+    args = sample.parse_arguments(["--video", "x", "--prompt", "x"])
+    own = ShapesDataset(1, 4, 5, 128, 128)
+    for index in range(4):
+        sample.note_foreign_clip(args, *built_in, own[index]["source"][0])
+    assert capsys.readouterr().err == ""
+    noise = torch.randint(0, 256, (128, 128, 3), generator=torch.Generator().manual_seed(0))
+    large = own[0]["source"][0].repeat(4, 4, 1)
+    for foreign in (noise.to(torch.uint8), large):
+        sample.note_foreign_clip(args, *built_in, foreign)
+        error = capsys.readouterr().err
+        assert "knows only moving shapes" in error and error.count("\n") == 1
+
+
+def test_other_checkpoints_say_nothing_about_footage(checkpoint, capsys):
+    args = sample.parse_arguments(
+        ["--video", "x", "--prompt", "x", "--checkpoint", str(checkpoint)]
+    )
+    sample.note_foreign_clip(args, *tiny_model(), make_clip(1, 300, 300)[0])
+    assert capsys.readouterr().err == ""
