@@ -1,4 +1,4 @@
-"""Questions to a model on a server: what is sent, what outlasts which failure, and a run that goes on later."""
+"""Questions to a model on a server: what is sent, what is tried again, runs that resume."""
 
 import base64
 import contextlib
@@ -21,9 +21,9 @@ CUT = object()  # a body that ends in the middle
 
 @contextlib.contextmanager
 def loopback(reply):
-    """A server on this machine: its address, and the (path, headers, body) of all it was asked.
+    """A server on this machine: its address, and (path, headers, body) of each request.
 
-    reply(body) -> the answer's text, a status of HTTP, other bytes in the place of an answer, or CUT.
+    reply(body) -> the text of an answer, a status of HTTP, the bytes of a reply, or CUT.
     """
     asked = []
 

@@ -1,4 +1,4 @@
-"""OpenVE-Bench: edits of its clips, what judges answer, the paper's rubrics, the tables, and scores without a judge."""
+"""OpenVE-Bench: edits of its clips, what judges answer, rubrics, tables, and synthetic clips."""
 
 import csv
 import itertools
@@ -14,14 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import make_clip, tiny_model
 from test_chat import CUT, lines, loopback, no_pauses  # noqa: F401
 
 import rvedit
 import sample
-from data import ShapesDataset
-from experiments import chat, openve
+from experiments import chat, openve, toy
 from video import read_video, write_video
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +77,8 @@ ANSWERS = [
     (json.dumps({IC: 85, CF: 70, VQ: 80}), [85, 70, 80]),
     (json.dumps({IC: "85", CF: "70", VQ: "80"}, indent=2), [85, 70, 80]),
     (
-        '{"instruction_compliance": 85, "consistency_detail_fidelity": 70, "visual_quality_stability": 80}',
+        '{"instruction_compliance": 85, "consistency_detail_fidelity": 70, '
+        '"visual_quality_stability": 80}',
         [85, 70, 80],
     ),
     (f"{IC}: 85, {CF}: 70, {VQ}: 80.", [85, 70, 80]),
@@ -167,23 +166,14 @@ def test_scores_are_read_from_an_answer(answer, scores):
     assert openve.parse_scores(answer) == scores
 
 
-def test_a_hostile_answer_takes_no_time():
-    """Nothing in the pattern that could be tried in many ways: 300 kB of almost labels and of numbers."""
-    start = time.process_time()
-    for text in (
-        f"{IC} ",
-        "instruction ",
-        f"{IC} (",
-        f"{IC}: ",
-        "1" * 50 + ".",
-        "* _",
-        "<think>",
-        "</think>",
-    ):
-        openve.parse_scores(text * (300_000 // len(text)))
-    assert (
-        time.process_time() - start < 60
-    )  # it is less than 1 s; a quadratic pattern would take hours
+@pytest.mark.parametrize(
+    "part", [f"{IC} ", "instruction ", f"{IC} (", f"{IC}: ", "1" * 50 + ".", "* _", "</think>"]
+)
+def test_a_long_hostile_answer_is_read_at_once(part):
+    """300 kB of almost labels and almost numbers: a pattern of quadratic cost would take hours."""
+    noise = part * (300_000 // len(part))
+    assert openve.parse_scores(f"{noise}\n{form(85)}") in ([85, 70, 80], None)
+    assert openve.parse_scores(f"{noise}</think>\n{form(85)}") == [85, 70, 80]
 
 
 # --- Rubrics --------------------------------------------------------------------------------------
@@ -208,7 +198,7 @@ def test_our_rubrics_have_axes_bands_place_and_format(category):
 PAPER = """
   • Local Change: IC rewards something.
 
-All rubrics share a common scoring-rules block (shown first). The token {edit_prompt} is replaced at runtime.
+All rubrics share a common scoring-rules block. The token {edit_prompt} is replaced at runtime.
 
 # Shared block: <COMMON_RULES>
 Rules (apply to all):
@@ -285,7 +275,8 @@ def test_the_papers_prompts_are_cut_out_word_for_word(dress, tmp_path):
     (tmp_path / "paper.txt").write_bytes(text.encode())
     openve.main(["rubrics", str(tmp_path / "paper.txt"), "--out", str(tmp_path / "a" / "b")])
     expected = {
-        "local_change": "You grade replacements.\n\nInstruction Compliance (is it done)\n 1-20 : Not at all.",
+        "local_change": "You grade replacements.\n\n"
+        "Instruction Compliance (is it done)\n 1-20 : Not at all.",
         "local_remove": "You grade removals.",
         "local_add": "You grade additions.",
         "global_style": "You grade styles.",
@@ -307,20 +298,31 @@ def test_a_paper_without_the_prompts_is_named(lost, tmp_path, capsys):
 
 
 def scores(method, judge, rubrics="ours", **by_category):
+    """Rows as `judge` writes them; by_category: a list of IC, CF and VQ, or None, by category."""
     about = {"method": method, "judge": judge, "rubrics": rubrics}
-    return [
-        about | {"category": category.replace("_", " ").title(), "scores": triple}
-        for category, triples in by_category.items()
-        for triple in triples
-    ]
+    rows = []
+    for category, triples in by_category.items():
+        about["category"] = category.replace("_", " ").title()
+        rows += [about | {"scores": triple} for triple in triples]
+    return rows
 
 
 def as_dicts(table):
-    return [dict(zip(table[0], line, strict=True)) for line in table[1:]]
+    header, *lines = table
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def markdown_rows(text):
+    """The cells of a Markdown table, without the line below its header."""
+    header, _, *lines = text.splitlines()
+    return [line.strip("| ").split(" | ") for line in [header, *lines]]
 
 
 def test_the_table_is_that_computed_by_hand():
-    """Judge p on a: category means 20, 50, 80, 30, so overall 45; its 18 scores sum up to 690, so all: 38.33."""
+    """Judge p on a: category means 20, 50, 80, 30, so overall 45.
+
+    The sum of its 18 scores is 690, so the mean of all scores is 38.33.
+    """
     rows = scores(
         "a",
         "p",
@@ -361,16 +363,17 @@ def test_judges_with_other_rubrics_are_not_averaged():
     ]
 
 
+# The rows of Table 3 in its order, without their names and without the repeated full model.
 TABLE_3 = """
-L_s = 8       74.14 71.89 73.69 76.83 83.46 86.72 89.26 81.19 61.14 61.53 57.64 60.84 72.01 65.28 86.05 84.52
-L_s = 15      77.42 73.76 78.22 80.29 78.71 86.43 89.92 84.32 67.08 67.93 59.49 71.73 79.67 72.50 87.64 83.64
-L_s = 22      69.86 63.92 72.06 73.61 71.49 84.18 85.97 74.83 58.41 58.37 45.12 62.04 69.76 64.22 83.59 80.33
-lambda = 0.25 75.10 72.95 74.62 77.73 79.14 83.45 87.74 82.41 65.81 67.34 61.87 62.94 72.15 68.38 86.29 83.69
-lambda = 0.50 72.75 69.12 72.74 76.39 72.52 87.02 89.28 81.14 54.54 58.32 58.97 62.43 74.42 63.86 86.98 83.55
-lambda = 1.00 73.37 72.59 72.41 75.11 78.46 81.69 85.12 82.64 64.75 66.15 58.24 59.51 67.09 71.02 83.67 82.09
-w/o GRTC      74.77 73.07 74.72 76.52 79.58 85.78 88.42 81.86 64.55 66.66 58.54 64.85 73.54 72.28 83.69 77.45
-w/o RAAA      76.07 74.04 76.05 78.13 80.62 85.94 88.28 83.19 68.19 69.07 58.39 64.46 74.37 73.95 85.59 80.79
-w/o both      71.77 57.28 78.30 79.73 72.86 88.03 90.75 39.86 63.55 65.12 51.29 71.17 78.73 65.12 90.45 84.31
+74.14 71.89 73.69 76.83 83.46 86.72 89.26 81.19 61.14 61.53 57.64 60.84 72.01 65.28 86.05 84.52
+77.42 73.76 78.22 80.29 78.71 86.43 89.92 84.32 67.08 67.93 59.49 71.73 79.67 72.50 87.64 83.64
+69.86 63.92 72.06 73.61 71.49 84.18 85.97 74.83 58.41 58.37 45.12 62.04 69.76 64.22 83.59 80.33
+75.10 72.95 74.62 77.73 79.14 83.45 87.74 82.41 65.81 67.34 61.87 62.94 72.15 68.38 86.29 83.69
+72.75 69.12 72.74 76.39 72.52 87.02 89.28 81.14 54.54 58.32 58.97 62.43 74.42 63.86 86.98 83.55
+73.37 72.59 72.41 75.11 78.46 81.69 85.12 82.64 64.75 66.15 58.24 59.51 67.09 71.02 83.67 82.09
+74.77 73.07 74.72 76.52 79.58 85.78 88.42 81.86 64.55 66.66 58.54 64.85 73.54 72.28 83.69 77.45
+76.07 74.04 76.05 78.13 80.62 85.94 88.28 83.19 68.19 69.07 58.39 64.46 74.37 73.95 85.59 80.79
+71.77 57.28 78.30 79.73 72.86 88.03 90.75 39.86 63.55 65.12 51.29 71.17 78.73 65.12 90.45 84.31
 """.strip().split("\n")
 TABLE_2 = {  # the overall, then the four categories; those at the end do not add up to it
     "w/o GRTC": (74.76, 84.59, 71.02, 65.64, 77.80),
@@ -386,25 +389,25 @@ TABLE_2 = {  # the overall, then the four categories; those at the end do not ad
 
 
 def overall_of(cells):
-    triples = [[cells[i : i + 3]] for i in range(0, 12, 3)]
-    return openve.summarize(scores("x", "y", **dict(zip(CATEGORIES, triples, strict=True))))[
-        [0, 2, 3, 4]
-    ]
+    """Overall and its three parts, of 12 printed means: IC, CF and VQ of each category."""
+    by_category = {}
+    for i, category in enumerate(CATEGORIES):
+        by_category[category] = [cells[3 * i : 3 * i + 3]]
+    return openve.summarize(scores("x", "y", **by_category))[[0, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("line", TABLE_3)
 def test_the_papers_table_3_adds_up(line):
-    """All its rows: the overall and its three parts are means of the category means, within their rounding."""
-    printed = np.array([float(word) for word in line.split()[-16:]])
+    """In each row Overall and its three parts are means of the category means, up to rounding."""
+    printed = np.array([float(word) for word in line.split()])
     assert np.abs(overall_of(printed[4:].tolist()) - printed[:4]).max() <= 0.0051
 
 
 def test_the_papers_table_2_does_not_add_up_everywhere():
-    """Five of nine rows have another overall than the mean of their categories, two of them by more than rounding."""
-    errors = {
-        name: abs(overall_of(np.repeat(row[1:], 3).tolist())[0] - row[0])
-        for name, row in TABLE_2.items()
-    }
+    """In five of nine rows Overall is not the mean of the categories, in two by more than 0.01."""
+    errors = {}
+    for name, (overall, *categories) in TABLE_2.items():
+        errors[name] = abs(overall_of(np.repeat(categories, 3).tolist())[0] - overall)
     assert [name for name, error in errors.items() if error > 0.0051] == [*TABLE_2][4:]
     larger = {name: round(error, 2) for name, error in errors.items() if error > 0.01}
     assert larger == {"L_s = 25": 0.03, "w/o both": 0.06}
@@ -432,10 +435,10 @@ def test_folders_become_a_table(tmp_path, capsys):
     write_scores(tmp_path / "our editor", *scores("", "q", **full), name="scores_y.jsonl")
     folders = [str(tmp_path / "vace"), str(tmp_path / "our editor")]
     openve.main(["table", *folders])
-    markdown = capsys.readouterr().out.splitlines()
+    markdown = markdown_rows(capsys.readouterr().out)
     openve.main(["table", *folders, "--csv"])
     found = list(csv.reader(capsys.readouterr().out.splitlines()))
-    assert [line.strip("| ").split(" | ") for line in markdown if "---" not in line] == found
+    assert markdown == found
     assert found[0][:7] == [
         "Rubrics",
         "Judge",
@@ -498,7 +501,7 @@ def make_results(bench, folder):
 
 
 def number_of(body):
-    """Which row of the benchmark a judge was asked about, by the instruction in the system prompt."""
+    """The row of the benchmark that a judge was asked about, by its instruction."""
     return int(re.search(r'Do "{it}", clip (\d+), ☃', body["messages"][0]["content"])[1])
 
 
@@ -547,7 +550,10 @@ def test_what_a_judge_is_shown(tmp_path):
 
 
 def test_good_failing_and_lying_judges_are_counted(tmp_path, capsys):
-    """20 clips: 4 of a category that is not judged, 10 scored at once, 3 in the end, 2 dropped, 1 without an answer."""
+    """Of 20 clips 4 are of a category that is not judged, and 1 gets no answer at all.
+
+    10 are scored at once, 3 in the end, and 2 are dropped.
+    """
     bench = make_bench(tmp_path / "bench", 20)
     results = make_results(bench, tmp_path / "vace")
     lie, tries, broken = f"{IC}: 900\n{CF}: 70\n{VQ}: 80", {}, {13}
@@ -666,7 +672,7 @@ def test_other_rubrics_are_other_scores(tmp_path):
 
 
 def test_results_of_other_editors_are_found(tmp_path, monkeypatch):
-    """By a table with paths that start in its folder, in this one, or nowhere any more; rows may lack in it."""
+    """Paths of their table start in its folder, in this one, or are gone; it may lack rows."""
     bench = make_bench(tmp_path / "bench", 5, prefix="bench/videos/")
     results = tmp_path / "icve"
     (results / "clips").mkdir(parents=True)
@@ -824,7 +830,7 @@ def test_what_is_edited_is_not_edited_again(checkpoint, tmp_path, capsys, monkey
     assert "editor.json: the clips there are from another" in fails(
         capsys, *command, "--steps", "3"
     )
-    monkeypatch.setattr(sample, "edit_video", None)  # nothing is left to do
+    monkeypatch.setattr(sample, "edit_frames", None)  # nothing is left to do
     edited(bench, out, checkpoint)
 
 
@@ -865,7 +871,7 @@ def test_clips_that_cannot_be_edited_do_not_stop_the_others(checkpoint, tmp_path
         (["run", "--bench", "b", "--out", "o", "--compare"], "--compare: `run` writes only edits"),
         (
             ["table", "x", "--stepz", "3"],
-            "--stepz 3: only `evaluate.py run` takes options of sample.py",
+            "--stepz 3: only `run` takes options of sample.py",
         ),
         (["table"], "required: results"),
         ([], "required: COMMAND"),
@@ -878,104 +884,37 @@ def test_bad_options_are_named(command, message, capsys):
 # --- Scores from exact targets --------------------------------------------------------------------
 
 
-def clip_of(category, index=0):
-    return ShapesDataset(5, 4, 5, 48, 48, [category])[index]
+def test_shapes_prints_the_scores_of_toy_evaluate(monkeypatch, capsys):
+    """One line for the edits and for each bound; the composed edits are none of the paper's."""
 
+    def assess(model, vae, seed, number, frames, size):
+        assert (number, frames, size) == (7, *openve.TOY_EXTENT[:2])
+        for i, category in enumerate([*openve.NAMES, "Composition"]):
+            yield category, "edit", [20 + i, 30.456, 5.5, 0.25]
+            yield category, "source unchanged", [8 + i, math.nan, 9.5, 0.0]
 
-@pytest.mark.parametrize("category", ["Local Change", "Local Remove", "Local Add", "Global Style"])
-def test_source_and_target_bound_the_scores(category):
-    clip = clip_of(category)
-    noise = 8 * torch.randn(clip["target"].shape, generator=torch.Generator().manual_seed(0))
-    ceiling = (clip["target"] + noise).clamp(0, 255).to(torch.uint8)
-    assert openve.rate(clip["source"], clip, ceiling) == pytest.approx([1, 100, 100], abs=1e-6)
-    assert openve.rate(clip["target"], clip, ceiling) == pytest.approx([100, 100, 100], abs=1e-6)
-    assert openve.rate(clip["target"], clip, clip["target"]) == pytest.approx(
-        [100, 100, 100], abs=1e-6
-    )
-
-
-def test_a_local_edit_is_rated_as_a_naive_program_rates_it():
-    """A third of the way, a stripe painted over, flicker; the ceiling has half of the error."""
-    clip, rng = clip_of("Local Change"), np.random.default_rng(0)
-    source, target, mask = (clip[name].numpy() for name in ("source", "target", "mask"))
-    output = source + (target.astype(float) - source) / 3 + rng.normal(0, 6, source.shape)
-    output = output.clip(0, 255).astype(np.uint8)
-    output[:, :, :5] = 255 - output[:, :, :5]
-    ceiling = (target + rng.normal(0, 6, source.shape)).clip(0, 255).astype(np.uint8)
-
-    way = left = 0.0
-    same = outside = 0
-    for t, y, x in np.ndindex(mask.shape):
-        a, b, c = (video[t, y, x].astype(float) for video in (source, target, output))
-        if mask[t, y, x]:
-            way, left = way + sum((a - b) ** 2), left + sum((c - b) ** 2)
-        else:
-            same, outside = same + (math.sqrt(sum((c - a) ** 2) / 3) < 24), outside + 1
-
-    def error(video):
-        total, before = 0.0, None
-        for frame, a, b in zip(
-            video.astype(float), source.astype(float), target.astype(float), strict=True
-        ):
-            rest = np.empty_like(frame)
-            for y, x in np.ndindex(frame.shape[:2]):
-                rest[y, x] = min(
-                    frame[y, x] - a[y, x], frame[y, x] - b[y, x], key=lambda d: sum(d**2)
-                )
-            total += (rest**2).sum() + (0 if before is None else ((rest - before) ** 2).sum())
-            before = rest
-        return math.sqrt(total)
-
-    expected = [1 - math.sqrt(left / way), same / outside, error(ceiling) / error(output)]
-    found = openve.rate(torch.from_numpy(output), clip, torch.from_numpy(ceiling))
-    assert found == pytest.approx([1 + 99 * x for x in expected], abs=1e-6)
-    assert (
-        20 < found[0] < 70 and 50 < found[1] < 95 and 5 < found[2] < 95
-    )  # nothing is at its bound
-
-
-def test_a_style_keeps_what_differs_in_color_alone():
-    """A wrong but exact recoloring keeps all; a picture of noise nothing; mirrored shapes are in between."""
-    clip = clip_of("Global Style", 1)
-    source = clip["source"].double()
-    recolored = (
-        source @ torch.tensor([[0.5, 0.1, 0], [0.1, 0.4, 0], [0, 0.2, 0.4]], dtype=torch.float64)
-        + 30
-    ).round()
-    noise = torch.randint(0, 256, source.shape, generator=torch.Generator().manual_seed(0))
-    outputs = {
-        "recolored": recolored,
-        "noise": noise,
-        "mirrored": source.flip(2),
-        "flat": 0 * source + 90,
-    }
-    cf = {
-        name: openve.rate(x.to(torch.uint8), clip, clip["target"])[1] for name, x in outputs.items()
-    }
-    assert (
-        cf["recolored"] > 99.5
-        and 1.5 < cf["mirrored"] < 80
-        and cf["noise"] < 1.2
-        and cf["flat"] < 1.001
-    ), cf
+    monkeypatch.setattr(toy, "assess", assess)
+    openve.main(["shapes", "--clips", "7"])
+    found = markdown_rows(capsys.readouterr().out)
+    assert found[0][:5] == [
+        "Clip",
+        "Local Change: PSNR inside",
+        "PSNR outside",
+        "temporal error",
+        "edited",
+    ]
+    assert found[1][:9] == "edit 20.00 30.46 5.50 25% 21.00 30.46 5.50 25%".split()
+    assert found[2][:5] == ["source unchanged", "8.00", "nan", "9.50", "0%"]
+    assert [len(line) for line in found] == [17] * 3
 
 
 @pytest.mark.slow
 def test_the_built_in_checkpoint_gets_scores(capsys):
     openve.main(["shapes", "--clips", "1"])
-    table = [
-        line.strip("| ").split(" | ")
-        for line in capsys.readouterr().out.splitlines()
-        if "---" not in line
-    ]
-    edit, unchanged, ceiling = as_dicts(table)
-    assert (unchanged["Overall IC"], unchanged["Overall CF"], unchanged["Overall VQ"]) == (
-        "1.00",
-        "100.00",
-        "100.00",
-    )
-    assert (
-        ceiling["Overall VQ"] == "100.00"
-        and float(ceiling["Overall IC"]) > 60
-        and edit["Scored"] == "4"
-    )
+    header, edit, unchanged, ceiling = markdown_rows(capsys.readouterr().out)
+    columns = [i for i, name in enumerate(header) if name == "edited"]
+    assert [unchanged[i] for i in columns] == ["0%"] * 4
+    assert [ceiling[i] for i in columns] == ["100%"] * 4
+    inside = [i for i, name in enumerate(header) if name.endswith("PSNR inside")]
+    assert all(float(ceiling[i]) > float(unchanged[i]) + 10 for i in inside)
+    assert edit[0] == "edit"
