@@ -48,8 +48,10 @@ import rvedit
 import sample
 import video
 from experiments import chat
+from rvedit import RVEDiT
 from shapes import CATEGORIES as NAMES
 from shapes import TOY_EXTENT
+from vae import WanVAE
 
 # "local_change": "Local Change" and so on: the benchmark's spelling and the paper's.
 CATEGORIES = {name.lower().replace(" ", "_"): name for name in NAMES}
@@ -116,7 +118,7 @@ def write_results(path: Path, rows: dict[str, dict], edits: dict[str, Path]) -> 
     cli.write_text(path, file.getvalue())
 
 
-def describe_editor(settings: Namespace, model: rvedit.RVEDiT) -> dict[str, str]:
+def describe_editor(settings: Namespace, model: RVEDiT) -> dict[str, str]:
     """What `editor.json` keeps of our own edits: their options, and the columns of Table 1."""
     names = ("checkpoint", "routing_depth", "max_pixels", "max_frames", "keep_source")
     names += ("steps", "shift", "seed", "dtype")
@@ -127,6 +129,24 @@ def describe_editor(settings: Namespace, model: rvedit.RVEDiT) -> dict[str, str]
     editor["resolution"] = f"{width}x{height}"
     editor["params"] = f"{parameters / 1e9:.2g}B"
     return editor
+
+
+def edit_clip(model: RVEDiT, vae: WanVAE, settings: Namespace, row: dict, out: Path) -> None:
+    """Edit the clip of one row as `sample.py` does with these options."""
+    clip = video.read_video(row["source"])
+    blocks = sample.edit_frames(
+        model,
+        vae,
+        lambda: iter(clip.frames),
+        tuple(clip.frames.shape[:3]),
+        row["prompt"],
+        settings.steps,
+        settings.shift,
+        settings.seed,
+        device=settings.device if settings.offload else None,
+        keep_source=settings.keep_source,
+    )
+    video.write_video(out, blocks, like=clip)
 
 
 def run(args: Namespace) -> None:
@@ -156,24 +176,10 @@ def run(args: Namespace) -> None:
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = list(rows)[rank::ranks]
     missing = [key for key in mine if not edits[key].exists()]
-    offload_to = settings.device if settings.offload else None
     failed = []
     for key in tqdm(missing, desc="editing", unit="clip", disable=None):
         try:
-            clip = video.read_video(rows[key]["source"])
-            blocks = sample.edit_frames(
-                model,
-                vae,
-                lambda clip=clip: iter(clip.frames),
-                tuple(clip.frames.shape[:3]),
-                rows[key]["prompt"],
-                settings.steps,
-                settings.shift,
-                settings.seed,
-                device=offload_to,
-                keep_source=settings.keep_source,
-            )
-            video.write_video(edits[key], blocks, like=clip)
+            edit_clip(model, vae, settings, rows[key], edits[key])
         except (ValueError, OSError) as error:
             failed.append(error)
     if failed:
