@@ -123,9 +123,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
     former = path.with_name(f".former-{path.name}")
     try:
-        # A kill between the two renames below leaves the former folder under this name.
+        # A kill between the two renames below leaves the former folder under this name,
+        # a kill right after them leaves it beside the new one.
         if former.exists() and not path.exists():
             former.rename(path)
+        elif former.is_dir():
+            shutil.rmtree(former)
         yield temporary
         if temporary.is_dir() and path.exists():
             # A folder cannot replace another in one step: the former one moves aside first.

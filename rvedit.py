@@ -1,15 +1,16 @@
-"""RVEDiT, the model of the paper: an editor whose diffusion transformer reasons implicitly (§3, §4.1-4.2).
+"""RVEDiT, the method of the paper: a diffusion transformer that edits videos by implicit reasoning.
 
-What the paper adds to a Wan DiT with a Qwen2.5-VL in front of it is the first function below, `route_context`: which
-tokens which block may read. Its other half, what the attention features are trained to resemble, is in `losses.py`.
+What the paper adds to a Wan DiT and the Qwen2.5-VL that conditions it is the first function below,
+`route_context` (§4.2, Eq. 3): which tokens each block may read. The other half of the method, what
+the attention features are trained to resemble (§4.3, Eq. 4-6), is in `losses.py`.
 
-    clip, instruction ─> EditEncoder (mllm.py) ─> X_e, X_v, X_ℓ ─> route_context ─> C^(1) ... C^(L) ┐
-    clip ─> WanVAE (vae.py) ─> source latents ──────────────────────────────────────────────────────┼─> WanDiT
-    noise z_1 ──────────────────────────────────────────────────────────────────────────────────────┘     │
-    edited clip <─ WanVAE <─ z_0 <─ ... <─ z_t, t from 1 to 0 (sample.py) <───────────────────────────────┘
+    clip v, instruction ℓ ─> EditEncoder ─> X_e, X_v, X_ℓ ─> route_context ─> C^(1) ... C^(L) ─┐
+    clip v ─> WanVAE.encode ─> source latents ─────────────────────────────────────────────────┤
+    noise z_1 ─────────────────────────────────────────────────────────────────────────────────┤
+    edited clip <─ WanVAE.decode <─ z_0 <─ ... <─ z_t, t from 1 to 0 (sample.py) <─── WanDiT <─┘
 
-Departures from the paper, with reasons, are the table in the README. The depth L is the checkpoint's, 30 for the public
-Wan2.2-TI2V-5B, and the routing depth L_s half of it.
+The README has a table of all departures from the paper, with their reasons. One of them concerns
+this file: the depth L is the checkpoint's (30 in the public Wan2.2-TI2V-5B), and L_s is L/2.
 """
 
 from __future__ import annotations
@@ -36,23 +37,53 @@ from vae import WAN2_2_VAE, VAEConfig, WanVAE
 
 TOY = Path(__file__).parent / "assets" / "toy"  # the built-in checkpoint
 
+# --- The method -----------------------------------------------------------------------------------
+
 
 def route_context(
     condition: Condition, block: int, routing_depth: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Eq. 3: the context C^(l) that block l (from 1 to L) may read, (B, N, d), and its mask, (B, N) or None.
+    """Eq. 3: the context C^(l) that block l may read, (B, N, d), and its mask, (B, N) or None.
 
-    Shallow blocks, l <= L_s, see only the editing tokens and so commit to a global intent; deep blocks see the native
-    visual and textual tokens as well and ground it. routing_depth = L is Kiwi-Edit's conditioning ("w/o GRTC"),
-    routing_depth = 0 the undifferentiated one that §1 argues against.
+    block is l, from 1 to L; routing_depth is L_s. Shallow blocks read the editing tokens alone and
+    so commit to a global intent. Deep blocks read the native visual and textual tokens as well and
+    ground the intent in them. L_s = L is Kiwi-Edit's conditioning (the paper's "w/o GRTC"). L_s = 0
+    shows all tokens to all blocks, which §1 argues against.
     """
     if block <= routing_depth:
-        return condition.editing, condition.editing_mask
-    tokens = torch.cat(
-        (condition.editing, condition.visual, condition.textual), dim=1
-    )  # [X_e; X_v; X_ℓ]
-    masks = condition.editing_mask, condition.visual_mask, condition.textual_mask
-    return tokens, None if masks[0] is None else torch.cat(masks, dim=1)
+        return condition.editing, condition.editing_mask  # X_e
+    tokens = (condition.editing, condition.visual, condition.textual)
+    context = torch.cat(tokens, dim=1)  # [X_e; X_v; X_ℓ], (B, K + N_v + N_ℓ, d)
+    if condition.editing_mask is None:
+        return context, None
+    masks = (condition.editing_mask, condition.visual_mask, condition.textual_mask)
+    return context, torch.cat(masks, dim=1)
+
+
+class RVEDiT(nn.Module):
+    """The editor: f_θ, the DiT, and g_φ, the MLLM that conditions it. The frozen VAE stays outside.
+
+    tokenizer: Qwen's. It may be None where nothing is tokenized, such as on the meta device.
+    """
+
+    def __init__(self, config: RVEDiTConfig, tokenizer: Tokenizer | None = None):
+        super().__init__()
+        self.config = config
+        qwen = Qwen2_5_VL(config.qwen)
+        if config.lora_rank:
+            add_lora(qwen, config.lora_rank, alpha=config.lora_rank)
+        self.encoder = EditEncoder(qwen, tokenizer, config)
+        self.dit = WanDiT(config.dit)
+
+    def contexts(
+        self, condition: Condition, routing_depth: int | None = None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """C^(1) ... C^(L) of Eq. 3, for the DiT. routing_depth: L_s, if not the config's."""
+        L_s = self.config.routing_depth if routing_depth is None else routing_depth
+        # Only two contexts differ, so each is built once and shared by its blocks.
+        shallow = route_context(condition, L_s, L_s)
+        deep = route_context(condition, L_s + 1, L_s)
+        return [shallow] * L_s + [deep] * (self.config.dit.num_blocks - L_s)
 
 
 # --- Configuration --------------------------------------------------------------------------------
@@ -60,6 +91,8 @@ def route_context(
 
 @dataclass(frozen=True)
 class RVEDiTConfig:
+    """All sizes of the system. Default values are those of the paper's run."""
+
     dit: DiTConfig
     vae: VAEConfig
     qwen: QwenConfig
@@ -67,25 +100,26 @@ class RVEDiTConfig:
     num_editing_tokens: int = 512  # K
     align_weight: float = 0.75  # λ_align of Eq. 6
     temperature: float = 0.07  # τ of Eq. 5
-    lora_rank: int = (
-        64  # on q, k, v, o of the language tower (§5); alpha is the rank, so the scale is 1
-    )
-    max_mllm_frames: int = 16  # frames of a clip that the MLLM sees, evenly spaced
-    min_mllm_pixels: int = 128 * 28**2  # of each of those frames, after resizing
+    # LoRA on q, k, v, o of the language tower (§5). Its alpha is the rank, so that its scale is 1.
+    lora_rank: int = 64
+    # The MLLM sees at most so many frames of a clip, evenly spaced, each resized to these limits.
+    max_mllm_frames: int = 16
+    min_mllm_pixels: int = 128 * 28**2
     max_mllm_pixels: int = 512**2
-    max_pixels: int = (
-        704 * 1280
-    )  # of a frame in the VAE and the DiT; larger clips are scaled down and back up
-    max_frames: int = 81  # in one DiT pass; longer clips take overlapping windows
-    sampling_steps: int = 50  # of Euler's method, where no other number is asked for
+    # The VAE and the DiT work on frames of at most so many pixels. The edit is resized back.
+    max_pixels: int = 704 * 1280
+    max_frames: int = 81  # in one pass of the DiT; a longer clip is edited in overlapping windows
+    sampling_steps: int = 50  # of Euler's method, by default
 
     def __post_init__(self):
         for name, kind in (("dit", DiTConfig), ("vae", VAEConfig), ("qwen", QwenConfig)):
-            if isinstance(getattr(self, name), dict):  # as it comes from JSON
-                object.__setattr__(self, name, kind(**getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, dict):  # as it comes from JSON
+                object.__setattr__(self, name, kind(**value))
         if not 0 <= self.routing_depth <= self.dit.num_blocks:
             raise ValueError(
-                f"routing depth {self.routing_depth} is not between 0 and the {self.dit.num_blocks} blocks"
+                f"routing depth {self.routing_depth} is not between 0 and the "
+                f"{self.dit.num_blocks} blocks"
             )
 
     @property
@@ -95,7 +129,10 @@ class RVEDiTConfig:
 
 
 def preset(name: str) -> RVEDiTConfig:
-    """The paper's system, "wan2.2-ti2v-5b", or "toy", the same system for a laptop. Raises ValueError for others."""
+    """The paper's system, "wan2.2-ti2v-5b", or "toy", the same system at a laptop's size.
+
+    Raises ValueError for other names.
+    """
     if name == "wan2.2-ti2v-5b":
         return RVEDiTConfig(
             dit=DiTConfig(
@@ -108,12 +145,12 @@ def preset(name: str) -> RVEDiTConfig:
                 patch_size=(1, 2, 2),
             ),
             vae=WAN2_2_VAE,
-            qwen=QwenConfig(),  # whose defaults are Qwen2.5-VL-3B's
-            routing_depth=15,
+            qwen=QwenConfig(),  # the defaults are Qwen2.5-VL-3B's
+            routing_depth=15,  # L/2; the paper has L_s = 17 of L = 34
         )
     if name == "toy":
-        # Tokens are single latents, unlike the full model's: of 2 x 2, most would show more than one shape, and it
-        # takes about twice as many clips until words are matched with shapes.
+        # A token is a single latent. With patches of 2 x 2, as in the full model, most tokens would
+        # show more than one shape, and the model takes twice as many clips to learn its words.
         return RVEDiTConfig(
             dit=DiTConfig(
                 dim=256,
@@ -155,41 +192,18 @@ def preset(name: str) -> RVEDiTConfig:
             ),
             routing_depth=3,
             num_editing_tokens=16,
-            align_weight=0.005,  # RESULTS.md: more costs edits
-            lora_rank=0,  # it has no pretrained Qwen to adapt, so training trains it whole
+            align_weight=0.005,  # with more, it edits fewer clips: RESULTS.md
+            lora_rank=0,  # there is no pretrained Qwen to adapt: the MLLM trains whole
             max_mllm_frames=4,
             min_mllm_pixels=4 * 16**2,
             max_mllm_pixels=128**2,
             max_pixels=128**2,
-            max_frames=17,  # it trains on 9: in windows of 33 it edits far less
-            sampling_steps=2,  # few end near the mean of what it holds possible, many at one draw: README
+            max_frames=17,  # it was trained on 9; on 33 it edits far fewer clips
+            # Few steps end near the mean of all edits that it holds possible, many steps at one of
+            # them. The README has the numbers.
+            sampling_steps=2,
         )
     raise ValueError(f"no preset is called {name!r}: there are 'wan2.2-ti2v-5b' and 'toy'")
-
-
-# --- The model ------------------------------------------------------------------------------------
-
-
-class RVEDiT(nn.Module):
-    """f_θ and g_φ of the paper: the DiT, and the MLLM that conditions it. The VAE, which is frozen, stays outside."""
-
-    def __init__(self, config: RVEDiTConfig, tokenizer: Tokenizer | None = None):
-        super().__init__()
-        self.config = config
-        qwen = Qwen2_5_VL(config.qwen)
-        if config.lora_rank:
-            add_lora(qwen, config.lora_rank, alpha=config.lora_rank)
-        self.encoder = EditEncoder(qwen, tokenizer, config)
-        self.dit = WanDiT(config.dit)
-
-    def contexts(
-        self, condition: Condition, routing_depth: int | None = None
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """C^(1) ... C^(L). Only two of them differ, so each is built once and shared by its blocks."""
-        depth = self.config.routing_depth if routing_depth is None else routing_depth
-        shallow = route_context(condition, depth, depth)
-        deep = route_context(condition, depth + 1, depth)
-        return [shallow] * depth + [deep] * (self.config.dit.num_blocks - depth)
 
 
 # --- Initial weights ------------------------------------------------------------------------------
@@ -197,42 +211,52 @@ class RVEDiT(nn.Module):
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int = 0, names: Iterable[str] | None = None) -> None:
-    """Draw the parameters (all, or those named) from (seed, parameter name), whatever the device or the sharding.
+    """Draw parameters from (seed, parameter name), whatever the device and the sharding.
 
-    Linear and convolution weights are normal with variance 1 / fan-in, so that activations keep their scale. Some
-    kinds start at zero, so that a new part changes nothing until it is trained: LoRA's B and the DiT's head (a new
-    model predicts no motion), besides all biases; and the connectors' last layers and the source embedding, but if all
-    is new there is nothing that they could disturb, and a model sooner learns to keep the source and to read. For the
-    same reason words start large beside what the layers of a language model add to them.
+    names: which parameters; None draws all of them.
     """
     parameters = dict(module.named_parameters())
     names = list(parameters if names is None else names)
-    all_new = any(name.endswith("patch_embedding.weight") for name in names)
-    zero = r"\.bias$|lora_B$|head\.head\." + (
-        "" if all_new else r"|connector\.2\.|source_embedding\."
-    )
+    from_scratch = any(name.endswith("patch_embedding.weight") for name in names)
     for name in names:
-        parameter = parameters[name]
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        noise = torch.randn(
-            parameter.shape,
-            generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")),
-        )
-        if re.search(zero, name):
-            value = torch.zeros_like(noise)
-        elif name.endswith("gamma") or re.search(r"(norm\w*|ln_q)\.weight$", name):
-            value = torch.ones_like(noise)
-        elif name.endswith("modulation"):
-            value = noise / parameter.shape[-1] ** 0.5
-        elif name.endswith("queries"):
-            value = 0.02 * noise
-        elif name.endswith("embed_tokens.weight"):
-            value = noise
-        elif name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
-            value = 0.3 * noise / noise[0].numel() ** 0.5
-        else:
-            value = noise / noise[0].numel() ** 0.5
-        weights.assign(parameter, value)
+        noise = _noise(seed, name, parameters[name].shape)
+        weights.assign(parameters[name], _initial_value(name, noise, from_scratch))
+
+
+def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
+    """Standard normal noise from (seed, name). It is drawn on the CPU, the same for all devices."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randn(shape, generator=generator)
+
+
+def _initial_value(name: str, noise: Tensor, from_scratch: bool) -> Tensor:
+    """A parameter's initial value by its name. from_scratch: no part of the model was trained."""
+    if name.endswith((".bias", "lora_B")) or _starts_silent(name, from_scratch):
+        return torch.zeros_like(noise)
+    if re.search(r"gamma$|(norm\w*|ln_q)\.weight$", name):  # the scale of a norm
+        return torch.ones_like(noise)
+    if name.endswith("modulation"):
+        return noise / noise.shape[-1] ** 0.5
+    if name.endswith("queries"):
+        return 0.02 * noise
+    # Words start large beside what the layers of the language model add to them, so that a model
+    # from scratch sooner learns to read. Output projections are small for the same reason.
+    if name.endswith("embed_tokens.weight"):
+        return noise
+    fan_in = noise[0].numel()
+    if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
+        return 0.3 * noise / fan_in**0.5
+    return noise / fan_in**0.5  # keeps the scale of activations
+
+
+def _starts_silent(name: str, from_scratch: bool) -> bool:
+    """Whether a layer is zero at first, so that it changes nothing until it is trained."""
+    if "head.head." in name:
+        return True  # the last layer of the DiT: a new model predicts no motion
+    if from_scratch:
+        return False  # nothing can be disturbed, and it learns sooner to keep the source
+    return "connector.2." in name or "source_embedding." in name  # Kiwi-Edit's choice
 
 
 # --- Loading and saving ---------------------------------------------------------------------------
@@ -246,75 +270,79 @@ def load(
     dtype: torch.dtype = torch.float32,
     shard: Callable[[RVEDiT], None] | None = None,
 ) -> tuple[RVEDiT, WanVAE]:
-    """The model and its VAE from what the user has: each row of the README's table of checkpoints.
+    """The model and its VAE from what the user has; the README has a table of the possibilities.
 
-    path: our checkpoint or Kiwi-Edit's release (folders), or Kiwi-Edit's training state (a file, with wan and qwen).
-    wan: a Wan2.2-TI2V-5B folder, qwen: a Qwen2.5-VL-3B-Instruct folder; without a path they give a start for training,
-    with random queries and LoRA and zero connectors. Nothing at all gives the built-in toy.
-    The model and the VAE's decoder are in `dtype`, its encoder always in float32 (as PyTorch has it on GPUs: TF32 in
-    convolutions), because bf16 there harms the conditioning.
-    shard: called on the model between its construction on the meta device and the streaming of its weights.
-    Raises ValueError for anything that does not fit.
+    path: our checkpoint or Kiwi-Edit's release, which are folders, or Kiwi-Edit's training state, a
+        file that needs wan and qwen as well. None, with no wan and qwen either: the built-in toy.
+    wan, qwen: the folders of Wan2.2-TI2V-5B and of Qwen2.5-VL-3B-Instruct. Without a path they give
+        a start for training, with random queries and LoRA and with connectors that are zero.
+    dtype: of the model and of the VAE's decoder. The VAE's encoder is always in float32, because an
+        encoder in bf16 harms the conditioning.
+    shard: called with the model while it is on the meta device, before its weights are read.
+
+    Raises ValueError for anything that does not fit, before any weights are read.
     """
-    path, wan, qwen = (None if p is None else Path(p) for p in (path, wan, qwen))
     if path is None and wan is None and qwen is None:
         path = TOY
-    for folder in (wan, qwen):
-        if folder is not None and not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder")
-    kind = "start" if path is None else layout(path)
-    self_contained = kind in ("rvedit", "kiwi-edit")
-    if self_contained and (wan is not None or qwen is not None):
-        raise ValueError(f"{path} holds its own Wan and Qwen: leave out --wan and --qwen")
-    if not self_contained and (wan is None or qwen is None):
-        what = f"{path} (Kiwi-Edit's training state)" if path else "a start without a checkpoint"
-        raise ValueError(f"{what} needs both --wan DIR and --qwen DIR")
-    if kind == "rvedit":
-        config, tokenizer, tensors = _open_ours(path)
-        optional = weights.NOTHING
-    else:
-        if kind == "kiwi-edit":
-            fields, tokenizer, tensors, optional = convert.open_kiwi_release(path)
-        else:
-            fields, tokenizer, tensors, optional = convert.open_parts(wan, qwen, path)
-        config = RVEDiTConfig(**fields)
-
+    path, wan, qwen = _as_path(path), _as_path(wan), _as_path(qwen)
+    opened = _open(path, wan, qwen)
+    config = RVEDiTConfig(**opened.fields)
     with torch.device("meta"):
-        model, vae = RVEDiT(config, tokenizer), WanVAE(config.vae)
+        model = RVEDiT(config, opened.tokenizer)
+        vae = WanVAE(config.vae)
     if shard is not None:
         shard(model)
+
     source = path or f"{wan} with {qwen}"
-    vae_tensors = {
-        key.removeprefix("vae."): tensors.pop(key)
-        for key in list(tensors)
-        if key.startswith("vae.")
-    }
-    weights.match(model, tensors, source, optional)  # so that both fit before either is read
+    tensors, vae_tensors = weights.split(opened.tensors, "vae.")
+    weights.match(model, tensors, source, opened.may_lack)  # both fit before either is read
     weights.fill(vae, vae_tensors, f"the VAE of {source}", device)
-    for part in (vae.conv2, vae.decoder):
-        part.to(dtype)
-    fresh = weights.fill(model, tensors, source, device, dtype, optional)
+    vae.conv2.to(dtype)
+    vae.decoder.to(dtype)
+    fresh = weights.fill(model, tensors, source, device, dtype, opened.may_lack)
     initialise(model, names=fresh)
     return model.eval(), vae.eval().requires_grad_(False)
 
 
-def scratch(
-    seed: int, device: torch.device | str = "cpu", shard: Callable[[RVEDiT], None] | None = None
-) -> tuple[RVEDiT, WanVAE]:
-    """The toy preset with random weights, beside the tokenizer and the VAE of the built-in checkpoint."""
-    built_in, vae = load(TOY, device=device)
-    with torch.device("meta"):
-        model = RVEDiT(
-            dataclasses.replace(preset("toy"), vae=vae.config), built_in.encoder.tokenizer
-        )
-    if shard is not None:
-        shard(model)
-    initialise(model.to_empty(device=device), seed)
-    return model.eval(), vae
+def _as_path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _open(path: Path | None, wan: Path | None, qwen: Path | None) -> weights.Opened:
+    """What `load` was given: names and shapes of its tensors, its configuration and tokenizer."""
+    for folder in (wan, qwen):
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder")
+    kind = "start" if path is None else layout(path)
+    if kind in ("rvedit", "kiwi-edit"):
+        if wan is not None or qwen is not None:
+            raise ValueError(f"{path} holds its own Wan and Qwen: leave out --wan and --qwen")
+        return _open_ours(path) if kind == "rvedit" else convert.open_kiwi_release(path)
+    if wan is None or qwen is None:
+        what = f"{path} (Kiwi-Edit's training state)" if path else "a start without a checkpoint"
+        raise ValueError(f"{what} needs both --wan DIR and --qwen DIR")
+    if path is None:
+        return convert.open_wan_and_qwen(wan, qwen)
+    return convert.open_kiwi_training(path, wan, qwen)
+
+
+def _open_ours(folder: Path) -> weights.Opened:
+    file = folder / "config.json"
+    fields = weights.read_json(file)
+    fields.pop("model_type")
+    try:
+        RVEDiTConfig(**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not describe this model: {error}") from None
+    tokenizer = weights.read_tokenizer(folder)
+    return weights.Opened(fields, tokenizer, weights.open_folder(folder, "model"))
 
 
 def layout(path: str | Path) -> str:
-    """What is stored at `path`: "rvedit", "kiwi-edit" or "kiwi-edit-training". Raises ValueError for anything else."""
+    """What is stored at `path`: "rvedit", "kiwi-edit" or "kiwi-edit-training".
+
+    Raises ValueError for anything else.
+    """
     path = Path(path)
     if path.is_file():
         return "kiwi-edit-training"
@@ -322,11 +350,11 @@ def layout(path: str | Path) -> str:
         raise ValueError(f"checkpoint {path} does not exist")
     if (path / "mllm_encoder").is_dir() and (path / "transformer").is_dir():
         return "kiwi-edit"
-    if (path / "config.json").is_file() and weights.read_json(path / "config.json").get(
-        "model_type"
-    ) == "rvedit":
+    config = path / "config.json"
+    if config.is_file() and weights.read_json(config).get("model_type") == "rvedit":
         return "rvedit"
-    holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+    names = sorted(entry.name for entry in path.iterdir())
+    holds = ", ".join(names[:5]) or "nothing"
     raise ValueError(
         f"{path} is neither a checkpoint of ours nor Kiwi-Edit's release: it holds {holds}"
     )
@@ -338,37 +366,45 @@ def save(
     vae: WanVAE,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write a self-contained checkpoint (unmerged LoRA, VAE and tokenizer included); complete or not at all.
+    """Write a self-contained checkpoint (unmerged LoRA, VAE, tokenizer), complete or not at all.
 
-    tensors: those of the model's state dict, if it is sharded and they are to be gathered one at a time. Takes the
-    place of a former checkpoint; raises ValueError if something else is there.
+    tensors: names and tensors of the model's state dict. A sharded model gives them one at a time.
+    A former checkpoint at `path` is replaced. Raises ValueError if anything else is there.
     """
     path = Path(path)
-    if (
-        path.exists()
-        and not (path.is_dir() and not any(path.iterdir()))
-        and layout(path) != "rvedit"
-    ):
-        raise ValueError(
-            f"{path} is not a checkpoint of ours, so it will not be replaced: choose another name"
-        )
+    check_replaceable(path)
     config = {"model_type": "rvedit"} | dataclasses.asdict(model.config)
     texts = {
         "config.json": json.dumps(config, indent=2),
         "tokenizer.json": model.encoder.tokenizer.to_str(pretty=True),
     }
-    tensors = model.state_dict().items() if tensors is None else tensors
+    if tensors is None:
+        tensors = model.state_dict().items()
     vae_tensors = ((f"vae.{key}", value) for key, value in vae.state_dict().items())
     weights.write_checkpoint(path, itertools.chain(tensors, vae_tensors), texts)
 
 
-def _open_ours(folder: Path) -> tuple[RVEDiTConfig, Tokenizer, dict[str, weights.Stored]]:
-    config = weights.read_json(folder / "config.json")
-    config.pop("model_type")
-    try:
-        config = RVEDiTConfig(**config)
-    except (KeyError, TypeError, ValueError) as error:
+def check_replaceable(path: str | Path) -> None:
+    """Raise ValueError if something is at `path` that is not a checkpoint of ours."""
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if layout(path) != "rvedit":
         raise ValueError(
-            f"{folder / 'config.json'} does not describe this model: {error}"
-        ) from None
-    return config, weights.read_tokenizer(folder), weights.open_folder(folder, "model")
+            f"{path} is not a checkpoint of ours, so it will not be replaced: choose another name"
+        )
+
+
+def scratch(
+    seed: int, device: torch.device | str = "cpu", shard: Callable[[RVEDiT], None] | None = None
+) -> tuple[RVEDiT, WanVAE]:
+    """The toy preset with random weights, and the tokenizer and VAE of the built-in checkpoint."""
+    built_in, vae = load(TOY, device=device)
+    config = dataclasses.replace(preset("toy"), vae=vae.config)
+    with torch.device("meta"):
+        model = RVEDiT(config, built_in.encoder.tokenizer)
+    if shard is not None:
+        shard(model)
+    model.to_empty(device=device)
+    initialise(model, seed)
+    return model.eval(), vae

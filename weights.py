@@ -1,8 +1,10 @@
-"""Checkpoints in and out: Wan2.2 (original and Diffusers layout), Qwen2.5-VL, Kiwi-Edit and our own.
+"""Checkpoint files: how they are opened, how a model is filled from them, and how ours are written.
 
-A checkpoint is first opened, which reads names and shapes only, then renamed to our names (those of the original Wan
-and of the hub's Qwen), then filled into a model tensor by tensor. So a mistake is found before anything is read, and
-memory never holds a second copy. Nothing is unpickled and nothing is fetched. `rvedit.load` puts the pieces together.
+Opening a checkpoint reads only the names and shapes of its tensors. `convert.py` gives the tensors
+of public releases our names: those of the original Wan and of the hub's Qwen. Then a model gets its
+weights tensor by tensor. So mistakes are found before any weights are read, and memory holds no
+second copy. Nothing is unpickled, and nothing is fetched from the network. `rvedit.load` and
+`rvedit.save` put the pieces together.
 """
 
 from __future__ import annotations
@@ -21,15 +23,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import cli
+
 MAX_SHARD_BYTES = 5_000_000_000
-
-# Tensors that we know and do not use: umT5's projection, Qwen's output head (tied, but sometimes stored all the same),
-# Kiwi-Edit's image and reference-image paths.
-IGNORED = re.compile(
-    r"dit\.text_embedding\.|encoder\.qwen\.lm_head\.|kiwi\.(image_queries|ref_queries|ref_connector\.|ref_embedder\.)"
-)
-
-NOTHING = r"(?!)"  # the regular expression that no name matches
 
 
 class Stored(NamedTuple):
@@ -40,66 +36,83 @@ class Stored(NamedTuple):
     read: Callable[[], Tensor]
 
 
+class Opened(NamedTuple):
+    """A checkpoint of any layout, opened and brought to our names."""
+
+    fields: dict[str, Any]  # of an RVEDiTConfig
+    tokenizer: Tokenizer
+    tensors: dict[str, Stored]  # the model's, and the VAE's under "vae."
+    may_lack: str | None = None  # parameters that it may lack, as a regular expression
+
+
 # --- Opening --------------------------------------------------------------------------------------
 
 
 def open_file(path: Path) -> dict[str, Stored]:
-    """The tensors of one .safetensors file, or of a .pth state dict (read without unpickling anything but tensors)."""
-    if path.suffix != ".safetensors":
-        try:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception:  # whose words would be PyTorch's advice to unpickle the file after all
-            state = None
-        if not isinstance(state, dict) or not all(
-            isinstance(value, Tensor) for value in state.values()
-        ):
-            raise ValueError(
-                f"{path} is not a plain state dict of tensors (by PyTorch 1.6 or newer), or is damaged"
-            )
-        return {
-            key: Stored(path, tuple(value.shape), lambda value=value: value)
-            for key, value in state.items()
-        }
+    """The tensors of a .safetensors file, or of a PyTorch state dict."""
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    return _open_state_dict(path)
+
+
+def _open_safetensors(path: Path) -> dict[str, Stored]:
     try:
         file = safe_open(path, framework="pt")
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged or not a safetensors file: {_first_line(error)}"
-        ) from None
+        message = _first_line(error)
+        raise ValueError(f"{path} is damaged or not a safetensors file: {message}") from None
     return {
         key: Stored(path, shape, lambda key=key: file.get_tensor(key))
         for key, shape in shapes.items()
     }
 
 
+def _open_state_dict(path: Path) -> dict[str, Stored]:
+    """A .pth file. weights_only makes PyTorch unpickle tensors and nothing else."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:  # its message would be the advice to unpickle the file after all
+        state = None
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise ValueError(
+            f"{path} is not a plain state dict of tensors (by PyTorch 1.6 or newer), or is damaged"
+        )
+    return {
+        key: Stored(path, tuple(value.shape), lambda value=value: value)
+        for key, value in state.items()
+    }
+
+
 def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
-    """The tensors of `stem`.safetensors, or of the shards that `stem`.safetensors.index.json lists, in a folder."""
-    index_path, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-    if not index_path.is_file():
-        if single.is_file():
-            return open_file(single)
-        pickles = [path.name for path in folder.glob("*.bin")] + [
-            path.name for path in folder.glob("*.ckpt")
-        ]
-        hint = f" ({pickles[0]} is a pickle, which is never loaded)" if pickles else ""
-        raise ValueError(f"{folder} has neither {single.name} nor {index_path.name}{hint}")
-    index = read_json(index_path).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-        raise ValueError(f"{index_path} has no weight_map of names and files: download it again")
+    """The tensors of `stem`.safetensors in a folder, or of the shards that its index lists."""
+    single = folder / f"{stem}.safetensors"
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        return _open_shards(index)
+    if single.is_file():
+        return open_file(single)
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".ckpt"))
+    hint = f" ({pickles[0]} is a pickle, which is never loaded)" if pickles else ""
+    raise ValueError(f"{folder} has neither {single.name} nor {index.name}{hint}")
+
+
+def _open_shards(index: Path) -> dict[str, Stored]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map of names and files: download it again")
     tensors = {}
-    for name in sorted(set(index.values())):
-        if not (folder / name).is_file():
-            raise ValueError(f"{index_path} lists {name}, which is not there: download it again")
-        tensors |= open_file(folder / name)
-    wrong = [
-        key
-        for key in index.keys() | tensors.keys()
-        if key not in tensors or index.get(key) != tensors[key].file.name
-    ]
+    for name in sorted(set(weight_map.values())):
+        shard = index.parent / name
+        if not shard.is_file():
+            raise ValueError(f"{index} lists {name}, which is not there: download it again")
+        tensors |= open_file(shard)
+    found = {key: tensor.file.name for key, tensor in tensors.items()}
+    keys = found.keys() | weight_map.keys()
+    wrong = [key for key in keys if found.get(key) != weight_map.get(key)]
     if wrong:
         raise ValueError(
-            f"{index_path} and its shards disagree on {len(wrong)} keys, such as {_few(wrong)}"
+            f"{index} and its shards disagree on {len(wrong)} keys, such as {_few(wrong)}"
         )
     return tensors
 
@@ -124,29 +137,40 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"{file} is not a tokenizer: {error}") from None
 
 
-# --- Filling and writing --------------------------------------------------------------------------
+# --- Filling a model ------------------------------------------------------------------------------
+
+
+def split(tensors: dict[str, Stored], prefix: str) -> tuple[dict[str, Stored], dict[str, Stored]]:
+    """The tensors whose names lack a prefix, and those that have it, which is taken off."""
+    without = {key: x for key, x in tensors.items() if not key.startswith(prefix)}
+    with_it = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+    return without, with_it
 
 
 def match(
-    module: nn.Module, tensors: dict[str, Stored], source: Path | str, optional: str = NOTHING
+    module: nn.Module,
+    tensors: dict[str, Stored],
+    source: Path | str,
+    may_lack: str | None = None,
 ) -> list[str]:
-    """Compare a module's parameters with what is stored, by name and shape, before anything is read.
+    """Compare a module's parameters with the stored tensors, by name and shape, before any is read.
 
-    Parameters whose name matches the regular expression `optional` may be absent: their names are returned, for the
-    caller to initialise. Any other missing, unexpected or misshapen key raises ValueError, which names `source`.
+    Returns the names of parameters that are not stored, which the caller has to initialise. Only
+    those may be absent whose names match the regular expression `may_lack`. Any other missing,
+    unexpected or misshapen key raises ValueError, which names `source`.
     """
     parameters = dict(module.named_parameters())
-    tensors = {key: tensor for key, tensor in tensors.items() if not IGNORED.match(key)}
     absent = [key for key in parameters if key not in tensors]
-    fresh = [key for key in absent if re.search(optional, key)]
+    fresh = [key for key in absent if may_lack is not None and re.search(may_lack, key)]
+    misshapen = [
+        f"{key} {list(tensors[key].shape)} instead of {list(parameter.shape)}"
+        for key, parameter in parameters.items()
+        if key in tensors and tensors[key].shape != tuple(parameter.shape)
+    ]
     problems = {
         "missing": set(absent) - set(fresh),
         "unexpected": tensors.keys() - parameters.keys(),
-        "misshapen": [
-            f"{key} {list(tensors[key].shape)} instead of {list(parameter.shape)}"
-            for key, parameter in parameters.items()
-            if key in tensors and tensors[key].shape != tuple(parameter.shape)
-        ],
+        "misshapen": misshapen,
     }
     found = [f"{len(keys)} {kind} ({_few(keys)})" for kind, keys in problems.items() if keys]
     if found:
@@ -161,17 +185,17 @@ def fill(
     source: Path | str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    optional: str = NOTHING,
+    may_lack: str | None = None,
 ) -> list[str]:
-    """Give a module built on the meta device its weights, tensor by tensor, in the wanted device and dtype.
+    """Give a module on the meta device its weights, tensor by tensor, in a dtype on a device.
 
-    A module that FSDP has sharded keeps only this rank's part of each. Arguments, result and errors as in `match`.
+    If FSDP has sharded the module, each rank keeps only its part of every tensor. The other
+    arguments, the result and the errors are those of `match`.
     """
-    fresh = match(module, tensors, source, optional)
+    fresh = match(module, tensors, source, may_lack)
     module.to(dtype).to_empty(device=device)
     parameters = dict(module.named_parameters())
-    keys = [key for key in tensors if key in parameters]  # in the order of the files
-    for key in tqdm(keys, desc="loading", unit="tensor", disable=None, leave=False):
+    for key in tqdm(tensors, desc="loading", unit="tensor", disable=None, leave=False):
         assign(parameters[key], tensors[key].read())
     return fresh
 
@@ -179,72 +203,77 @@ def fill(
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter, or this rank's part of it into a sharded one."""
-    if hasattr(
-        parameter, "device_mesh"
-    ):  # a DTensor, whose import takes as long as half of PyTorch
+    if hasattr(parameter, "device_mesh"):  # a DTensor, whose class takes a second to import
         from torch.distributed.tensor import distribute_tensor
 
         value = value.to(parameter.device, parameter.dtype)
-        value = distribute_tensor(
-            value, parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
+        mesh, placements = parameter.device_mesh, parameter.placements
+        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
     parameter.copy_(value)
+
+
+# --- Writing our checkpoint -----------------------------------------------------------------------
 
 
 def write_checkpoint(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], texts: dict[str, str]
 ) -> None:
-    """Write our checkpoint: shards of safetensors with an index, and small text files such as config.json.
+    """Write shards of safetensors with an index, and text files such as config.json.
 
-    Complete or not at all: it grows under a temporary name beside `folder` and takes the place of a former one only
-    when it is whole. Only one shard is held in memory beside the tensors, which may be made one at a time.
+    Complete or not at all: a former checkpoint stays in its place until the new one is whole. Only
+    one shard is held in memory, so the tensors may be made one at a time.
     """
-    temporary, former = (
-        folder.with_name(f".{folder.name}.{word}") for word in ("partial", "former")
-    )
-    _clean_up(folder, temporary, former)  # after an earlier run that was killed
-    temporary.mkdir(parents=True)
-    try:
-        shards = []
-        for number, shard in enumerate(_shards(tensors), start=1):
-            save_file(shard, temporary / f"{number}", metadata={"format": "pt"})
-            shards.append(list(shard))
-        weight_map = {}
-        for number, keys in enumerate(shards, start=1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            (temporary / f"{number}").rename(temporary / name)
-            weight_map |= dict.fromkeys(keys, name)
+    _remove_leftovers(folder)
+    with cli.replacing(folder) as partial:
+        partial.mkdir(parents=True)
+        weight_map = _write_shards(partial, tensors)
         texts = texts | {
             "model.safetensors.index.json": json.dumps({"weight_map": weight_map}, indent=1)
         }
         for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        for shard in temporary.glob(
-            "*.safetensors"
-        ):  # which the library hides from all but their owner
-            shutil.copymode(temporary / "model.safetensors.index.json", shard)
-        if folder.exists():
-            folder.rename(former)
-        temporary.rename(folder)
-    finally:
-        _clean_up(folder, temporary, former)
+            (partial / name).write_text(text, encoding="utf-8")
+        for shard in partial.glob("*.safetensors"):
+            # The library makes its files readable for their owner only.
+            shutil.copymode(partial / "model.safetensors.index.json", shard)
 
 
-def _clean_up(folder: Path, temporary: Path, former: Path) -> None:
-    if former.exists() and not folder.exists():  # writing ended between its two renames
-        former.rename(folder)
-    for leftover in (temporary, former):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what a run that was killed has written of its checkpoint: gigabytes, perhaps."""
+    partial = re.compile(rf"\.partial-\d+-{re.escape(folder.name)}")
+    for path in folder.parent.glob(".partial-*"):
+        if partial.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Write the tensors under file names that count the shards; returns the file of each key."""
+    keys_of_shards = []
+    for number, shard in enumerate(_shards(tensors), start=1):
+        try:
+            save_file(shard, folder / f"{number}", metadata={"format": "pt"})
+        except SafetensorError as error:  # of the operating system, such as a full disk
+            raise OSError(_first_line(error)) from None
+        keys_of_shards.append(list(shard))
+    weight_map = {}
+    for number, keys in enumerate(keys_of_shards, start=1):
+        name = f"model-{number:05d}-of-{len(keys_of_shards):05d}.safetensors"
+        (folder / f"{number}").rename(folder / name)
+        weight_map |= dict.fromkeys(keys, name)
+    return weight_map
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    shard, size = {}, 0
+    """Groups of tensors on the CPU, of at most MAX_SHARD_BYTES each or of a single tensor."""
+    shard = {}
+    size = 0
     for key, tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
         if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
             yield shard
-            shard, size = {}, 0
-        shard[key], size = tensor, size + tensor.nbytes
+            shard = {}
+            size = 0
+        shard[key] = tensor
+        size += tensor.nbytes
     yield shard
 
 

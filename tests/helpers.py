@@ -5,7 +5,9 @@ import dataclasses
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import data
 import rvedit
+from mllm import Condition
 from model import DiTConfig
 from qwen import QwenConfig, VisionConfig
 from vae import VAEConfig, WanVAE
@@ -22,7 +24,9 @@ SPECIAL_TOKENS = [
 
 
 def randomise(module, seed=0, scale=0.3):
-    """Draw every parameter anew, those that start at zero or one included, so that no branch can hide."""
+    """Draw every parameter anew, those that start at zero or one included, so that no branch can
+    hide.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -44,8 +48,44 @@ def relative_error(actual, expected):
     ).item()
 
 
+def make_features(*shape, dtype=torch.float64, seed=0):
+    """Two related but different sets of features, of which the first wants a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    a_ref = torch.randn(shape, generator=generator, dtype=torch.float64)
+    a = 0.5 * a_ref + torch.randn(shape, generator=generator, dtype=torch.float64)
+    return a.to(dtype).requires_grad_(), a_ref.to(dtype)
+
+
+def value_and_gradient(function, x, *arguments, **options):
+    """The scalar function(x, ...) and its gradient in x."""
+    value = function(x, *arguments, **options)
+    (gradient,) = torch.autograd.grad(value, x)
+    return value.detach(), gradient
+
+
+def random_condition(dim, lengths=(4, 6, 3), batch=1):
+    """X_e, X_v and X_ℓ of so many tokens each, without masks."""
+    return Condition(*(torch.randn(batch, n, dim) for n in lengths), None, None, None)
+
+
+def residual_stream(model, condition, routing_depth):
+    """The DiT's residual stream behind each block, for a fixed input and the given condition."""
+    streams = []
+    hooks = []
+    for block in model.dit.blocks:
+        hook = block.register_forward_hook(lambda _, __, out: streams.append(out[0]))
+        hooks.append(hook)
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, 1, model.config.dit.in_channels, 2, 4, 4)
+    z_t, source = torch.randn(shape, generator=generator)
+    model.dit(z_t, torch.tensor([0.6]), model.contexts(condition, routing_depth), source)
+    for hook in hooks:
+        hook.remove()
+    return streams
+
+
 def make_clip(frames, height, width, seed=0):
-    """A uint8 (T, H, W, 3) clip of a bright square drifting over a gradient, with a little noise."""
+    """A uint8 (T, H, W, 3) clip of a bright square drifting over a gradient, with some noise."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (
         torch.linspace(0, 200, height).view(1, -1, 1),
@@ -131,3 +171,20 @@ def tiny_model(**changes):
     config = tiny_config(**changes)
     model, vae = rvedit.RVEDiT(config, tiny_tokenizer()), WanVAE(config.vae)
     return randomise(model).eval(), randomise(vae).eval().requires_grad_(False)
+
+
+def make_batch(model, vae, size=64):
+    """Line 3 of Algorithm 1: two triplets of 5 frames, whose texts differ in length, t and ε."""
+    source = torch.stack([make_clip(5, size, size, seed) for seed in (1, 2)])
+    target = torch.stack([make_clip(5, size, size, seed) for seed in (3, 4)])
+    generator = torch.Generator().manual_seed(0)
+    side = size // vae.config.spatial_factor
+    return data.Batch(
+        source=source,
+        target=target,
+        t=torch.tensor([0.8, 0.3]),
+        noise=torch.randn(2, vae.config.z_dim, 2, side, side, generator=generator),
+        edit_inputs=model.encoder.prepare(list(source), ["remove it", "make it snow on the hill"]),
+        ref_inputs=model.encoder.prepare(list(target), ["a hill in the snow", "a hill"]),
+        broken=0,
+    )

@@ -1,4 +1,4 @@
-"""Eq. 3 block by block, the two presets, and what a condition's padding may not change."""
+"""The two presets against the public checkpoints, initial weights, and batches of clips."""
 
 import dataclasses
 import json
@@ -7,83 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_clip, randomise, relative_error, tiny_model
+from helpers import make_clip, randomise, relative_error, residual_stream, tiny_model
 
 import convert
 import rvedit
 import weights
-from mllm import Condition
 
 MANIFESTS = Path(__file__).parent / "manifests"
 FULL = rvedit.preset("wan2.2-ti2v-5b")
 
 
-def random_condition(dim, lengths=(4, 6, 3), batch=1):
-    return Condition(*(torch.randn(batch, n, dim) for n in lengths), None, None, None)
-
-
-@pytest.mark.parametrize("routing_depth", range(4))
-def test_eq_3_shows_each_block_its_tokens(routing_depth):
-    """X_e up to block L_s, [X_e; X_v; X_l] behind it, for every L_s from 0 to L."""
-    condition = random_condition(8)
-    for block in range(1, 4):
-        context, mask = rvedit.route_context(condition, block, routing_depth)
-        expected = [condition.editing] if block <= routing_depth else [*condition[:3]]
-        assert torch.equal(context, torch.cat(expected, dim=1)) and mask is None
-
-
-def test_eq_3_routes_the_masks_along():
-    condition = random_condition(8, batch=2)
-    masks = [torch.rand(2, n) > 0.5 for n in (4, 6, 3)]
-    condition = Condition(*condition[:3], *masks)
-    assert torch.equal(rvedit.route_context(condition, 2, 2)[1], masks[0])
-    assert torch.equal(rvedit.route_context(condition, 3, 2)[1], torch.cat(masks, dim=1))
-
-
-def trace(model, condition, routing_depth):
-    """The residual stream behind each block."""
-    streams = []
-    hooks = [
-        block.register_forward_hook(lambda _, __, out: streams.append(out[0]))
-        for block in model.dit.blocks
-    ]
-    torch.manual_seed(1)
-    z_t, source = torch.randn(2, 1, model.config.dit.in_channels, 2, 4, 4)
-    model.dit(z_t, torch.tensor([0.6]), model.contexts(condition, routing_depth), source)
-    for hook in hooks:
-        hook.remove()
-    return streams
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("routing_depth", range(4))
-def test_native_tokens_reach_only_the_deep_blocks(routing_depth):
-    """Other visual and textual tokens leave every shallow block's output as it was, and change every deep one's."""
-    model, _ = tiny_model()
-    condition = random_condition(model.config.dit.dim)
-    changed = condition._replace(
-        visual=torch.randn_like(condition.visual), textual=torch.randn_like(condition.textual)
-    )
-    pairs = zip(
-        trace(model, condition, routing_depth), trace(model, changed, routing_depth), strict=True
-    )
-    same = [torch.equal(a, b) for a, b in pairs]
-    assert same == [block <= routing_depth for block in range(1, model.config.dit.num_blocks + 1)]
-
-
-@torch.no_grad()
-def test_full_routing_depth_is_the_model_with_editing_tokens_alone():
-    """L_s = L gives, bit for bit, what the DiT gives for the editing tokens: Kiwi-Edit's conditioning."""
-    model, _ = tiny_model()
-    config, condition = model.config.dit, random_condition(model.config.dit.dim)
-    z_t, source, t = *torch.randn(2, 1, config.in_channels, 2, 4, 4), torch.tensor([0.3])
-    routed = model.dit(z_t, t, model.contexts(condition, config.num_blocks), source)
-    assert torch.equal(routed, model.dit(z_t, t, [condition.editing] * config.num_blocks, source))
-
-
 @torch.no_grad()
 def test_a_clip_does_not_depend_on_its_batch():
-    """Three clips of different sizes and instructions of different lengths, together and one by one."""
+    """Three clips of different sizes and instructions of different lengths, together and one by
+    one.
+    """
     model, _ = tiny_model()
     clips = [make_clip(5, 32, 48), make_clip(1, 64, 32), make_clip(9, 48, 48)]
     texts = ["remove it", "make the small red circle in the corner green", "add snow"]
@@ -112,7 +50,9 @@ def full_size():
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_the_full_preset_fits_wan_and_qwen(layout):
-    """On the meta device it has every key and shape of the official files, and the numbers of parameters they have."""
+    """On the meta device it has every key and shape of the official files, and the numbers of
+    parameters they have.
+    """
     model, vae = full_size()
     transformer = convert.renamed(
         stored(f"wan2.2_ti2v_5b_transformer_{layout}.json"), convert.wan_transformer_key, "dit."
@@ -155,7 +95,9 @@ def test_the_full_preset_fits_kiwi_edits_release():
 
 
 def test_the_full_preset_fits_kiwi_edits_training_states():
-    """Stages 2 and 3 laid over Wan and Qwen fill everything; stage 1 knows images only and is refused."""
+    """Stages 2 and 3 laid over Wan and Qwen fill everything; stage 1 knows images only and is
+    refused.
+    """
     model, _ = full_size()
     base = convert.renamed(
         stored("wan2.2_ti2v_5b_transformer_original.json"), convert.wan_transformer_key, "dit."
@@ -188,7 +130,9 @@ def test_unknown_presets_and_depths_are_refused():
 
 
 def test_initial_weights_depend_on_seed_and_name_alone():
-    """Drawing some parameters or all, in this order or that, gives the same values; another seed others."""
+    """Drawing some parameters or all, in this order or that, gives the same values; another seed
+    others.
+    """
     first, second = (rvedit.WanDiT(tiny_model()[0].config.dit) for _ in range(2))
     names = [name for name, _ in first.named_parameters()]
     rvedit.initialise(first, seed=3)
@@ -202,12 +146,14 @@ def test_initial_weights_depend_on_seed_and_name_alone():
 
 @torch.no_grad()
 def test_initial_weights_keep_activations_in_scale_and_new_parts_silent():
-    """Streams neither vanish nor explode; the velocity is zero; what is new beside trained weights adds nothing."""
+    """Streams neither vanish nor explode; the velocity is zero; what is new beside trained weights
+    adds nothing.
+    """
     model, _ = tiny_model()
     rvedit.initialise(model)
     inputs = [make_clip(5, 32, 32)], ["add snow"]
     condition = model.encoder(*inputs)
-    for stream in (*condition[:3], trace(model, condition, 1)[-1]):
+    for stream in (*condition[:3], residual_stream(model, condition, 1)[-1]):
         assert 0.1 < stream.std() < 10
     z_t = torch.randn(1, model.config.dit.in_channels, 2, 4, 4)
     assert torch.equal(

@@ -1,7 +1,7 @@
-"""Every layout of checkpoint that the README lists, written here at toy size, loads; damaged ones are refused.
+"""Every layout of checkpoint that the README lists loads, and damaged ones are refused.
 
-The writers below know the layouts from the tables of names alone, apart from `weights.py`'s rules. What they write has
-the names of the public releases, by the manifests.
+They are written here at toy size. The writers do not use the rules of `convert.py`: they have
+tables of names of their own, and the manifests show that these are the names of the releases.
 """
 
 import copy
@@ -117,7 +117,9 @@ def write_json(path, content):
 
 
 def transformer_tensors(model):
-    """Wan's transformer under its original names: no source embedding, but a text embedding that we do not use."""
+    """Wan's transformer under its original names: no source embedding, but a text embedding that we
+    do not use.
+    """
     state = {
         key: value
         for key, value in model.dit.state_dict().items()
@@ -159,11 +161,11 @@ def qwen_json(config, nested=False):
         "video_token_id": config.video_token_id,
         "vision_config": vision,
     }
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    text = {
-        name: getattr(config, name)
-        for name in (*names.split(), "max_position_embeddings", "rms_norm_eps")
-    }
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads max_position_embeddings rms_norm_eps"
+    )
+    text = {name: getattr(config, name) for name in names.split()}
     rotary = {"type": "mrope", "mrope_section": list(config.mrope_section)}
     if nested:
         return ids | {
@@ -263,7 +265,9 @@ def kiwi_connector(model, name):
 
 
 def write_kiwi(folder, model, vae, reference=None):
-    """Kiwi-Edit's release of a model without LoRA. reference: None, "zeros" in ref_embedder, or "trained"."""
+    """Kiwi-Edit's release of a model without LoRA. reference: None, "zeros" in ref_embedder, or
+    "trained".
+    """
     write_transformer_folder(folder / "transformer", model)
     write(folder / "vae", STEM, vae.state_dict())
     write_json(
@@ -328,7 +332,9 @@ def kiwi_training_tensors(model, reference=False):
 
 @functools.cache
 def original():
-    """A random model whose VAE has the full preset's structure, as Wan2.2_VAE.pth has no config to say another."""
+    """A random model whose VAE has the full preset's structure, as Wan2.2_VAE.pth has no config to
+    say another.
+    """
     config = tiny_config()
     dit = dataclasses.replace(config.dit, in_channels=48, out_channels=48)
     return tiny_model(dit=dit, vae=dataclasses.replace(FULL.vae, dim=4, dec_dim=8))
@@ -336,7 +342,9 @@ def original():
 
 @functools.cache
 def merged():
-    """The same with its LoRA merged and its editing connector in all three places: as Kiwi-Edit releases it."""
+    """The same with its LoRA merged and its editing connector in all three places: as Kiwi-Edit
+    releases it.
+    """
     model, vae = copy.deepcopy(original())
     merge_lora(model.encoder.qwen)
     return share_connector(model), vae
@@ -350,7 +358,9 @@ def share_connector(model):
 
 @torch.no_grad()
 def outputs(model, vae, depth=1):
-    """The velocity, the three streams and a clip's latents and reconstruction, all of the same inputs."""
+    """The velocity, the three streams and a clip's latents and reconstruction, all of the same
+    inputs.
+    """
     condition = model.encoder.encode(
         original()[0].encoder.prepare([make_clip(5, 32, 32)], ["make it snow"])
     )
@@ -387,7 +397,7 @@ def strip(keys):
 
 
 def test_the_writers_know_the_layouts(folders, tmp_path):
-    """The names in each written file are those of the public release, as the manifests list them."""
+    """The names in each written file are those that the manifests list for the release."""
 
     def manifest(name, part=None):
         content = json.loads((MANIFESTS / f"{name}.json").read_text())
@@ -421,7 +431,9 @@ def test_the_writers_know_the_layouts(folders, tmp_path):
 
 @pytest.mark.parametrize("limit", [5_000_000_000, 30_000])
 def test_our_checkpoint_gives_back_the_model(tmp_path, monkeypatch, limit):
-    """In one shard or many: the same outputs, configuration and tokenizer, and files that safetensors alone reads."""
+    """In one shard or many: the same outputs, configuration and tokenizer, and files that
+    safetensors alone reads.
+    """
     monkeypatch.setattr(weights, "MAX_SHARD_BYTES", limit)
     model, vae = original()
     rvedit.save(tmp_path / "new" / "ours", model, vae)
@@ -477,7 +489,9 @@ def test_what_comes_from_a_release_is_saved_as_ours(folders, tmp_path):
 @pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 def test_wan_and_qwen_are_a_start_for_training(folders, tmp_path, wan, newer, nested):
-    """The networks are those that were written; what is new is reproducible and changes nothing yet."""
+    """The networks are those that were written; what is new is reproducible and changes nothing
+    yet.
+    """
     model, vae = copy.deepcopy(original())
     write_qwen(tmp_path / "qwen", model, newer, nested)
     loaded, loaded_vae = rvedit.load(wan=folders / wan, qwen=tmp_path / "qwen")
@@ -521,7 +535,9 @@ def test_wan_and_qwen_are_a_start_for_training(folders, tmp_path, wan, newer, ne
 
 @pytest.mark.parametrize("reference", [None, "zeros", "trained"])
 def test_kiwi_edits_release_loads(tmp_path, reference):
-    """With L_s = L, its connector in all three places, a LoRA without effect, and without its reference path."""
+    """With L_s = L, its connector in all three places, a LoRA without effect, and without its
+    reference path.
+    """
     write_kiwi(tmp_path / "kiwi", *merged(), reference)
     assert rvedit.layout(tmp_path / "kiwi") == "kiwi-edit"
     model, vae = rvedit.load(tmp_path / "kiwi")
@@ -540,7 +556,9 @@ def test_kiwi_edits_release_loads(tmp_path, reference):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kiwi_edits_training_state_lies_over_wan_and_qwen(folders, tmp_path, wan, suffix, dtype):
-    """What it trained replaces Wan's own, unmerged LoRA included; Qwen and the VAE are those of the folders."""
+    """What it trained replaces Wan's own, unmerged LoRA included; Qwen and the VAE are those of the
+    folders.
+    """
     model, vae = share_connector(copy.deepcopy(original()[0])), original()[1]
     randomise(model.dit, seed=7)  # so that it is not what lies under it
     state = {
@@ -652,7 +670,9 @@ def private_bytes():
 )
 @pytest.mark.parametrize("kind", ["ours", "wan", "training"])
 def test_loading_takes_the_memory_of_the_model(tmp_path, monkeypatch, kind):
-    """90 MB of weights: at no time in loading has the process grown by more than the model and its largest tensor."""
+    """90 MB of weights: at no time in loading has the process grown by more than the model and its
+    largest tensor.
+    """
     small = original()[0].config
     config = dataclasses.replace(
         small, dit=dataclasses.replace(small.dit, dim=768, ffn_dim=2048, num_blocks=2)
@@ -711,26 +731,33 @@ def test_saving_replaces_a_former_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize("failing", ["save_file", "write_text", "first rename", "second rename"])
 @pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
 def test_a_failed_save_leaves_the_former_checkpoint(tmp_path, monkeypatch, failing, error):
-    """Wherever it fails, the former checkpoint is in its place, unchanged, and nothing is beside it."""
+    """Wherever it fails, the former checkpoint is in its place, unchanged, and nothing is beside
+    it.
+    """
     rvedit.save(tmp_path / "ours", *original())
     before = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
 
     rename = Path.rename
+    moved = {
+        "first rename": tmp_path / "ours",
+        "second rename": tmp_path / f".partial-{os.getpid()}-ours",
+    }
 
-    def fail(self=None, target=None, *_, **__):
-        place = {
-            "first rename": (tmp_path / "ours"),
-            "second rename": tmp_path / ".ours.partial",
-        }.get(failing)
-        if place is None or self == place:
+    def fail(*_, **__):
+        raise error
+
+    def rename_or_fail(self, target):
+        if self == moved[failing]:
             raise error
         return rename(self, target)
 
     with monkeypatch.context() as patch:
         if failing == "save_file":
             patch.setattr(weights, "save_file", fail)
+        elif failing == "write_text":
+            patch.setattr(Path, "write_text", fail)
         else:
-            patch.setattr(Path, "write_text" if failing == "write_text" else "rename", fail)
+            patch.setattr(Path, "rename", rename_or_fail)
         with pytest.raises(type(error)):
             rvedit.save(tmp_path / "ours", *changed(1))
     assert names(tmp_path) == ["ours"]
@@ -746,14 +773,16 @@ def test_a_failed_first_save_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("killed", ["while writing", "between the renames", "behind the renames"])
 def test_the_leavings_of_a_killed_run_are_cleaned_up(tmp_path, killed):
-    """The next save removes them, and first puts back a former checkpoint that the killed run had moved aside."""
+    """The next save removes them, and first puts back a former checkpoint that the killed run had
+    moved aside.
+    """
     if killed != "between the renames":
         rvedit.save(tmp_path / "ours", *original())
     if killed != "behind the renames":
-        (tmp_path / ".ours.partial").mkdir()
-        (tmp_path / ".ours.partial" / "1").write_bytes(b"half a shard")
+        (tmp_path / ".partial-1-ours").mkdir()
+        (tmp_path / ".partial-1-ours" / "1").write_bytes(b"half a shard")
     if killed != "while writing":
-        rvedit.save(tmp_path / ".ours.former", *original())
+        rvedit.save(tmp_path / ".former-ours", *original())
 
     def interrupted():
         yield "a", torch.ones(2)
@@ -761,6 +790,15 @@ def test_the_leavings_of_a_killed_run_are_cleaned_up(tmp_path, killed):
 
     with pytest.raises(RuntimeError, match="killed again"):
         weights.write_checkpoint(tmp_path / "ours", interrupted(), {})
+    assert names(tmp_path) == ["ours"]
+    assert_same(rvedit.load(tmp_path / "ours"), original())
+
+
+def test_a_save_succeeds_after_a_kill_behind_the_renames(tmp_path):
+    """The killed run has left the checkpoint before the last; it does not stop the next save."""
+    rvedit.save(tmp_path / "ours", *changed(1))
+    rvedit.save(tmp_path / ".former-ours", *changed(2))
+    rvedit.save(tmp_path / "ours", *original())
     assert names(tmp_path) == ["ours"]
     assert_same(rvedit.load(tmp_path / "ours"), original())
 
@@ -837,7 +875,9 @@ def copied(folders, tmp_path):
 
 
 def refused(message, **arguments):
-    """`load` raises ValueError with one line that matches, before it has read a tensor into the model."""
+    """`load` raises ValueError with one line that matches, before it has read a tensor into the
+    model.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             weights, "assign", lambda *_: pytest.fail("read before the mistake was found")
@@ -850,11 +890,14 @@ def refused(message, **arguments):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_key_removed_added_or_misshapen_is_named(copied, layout):
-    """In every layout and part of one: the message has the folder, how many keys, and their names."""
+    """In every layout and part: the message has the folder, how many keys, and their names."""
     name, key, ours = LAYOUTS[layout]
     file, folder = copied / name, layout.split()[0]
     if key is None:  # any in this shard will do that does not tell a size
-        skip = r"patch_embed|ffn.0|head.head|time_embedding|text_embedding|^encoder.conv_in|norm_out|^post_quant"
+        skip = (
+            "patch_embed|ffn.0|head.head|time_embedding|text_embedding|"
+            "^encoder.conv_in|norm_out|^post_quant"
+        )
         key = next(key for key in load_file(file) if not re.search(skip, key))
         ours = {"wan": f"dit.{key}", "qwen": f"encoder.qwen.{key}"}.get(layout)
         ours = ours or next(k for k in original()[1].state_dict() if diffusers_vae_name(k) == key)
@@ -886,7 +929,8 @@ def test_many_wrong_keys_are_counted_and_three_named(copied):
             state[key.replace("dit.blocks.0.", "dit.blocks.9.")] = state.pop(key)
 
     change_tensors(file, change)
-    first = "dit.blocks.{}.cross_attn.k.bias, dit.blocks.{}.cross_attn.k.weight, dit.blocks.{}.cross_attn.norm_k.weight"
+    attention = "dit.blocks.{}.cross_attn."
+    first = f"{attention}k.bias, {attention}k.weight, {attention}norm_k.weight"
     message = refused("does not fit the model", path=copied / "ours")
     for kind, block in (("missing", 0), ("unexpected", 9)):
         assert f"27 {kind} ({first.format(block, block, block)}, ...)" in message
@@ -921,7 +965,9 @@ class Payload:
 
 
 def test_what_a_pickle_holds_is_not_run(copied):
-    """Neither as a state dict of torch.save, nor as a bare pickle, nor under a safetensors file's name."""
+    """Neither as a state dict of torch.save, nor as a bare pickle, nor under a safetensors file's
+    name.
+    """
     bomb, vae, state = (
         Payload(copied / "exploded"),
         copied / "wan/Wan2.2_VAE.pth",
@@ -996,7 +1042,8 @@ MISFIT, NEITHER = (
     "does not describe this model: ",
     "is neither a checkpoint of ours nor Kiwi-Edit's release: it holds ",
 )
-DAMAGES = [  # the layout that is loaded, what is damaged, how, the message (which begins with a path)
+# The layout that is loaded, what is damaged, how, and the message, which begins with a path.
+DAMAGES = [
     ("ours", OURS, truncate, f"{OURS} {DAMAGED}"),
     ("wan", WAN, truncate, f"{WAN} {DAMAGED}"),
     ("kiwi", KIWI, truncate, f"{KIWI} {DAMAGED}"),
@@ -1008,7 +1055,7 @@ DAMAGES = [  # the layout that is loaded, what is damaged, how, the message (whi
         "ours",
         OURS,
         remove,
-        f"ours/model.safetensors.index.json lists {OURS[5:]}, which is not there: download it again",
+        f"ours/model.safetensors.index.json lists {OURS[5:]}, which is not there: download it",
     ),
     ("wan", WAN, remove, f"{INDEX} lists {WAN[4:]}, which is not there: download it again"),
     (
@@ -1089,7 +1136,7 @@ DAMAGES = [  # the layout that is loaded, what is damaged, how, the message (whi
         "ours",
         CONFIG,
         edited(lambda config: config["dit"].update(ffn_dim=41)),
-        r"ours does not fit the model: 9 misshapen \(dit.blocks.0.ffn.0.bias \[40\] instead of \[41\], ",
+        r"ours does not fit .* 9 misshapen \(dit.blocks.0.ffn.0.bias \[40\] instead of \[41\], ",
     ),
     ("wan", "wan/config.json", remove, f"wan/config.json {NOT_JSON}.*No such file"),
     (
@@ -1177,7 +1224,9 @@ def test_arguments_that_do_not_go_together_are_refused(folders, tmp_path):
 
 
 def test_saving_replaces_nothing_but_a_checkpoint(tmp_path):
-    """A folder or a file of the user's stays as it is; an empty folder and a former checkpoint make way."""
+    """A folder or a file of the user's stays as it is; an empty folder and a former checkpoint make
+    way.
+    """
     model, vae = tiny_model()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"meow")
