@@ -1,29 +1,42 @@
-"""What we compare with, in the tests and in `bench.py --peer`: diffusers' and transformers' modules on our weights.
+"""The peers in tests and in `bench --peer`: diffusers' and transformers' modules on our weights.
 
-Their parameters are ours, not copies. Buffers, which no state dict has, are their own.
+A peer's parameters are our tensors, not copies. Its buffers, which no state dict has, are its own.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 import convert
-from qwen import Qwen2_5_VL
+from model import WanDiT
+from qwen import Qwen2_5_VL, QwenConfig
+from rvedit import RVEDiT
+from vae import VAEConfig, WanVAE
 
 
-def borrow(peer, module, key):
-    """Our tensors for a peer's, which are called key(name) at ours; each of ours is used, but for those it returns."""
+def borrow(
+    peer: nn.Module, module: nn.Module, key: Callable[[str], str]
+) -> tuple[nn.Module, list[str]]:
+    """Give a peer our tensors. `key` maps its names to ours; also returns our names not used."""
     state = module.state_dict()
     names = {name: key(name) for name in peer.state_dict()}
     peer.load_state_dict({name: state[ours] for name, ours in names.items()}, assign=True)
     return peer.eval(), sorted(state.keys() - names.values())
 
 
-def wan_transformer(dit):
-    """A `model.WanDiT` as diffusers has it, but like ours it takes contexts in its own width, already embedded."""
+# --- The DiT --------------------------------------------------------------------------------------
+
+
+def wan_transformer(dit: WanDiT) -> WanTransformer3DModel:
+    """Our DiT as diffusers has it, but like ours it takes contexts already embedded."""
     config = dit.config
     with init_empty_weights():
         peer = WanTransformer3DModel(
@@ -37,15 +50,19 @@ def wan_transformer(dit):
             num_layers=config.num_blocks,
             eps=config.eps,
         )
-    peer.condition_embedder.text_embedder = torch.nn.Identity()
+    peer.condition_embedder.text_embedder = nn.Identity()
     peer, unused = borrow(peer, dit, convert.wan_transformer_key)
     assert unused == ["source_embedding.bias", "source_embedding.weight"]
     return peer.to(dit.patch_embedding.weight.device)
 
 
-def wan_vae(vae):
-    """A `vae.WanVAE` as diffusers has it; its latents are not normalised."""
-    config, pixels = vae.config, 3 * vae.config.patch_size**2
+# --- The VAE --------------------------------------------------------------------------------------
+
+
+def wan_vae(vae: WanVAE) -> AutoencoderKLWan:
+    """Our VAE as diffusers has it; its latents are not normalised."""
+    config = vae.config
+    pixels = 3 * config.patch_size**2
     with init_empty_weights():
         peer = AutoencoderKLWan(
             base_dim=config.dim,
@@ -66,37 +83,48 @@ def wan_vae(vae):
     return peer
 
 
-def vae_statistics(config):
+def vae_statistics(config: VAEConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents, (1, C, 1, 1, 1) each."""
-    mean = torch.tensor(config.latents_mean or [0.0] * config.z_dim)
-    std = torch.tensor(config.latents_std or [1.0] * config.z_dim)
+    mean = torch.tensor(config.latents_mean or [0.0] * config.z_dim, device=device)
+    std = torch.tensor(config.latents_std or [1.0] * config.z_dim, device=device)
     return mean[None, :, None, None, None], std[None, :, None, None, None]
 
 
-def encode(peer, config, video):
-    """Normalised latents as ours."""
-    mean, std = (x.to(video.device) for x in vae_statistics(config))
+def encode(peer: AutoencoderKLWan, config: VAEConfig, video: Tensor) -> Tensor:
+    """Latents normalised as ours are."""
+    mean, std = vae_statistics(config, video.device)
     return (peer.encode(video).latent_dist.mode() - mean) / std
 
 
-def decode(peer, config, latents):
-    mean, std = (x.to(latents.device) for x in vae_statistics(config))
+def decode(peer: AutoencoderKLWan, config: VAEConfig, latents: Tensor) -> Tensor:
+    mean, std = vae_statistics(config, latents.device)
     return peer.decode((latents * std + mean).to(peer.post_quant_conv.weight.dtype)).sample
 
 
-def qwen2_5_vl(qwen):
-    """An `qwen.Qwen2_5_VL` without LoRA as transformers has it."""
+# --- The MLLM -------------------------------------------------------------------------------------
+
+
+def qwen2_5_vl(qwen: Qwen2_5_VL) -> Qwen2_5_VLModel:
+    """Our Qwen2.5-VL, without its LoRA, as transformers has it."""
     config = dataclasses.asdict(qwen.config)
     config["vision_config"] = config.pop("vision") | {"out_hidden_size": qwen.config.hidden_size}
     config["rope_scaling"] = {"type": "mrope", "mrope_section": list(qwen.config.mrope_section)}
     with init_empty_weights():
         peer = Qwen2_5_VLModel(Qwen2_5_VLConfig(**config))
     peer, unused = borrow(peer, qwen, lambda name: convert.qwen_key(f"model.{name}"))
-    assert not [name for name in unused if ".lora_" not in name]
+    assert all(".lora_" in name for name in unused)
     return peer.to(qwen.model.norm.weight.device)
 
 
-def hidden_states(peer, config, input_ids, pixel_values, grid_thw, queries, attention_mask=None):
+def hidden_states(
+    peer: Qwen2_5_VLModel,
+    config: QwenConfig,
+    input_ids: Tensor,
+    pixel_values: Tensor,
+    grid_thw: Tensor,
+    queries: Tensor,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
     """transformers' last hidden states for the arguments of our `Qwen2_5_VL.forward`."""
     embeddings = peer.get_input_embeddings()(input_ids)
     is_query = (input_ids == config.query_token_id)[..., None]
@@ -112,29 +140,33 @@ def hidden_states(peer, config, input_ids, pixel_values, grid_thw, queries, atte
     ).last_hidden_state
 
 
-def runs(model, vae, z, t, context, video, inputs, compiled):
-    """For `bench.py --peer`: pairs that do the same on the same tensors, ours and theirs."""
-    device, dtype, blocks = (
-        z.device,
-        model.dit.patch_embedding.weight.dtype,
-        model.config.dit.num_blocks,
-    )
+# --- For bench --peer -----------------------------------------------------------------------------
+
+
+def runs(
+    model: RVEDiT,
+    vae: WanVAE,
+    z: Tensor,
+    t: Tensor,
+    context: Tensor,
+    video: Tensor,
+    inputs: tuple[Any, ...],
+    compiled: bool,
+) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    """For each network two functions that do the same on the same tensors, ours and the peer's."""
+    device, dtype = z.device, model.dit.patch_embedding.weight.dtype
+    blocks = model.config.dit.num_blocks
     with torch.device("meta"):
         qwen = Qwen2_5_VL(model.config.qwen)
-    qwen.load_state_dict(
-        model.encoder.qwen.state_dict(), strict=False, assign=True
-    )  # all but the LoRA
+    # strict=False, because the state dict has the LoRA, too.
+    qwen.load_state_dict(model.encoder.qwen.state_dict(), strict=False, assign=True)
     wan, autoencoder, hub = wan_transformer(model.dit), wan_vae(vae), qwen2_5_vl(qwen)
-    layers = (
-        *wan.blocks,
-        *hub.language_model.layers,
-        *hub.visual.blocks,
-        *qwen.model.layers,
-        *qwen.visual.blocks,
-    )
-    for block in layers if compiled else ():
-        block.compile()
-    texts = (*(x.to(device) for x in inputs[:2]), inputs[2], model.encoder.queries)
+    if compiled:
+        theirs = (*wan.blocks, *hub.language_model.layers, *hub.visual.blocks)
+        for block in (*theirs, *qwen.model.layers, *qwen.visual.blocks):
+            block.compile()
+    input_ids, pixel_values, grid_thw = inputs[:3]
+    texts = (input_ids.to(device), pixel_values.to(device), grid_thw, model.encoder.queries)
     return {
         "dit as Wan's": {
             "ours": lambda: model.dit(z, t, [context] * blocks),

@@ -1,4 +1,4 @@
-"""The DiT against diffusers' Wan transformer on the same random weights, and what Eq. 3 and 4 ask of it."""
+"""The DiT against diffusers' Wan transformer on the same weights, and what Eq. 3, 4 ask of it."""
 
 import peers
 import pytest
@@ -36,12 +36,9 @@ SHAPES = {  # (B, C, T', H', W'), context tokens
 @torch.no_grad()
 def compare(dtype, shape, tokens):
     peer, ours = build_pair(dtype)
-    z_t, t, context = (
-        torch.randn(shape),
-        torch.rand(shape[0]),
-        torch.randn(shape[0], tokens, CONFIG.dim),
-    )
-    z_t, context = z_t.to(dtype), context.to(dtype)
+    z_t = torch.randn(shape, dtype=dtype)
+    t = torch.rand(shape[0])
+    context = torch.randn(shape[0], tokens, CONFIG.dim, dtype=dtype)
     expected = peer(z_t, 1000 * t, context, return_dict=False)[0]
     return relative_error(ours(z_t, t, [context] * CONFIG.num_blocks), expected)
 
@@ -71,7 +68,7 @@ def random_inputs(batch=2, tokens=(4, 7, 7)):
 
 @torch.no_grad()
 def test_each_block_reads_its_own_context():
-    """Fed through hooks, diffusers' blocks with three different contexts give what ours gives with a list of three."""
+    """Ours with three contexts gives what diffusers' blocks give when hooks feed them those."""
     peer, ours = build_pair()
     z_t, t, contexts, _ = random_inputs()
     for block, context in zip(peer.blocks, contexts, strict=True):
@@ -83,7 +80,7 @@ def test_each_block_reads_its_own_context():
 
 
 def test_rope_is_the_same_when_compiled():
-    """Compiled, RoPE takes its own way without complex numbers; gradients included."""
+    """Compiled, RoPE gives the same, gradients included."""
     rope = rope_table((2, 3, 4), 24, torch.device("cpu"))
     x = torch.randn(2, 24, 3, 24, requires_grad=True)
     torch._dynamo.reset()
@@ -95,7 +92,7 @@ def test_rope_is_the_same_when_compiled():
 
 @torch.no_grad()
 def test_masked_tokens_do_not_exist():
-    """A context with masked rows gives what the shorter context gives, each sample of a batch on its own."""
+    """A context with masked rows gives what the shorter context gives, in each row of a batch."""
     dit, (z_t, t, _, source) = random_dit(), random_inputs()
     context = torch.randn(2, 7, CONFIG.dim)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0, 1]], dtype=torch.bool)
@@ -110,7 +107,7 @@ def test_masked_tokens_do_not_exist():
 @torch.no_grad()
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_features_are_the_cross_attention_output_bit_for_bit(block):
-    """A^(l) is what cross_attn of block l returns; stopping there or running to the end gives the same bits."""
+    """A^(l) is what cross_attn of block l returns, whether the pass stops there or goes on."""
     dit, (z_t, t, contexts, source) = random_dit(), random_inputs()
     seen = {}
     for number, module in enumerate(dit.blocks, start=1):
@@ -132,17 +129,14 @@ def test_source_latents_enter_scaled_by_t():
     received = []
     dit.blocks[0].register_forward_pre_hook(lambda _, args: received.append(args[0]))
     dit(z_t, t, contexts, source)
-    for b, i, j in [
-        (0, 0, 0),
-        (1, 1, 2),
-    ]:  # sample, row and column of a token in the second latent frame
-        patch, source_patch = (
-            x[b, :, 1, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten() for x in (z_t, source)
-        )
-        token = dit.patch_embedding.weight.flatten(1) @ patch + dit.patch_embedding.bias
-        token += t[b] * (
-            dit.source_embedding.weight.flatten(1) @ source_patch + dit.source_embedding.bias
-        )
+    embed, embed_source = dit.patch_embedding, dit.source_embedding
+    # Sample, row and column of a token in the second latent frame.
+    for b, i, j in [(0, 0, 0), (1, 1, 2)]:
+        rows, columns = slice(2 * i, 2 * i + 2), slice(2 * j, 2 * j + 2)
+        patch = z_t[b, :, 1, rows, columns].flatten()
+        source_patch = source[b, :, 1, rows, columns].flatten()
+        token = embed.weight.flatten(1) @ patch + embed.bias
+        token += t[b] * (embed_source.weight.flatten(1) @ source_patch + embed_source.bias)
         assert relative_error(received[0][b, 6 + 3 * i + j], token) < 1e-5
 
 
