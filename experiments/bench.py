@@ -297,7 +297,7 @@ def flops(
         return counted(runs["info_nce"]["ours"]) - counted(runs["info_nce"]["literal"])
 
     counts = {name: work(name) for name in names}
-    if "step" in names:
+    if "step" in names and args.peer:
         counts["literal step"] = counted(runs["step"]["literal"])
     return counts
 

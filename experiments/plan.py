@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -107,6 +108,7 @@ class Alive(TorchDispatchMode):
 
     def begin(self, part: str) -> None:
         """Book what follows as this part of the step."""
+        gc.collect()  # otherwise it is chance when tensors in a cycle of references go
         self.held[self.part] = self.now
         self.part = part
 
