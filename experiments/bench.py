@@ -58,7 +58,7 @@ import train
 import video
 from experiments import plan
 from experiments.plan import Size
-from losses import symmetric_info_nce
+from losses import info_nce_as_printed, symmetric_info_nce
 from parallel import shard
 from rvedit import RVEDiT, RVEDiTConfig
 from sample import edit_video
@@ -76,11 +76,9 @@ GROWTH = [(T, H, W) for H, W in ((480, 832), (704, 1280)) for T in (17, 33, 49, 
 
 def literal_info_nce(a: Tensor, a_ref: Tensor, temperature: float) -> Tensor:
     """Î of Eq. 5 from all S x S similarities at once, for features (B, S, d)."""
-    a = F.normalize(a.float(), dim=-1)
-    a_ref = F.normalize(a_ref.detach().float(), dim=-1)
-    logits = a @ a_ref.mT / temperature  # (B, S, S)
-    both_ways = logits.log_softmax(dim=1) + logits.log_softmax(dim=2)
-    return both_ways.diagonal(dim1=1, dim2=2).mean() / 2
+    pairs = zip(a.float(), a_ref.float(), strict=True)
+    estimates = [info_nce_as_printed(x, x_ref, temperature) for x, x_ref in pairs]
+    return torch.stack(estimates).mean()
 
 
 def literal_step(model: RVEDiT, vae: WanVAE, batch: data.Batch, depth: int) -> Tensor:

@@ -387,25 +387,21 @@ def test_every_stage_of_the_offloaded_full_size_edit_fits_in_24_gb():
     config = rvedit.preset("wan2.2-ti2v-5b")
     model, vae = bench.random_networks(config, torch.device("meta"), torch.bfloat16)
     clip = torch.zeros(81, 704, 1280, 3, dtype=torch.uint8)
-    inputs = model.encoder.prepare([clip], ["make it snow"])
     z = torch.zeros(1, 48, 21, 44, 80, device="meta")
     t = torch.zeros(1, device="meta")
     contexts = [torch.zeros(1, 2822, 3072, device="meta")] * 30
 
-    def consume(blocks):
-        collections.deque(blocks, maxlen=0)
-
     def understand():
-        model.contexts(model.encoder.encode(inputs))
+        sample.understand(model, iter([clip]), "make it snow")
 
     def encode():
-        consume(vae.encode_chunks(sample.to_blocks(clip[:9], 9, 4)))
+        sample.encode(vae, sample.latent_blocks(iter(clip[:9]), 3, 4), 3)
 
     def denoise():
         model.dit(z, t, contexts, z)
 
     def decode():
-        consume(vae.decode_chunks(z[:, :, :3]))
+        collections.deque(vae.decode_chunks(z[:, :, :3]), maxlen=0)  # one after the other
 
     stages = {
         understand: [model.encoder],
@@ -421,7 +417,7 @@ def test_every_stage_of_the_offloaded_full_size_edit_fits_in_24_gb():
 
 
 def test_the_plan_is_printed_as_a_table(capsys):
-    """`bench --plan` takes the options of train.py; the last line is the sum of its first column."""
+    """`bench --plan` takes the options of train.py, and ends with the total."""
     bench.main(["--plan", "4", "--size", "5", "32", "32", "--batch", "2"])
     table = capsys.readouterr().out
     state, step = table.split("in a step, beside those")
