@@ -1,6 +1,14 @@
-"""Instruction-video-target triplets to learn editing from (§5, App. D.1 of the paper), and minibatches of them.
+"""Triplets to learn editing from (§5, App. D.1 of the paper), and minibatches of them.
 
-The synthetic clips are in shapes.py, the three public sets in experiments/datasets.py.
+A triplet is a source clip v, an instruction ℓ, the edited clip v* and, for the reference branch, a
+caption ℓ* of v*. `TripletDataset` reads triplets from a table and their clips from disk; `Batches`
+makes minibatches of them, line 3 of Algorithm 1. The synthetic clips are in shapes.py. How the
+public data sets become one table is in experiments/datasets.py.
+
+One bad row never ends a run: a row that makes no sense, or a clip that cannot be read, raises
+ValueError or OSError only when that triplet is asked for. `Batches` then takes the next triplet.
+
+Letters: T H W frames, height and width of a clip; C T' H' W' the shape of its latents; B clips.
 """
 
 from __future__ import annotations
@@ -9,170 +17,434 @@ import csv
 import functools
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 import video
-from mllm import EditEncoder
+from mllm import CHAT_START, EditEncoder
 from rvedit import RVEDiTConfig
-from shapes import ShapesDataset  # noqa: F401  (data.ShapesDataset is its public name)
+from sample import model_size
+from shapes import ShapesDataset
 
-COLUMNS = ("src_video", "tgt_video", "prompt")
-MAX_BROKEN = 20  # broken triplets in a row that end a run
-PATHS = {"src_video", "tgt_video", "original_video", "vace_video", "video"}  # columns of a CSV
+COLUMNS = ("src_video", "tgt_video", "prompt")  # which every table of triplets has
+OPTIONAL_COLUMNS = ("caption", "category", "dataset")
+# Columns with the path of a clip, in our tables and in those of the public data sets.
+PATH_COLUMNS = {"src_video", "tgt_video", "original_video", "vace_video", "video"}
+
+MAX_CHARACTERS = 10_000  # of an instruction or a caption: a longer text is a mistake in the data
+MIN_FRAMES = 5  # of a clip that is not a still: two frames of latents
+MAX_BROKEN = 20  # so many broken triplets, one after the other, end a run
 
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def _csv_rows(file: TextIO) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and fields of the rows of a table with the delimiter , or ;.
+class Row(NamedTuple):
+    """One row of a table: its fields by column or, if the row is bad, what is wrong with it."""
 
-    Where the prompt is the only text of a row, surplus fields are parts of it that lacked their quotes, and are put
-    together again. Any other row that has too many fields, or too few, is a ValueError.
+    place: str  # such as "line 3"
+    fields: dict[str, Any]
+    problem: str = ""  # one line; empty for a good row
+
+
+def one_line(message: object) -> str:
+    """A message that may quote a file: in one line, printable, and not much longer than a line."""
+    words = " ".join(str(message).split())
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    return printable if len(printable) <= 400 else f"{printable[:400]}..."
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a .csv or .jsonl file, or of a list in a .json file, bad ones included.
+
+    Raises OSError, and ValueError, in one line that names the file, for a file that is no table.
     """
-    lines, mended = file.readlines() or [""], 0
+    kind = path.suffix.lower()
+    # A byte that is not UTF-8 becomes a lone surrogate: it spoils its own row and no other.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if kind == ".csv":
+            yield from _csv_rows(path, file.readlines())
+        elif kind == ".jsonl":
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _json_row(f"line {number}", line)
+        else:
+            for number, entry in enumerate(_json_list(path, file.read()), 1):
+                yield _object_row(f"entry {number}", entry)
+
+
+def _json_list(path: Path, text: str) -> list[Any]:
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON, or damaged: {one_line(error)}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: the JSON in it is nested too deeply") from None
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: it does not hold a list of triplets")
+    return entries
+
+
+def _json_row(place: str, line: str) -> Row:
+    try:
+        return _object_row(place, json.loads(line))
+    except ValueError as error:  # a JSONDecodeError, or a number of thousands of digits
+        return Row(place, {}, f"not JSON: {one_line(error)}")
+    except RecursionError:
+        return Row(place, {}, "the JSON is nested too deeply")
+
+
+def _object_row(place: str, entry: object) -> Row:
+    if isinstance(entry, dict):
+        return Row(place, entry)
+    return Row(place, {}, f"it is a {type(entry).__name__}, not an object with named columns")
+
+
+def _csv_rows(path: Path, lines: list[str]) -> Iterator[Row]:
+    """The rows of a CSV file with the delimiter , or ; and column names in its first line.
+
+    If the prompt is the only text of a table, then the commas of a prompt without quotes are
+    recognised: the parts of such a prompt are put together again.
+    """
+    if not lines:
+        return
     delimiter = ";" if lines[0].count(";") > lines[0].count(",") else ","
-    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
-    names = [name.strip() for name in next(reader)]
-    for fields in filter(None, reader):
-        whole = len(fields) == len(names)
-        if len(fields) > len(names) and {*names} - PATHS - {"category", "dataset"} == {"prompt"}:
-            fields, at, mended = (
-                lines[reader.line_num - 1].split(delimiter),
-                names.index("prompt"),
-                mended + 1,
-            )
-            end = at + 1 + len(fields) - len(names)
-            fields[at:end] = [delimiter.join(fields[at:end])]
-            paths = [field for name, field in zip(names, fields, strict=False) if name in PATHS]
-            whole = end > at + 1 and all(re.search(r"\.\w+\s*$", path) for path in paths)
-        if not whole:
-            raise ValueError(
-                f'{file.name}, line {reader.line_num}: fields do not fit; commas need "double quotes"'
-            )
-        yield (
-            reader.line_num,
-            {name: field.strip() for name, field in zip(names, fields, strict=True)},
-        )
+    try:
+        header = next(csv.reader(lines[:1], delimiter=delimiter))
+    except csv.Error as error:
+        raise ValueError(f"{path}: its first line does not name columns: {error}") from None
+    names = [name.strip() for name in header]
+    only_text_is_prompt = {*names} - PATH_COLUMNS - {"category", "dataset"} == {"prompt"}
+    mended = 0
+    start = 1  # the index of the first line that has not been read
+    while start < len(lines):
+        place = f"line {start + 1}"
+        rest = (lines[index] for index in range(start, len(lines)))
+        reader = csv.reader(rest, delimiter=delimiter, strict=True, skipinitialspace=True)
+        try:
+            fields = next(reader)
+        except csv.Error as error:
+            yield Row(place, {}, one_line(error))
+            # An open quote may have swallowed good rows: reading goes on with the next line.
+            start += 1
+            continue
+        if len(fields) > len(names) and only_text_is_prompt and reader.line_num == 1:
+            joined = _join_prompt(lines[start].split(delimiter), names, delimiter)
+            if joined:
+                fields = joined
+                mended += 1
+        start += reader.line_num
+        if len(fields) == len(names):
+            texts = [field.strip() for field in fields]
+            yield Row(place, dict(zip(names, texts, strict=True)))
+        elif fields:  # an empty line has none
+            problem = f"{len(fields)} fields for {len(names)} columns"
+            yield Row(place, {}, f'{problem}; a text with commas needs "double quotes"')
     if mended:
-        print(
-            f"note: {file.name}: {mended} prompts whose commas lacked quotes were put together",
-            file=sys.stderr,
-        )
+        note = f"{mended} prompts whose commas lacked quotes were put together"
+        print(f"note: {path}: {note}", file=sys.stderr)
+
+
+def _join_prompt(parts: list[str], names: list[str], delimiter: str) -> list[str] | None:
+    """A row's fields, with all surplus parts in its prompt; None if a path then has no ending."""
+    surplus = len(parts) - len(names)
+    if surplus <= 0:
+        return None
+    first = names.index("prompt")
+    last = first + surplus
+    prompt = delimiter.join(parts[first : last + 1])
+    fields = [*parts[:first], prompt, *parts[last + 1 :]]
+    for name, field in zip(names, fields, strict=True):
+        if name in PATH_COLUMNS and not re.search(r"\.\w+\s*$", field):
+            return None
+    return fields
+
+
+def read_table(path: Path, *names: str) -> Iterator[Row]:
+    """The rows of a table; what it calls `names` is called COLUMNS in the fields of good rows.
+
+    A row is bad unless it has a text in each of `names` and a text or nothing in OPTIONAL_COLUMNS.
+    Errors are those of `read_rows`.
+    """
+    for row in read_rows(path):
+        if row.problem:
+            yield row
+            continue
+        try:
+            texts = _checked_texts(row.fields, names)
+        except ValueError as error:
+            yield Row(row.place, {}, one_line(error))
+        else:
+            yield Row(row.place, row.fields | texts)
+
+
+def _checked_texts(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, str]:
+    """The texts of a row in the columns COLUMNS and OPTIONAL_COLUMNS; ValueError for a bad row."""
+    texts = {}
+    for column, name in zip(COLUMNS, names, strict=True):
+        text = fields.get(name)
+        if text is None or text == "":
+            raise ValueError(f"no {name} in columns {', '.join(map(str, fields))}")
+        texts[column] = _checked_text(name, text)
+        if not texts[column]:
+            raise ValueError(f"its {name} is blank")
+        if name in PATH_COLUMNS and "\0" in text:
+            raise ValueError(f"its {name} is not a path: it holds a NUL")
+    for name in OPTIONAL_COLUMNS:
+        text = fields.get(name) or ""
+        texts[name] = _checked_text(name, text)
+        # Nothing means that there is no caption. A blank one was meant to be one, and got lost.
+        if text and not texts[name]:
+            raise ValueError(f"its {name} is blank")
+    return texts
+
+
+def _checked_text(name: str, text: object) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"its {name} is a {type(text).__name__}, not a text: {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"its {name} is not valid UTF-8: {text!r}") from None
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"its {name} has {len(text)} characters, more than {MAX_CHARACTERS}")
+    return text.strip()
 
 
 def triplets(path: Path, *names: str) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV or JSONL file, or of a list in a .json file; what it calls `names` is called COLUMNS here.
+    """The rows of a table of which none may be bad, with `names` as in `read_table`.
 
-    A row without one of them is a ValueError that shows file, line and the columns found. In .json lists, where some
-    entries are known to lack a path (ReCo-Data), it is left out and counted, unless they all are such.
+    Raises ValueError, in one line that names file and row, for the first bad row and for no rows.
     """
-    count, line, problems = 0, 1, []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            lines = ((n, json.loads(text)) for n, text in enumerate(file, 1) if text.strip())
-            rows = _csv_rows(file) if path.suffix == ".csv" else lines
-            for line, row in enumerate(json.load(file), 1) if path.suffix == ".json" else rows:
-                row = row if isinstance(row, dict) else {}
-                values = [
-                    value.strip() if isinstance(value := row.get(name), str) else ""
-                    for name in names
-                ]
-                if all(values):
-                    count += 1
-                    yield row | dict(zip(COLUMNS, values, strict=True))
-                else:
-                    problems.append(
-                        f"{path}, line {line}: no {names[values.index('')]} in columns {', '.join(row)}"
-                    )
-        except (csv.Error, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, line {line} or the next: {error}") from error
-    if count == 0 or (problems and path.suffix != ".json"):
-        raise ValueError(problems[0] if problems else f"{path}: no rows")
-    if problems:
-        print(
-            f"note: {len(problems)} entries are left out, the first is {problems[0]}",
-            file=sys.stderr,
-        )
+    row = None
+    for row in read_table(path, *names):
+        if row.problem:
+            raise ValueError(f"{path}, {row.place}: {row.problem}")
+        yield row.fields
+    if row is None:
+        raise ValueError(f"{path}: no rows")
 
 
-# --- Triplets for training ------------------------------------------------------------------------
+# --- Triplets -------------------------------------------------------------------------------------
 
 
 class TripletDataset(Dataset):
-    """Rows of a CSV or JSONL file with `src_video`, `tgt_video`, `prompt` and perhaps `caption` and `category`.
+    """Triplets of a CSV or JSONL file with the columns COLUMNS, and perhaps OPTIONAL_COLUMNS.
 
-    Relative paths start at `root`, by default the file's folder. An item is a dict of source and target, uint8
-    (T, H, W, 3) each of its own size, the same first frames of both, at most `max_frames`; instruction; caption and
-    category, "" where there are none. Raises ValueError, in one line that names file and line, for a file that is not
-    such a table, and ValueError or OSError for an item whose clips cannot be read, are too short or are not in step.
+    Relative paths start at `root`, by default the folder of the file. An item is a dict:
+    - source, target: uint8 (T, H, W, 3), each of its own size; the same first frames of both, at
+      most `max_frames` of them; T is 1 for stills;
+    - instruction; caption and category, "" where there is none; path: of the target.
+
+    Raises ValueError, in one line that names the file, for a file that has no good row. A bad row
+    is an item that raises ValueError; so are clips that are too short or not in step, and clips
+    that cannot be read, which may also raise OSError.
     """
 
     def __init__(
         self, path: str | Path, root: str | Path | None = None, max_frames: int | None = None
     ) -> None:
-        path = Path(path)
-        if path.suffix not in (".csv", ".jsonl"):
+        self.path = Path(path)
+        self.max_frames = max_frames
+        if self.path.suffix.lower() not in (".csv", ".jsonl"):
             raise ValueError(f"{path}: triplets come in .csv or .jsonl files")
-        root, self.max_frames, rows = Path(root or path.parent).absolute(), max_frames, []
-        for row in triplets(path, *COLUMNS):
-            row = {
-                name: row.get(name) or "" for name in (*COLUMNS, "caption", "category", "dataset")
-            }
-            rows.append(
-                json.dumps(row | {name: str(root / row[name]) for name in COLUMNS[:2]}).encode()
-            )
-        # One string: of many objects each worker process would make a copy, just by counting references to them.
-        self.text, self.ends = b"".join(rows), np.cumsum([0, *map(len, rows)])
+        root = Path(root or self.path.parent).absolute()
+        self.bad: dict[int, str] = {}  # what is wrong with bad rows, by index
+        self.captions = 0  # number of good rows with a caption
+        rows: list[bytes] = []
+        for row in read_table(self.path, *COLUMNS):
+            if row.problem:
+                self.bad[len(rows)] = f"{self.path}, {row.place}: {row.problem}"
+                rows.append(b"")
+                continue
+            fields = {name: row.fields[name] for name in (*COLUMNS, *OPTIONAL_COLUMNS)}
+            for name in ("src_video", "tgt_video"):
+                fields[name] = str(root / fields[name])
+            self.captions += fields["caption"] != ""
+            rows.append(json.dumps(fields).encode())
+        if not rows:
+            raise ValueError(f"{path}: no rows")
+        if len(self.bad) == len(rows):
+            raise ValueError(self.bad[0])
+        # One string: of many objects each worker process would make a copy, just by counting
+        # references to them.
+        self.text = b"".join(rows)
+        self.ends = np.cumsum([0, *map(len, rows)])
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
     def row(self, index: int) -> dict[str, str]:
+        """The fields of a row, with absolute paths; ValueError for a bad row."""
+        if index in self.bad:
+            raise ValueError(self.bad[index])
         return json.loads(self.text[self.ends[index] : self.ends[index + 1]])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.row(index)
-        source, target = (video.read_video(row[name], self.max_frames) for name in COLUMNS[:2])
+        source = video.read_video(row["src_video"], self.max_frames)
+        target = video.read_video(row["tgt_video"], self.max_frames)
         length = min(len(source.frames), len(target.frames))
-        if length < min(5, self.max_frames or 5):
-            raise ValueError(f"{target.path}: too short, it or its source has only {length} frames")
-        if abs(source.total - target.total) > 3 or abs(source.rate / target.rate - 1) > 0.01:
-            here, there = (
-                f"{clip.total} frames at {float(clip.rate):.4g} fps" for clip in (target, source)
-            )
-            raise ValueError(
-                f"{target.path}: its {here} are not in step with the {there} of its source, {source.path}"
-            )
-        clips = dict(source=source.frames[:length], target=target.frames[:length])
-        return clips | dict(
-            instruction=row["prompt"], caption=row["caption"], category=row["category"]
+        stills = source.total == target.total == 1
+        if not stills:
+            self.check_in_step(source, target, length)
+        return dict(
+            source=source.frames[:length],
+            target=target.frames[:length],
+            instruction=row["prompt"],
+            caption=row["caption"],
+            category=row["category"],
+            path=row["tgt_video"],
         )
 
+    def check_in_step(self, source: video.Video, target: video.Video, length: int) -> None:
+        """Raise ValueError for clips that are too short, or that differ in length or rate."""
+        if length < min(MIN_FRAMES, self.max_frames or MIN_FRAMES):
+            raise ValueError(f"{target.path}: too short, it or its source has only {length} frames")
+        if abs(source.total - target.total) > 3 or abs(source.rate / target.rate - 1) > 0.01:
+            here = f"{target.total} frames at {float(target.rate):.4g} fps"
+            there = f"{source.total} frames at {float(source.rate):.4g} fps"
+            raise ValueError(
+                f"{target.path}: its {here} are not in step with the {there} of its source, "
+                f"{source.path}"
+            )
 
-def fit_clip(frames: torch.Tensor, num_frames: int, height: int, width: int) -> torch.Tensor:
+
+def tables_of(dataset: Dataset) -> list[TripletDataset]:
+    """The tables that a data set consists of; none if its clips are synthetic."""
+    if isinstance(dataset, TripletDataset):
+        return [dataset]
+    if isinstance(dataset, ConcatDataset):
+        return [table for part in dataset.datasets for table in tables_of(part)]
+    return []
+
+
+def caption_share(dataset: Dataset) -> float:
+    """The share of triplets that have a caption ℓ*, from 0 to 1. Synthetic clips all have one.
+
+    The reference branch reads a triplet's instruction in place of a caption that it lacks.
+    """
+    tables = tables_of(dataset)
+    if not tables:
+        return 1.0
+    good_rows = sum(len(table) - len(table.bad) for table in tables)
+    return sum(table.captions for table in tables) / good_rows
+
+
+def require_captions(dataset: Dataset) -> None:
+    """Raise ValueError for a table that has no caption at all."""
+    for table in tables_of(dataset):
+        if table.captions == 0:
+            raise ValueError(
+                f"{table.path}: no triplet has a caption, which the reference branch reads. Make "
+                f"them (`python -m experiments.datasets caption`), or add --caption-fallback to "
+                f"let it read the instructions, or --align-weight 0 to train without it"
+            )
+
+
+def fingerprint(paths: list[Path]) -> dict[str, int | str]:
+    """The number of rows of some tables, and a hash of their bytes: what a resumed run compares."""
+    rows = 0
+    digest = hashlib.sha256()
+    for path in paths:
+        rows += sum(1 for _ in read_rows(path))
+        digest.update(path.read_bytes())
+    return dict(rows=rows, sha256=digest.hexdigest())
+
+
+# --- From clips to the sizes of a step ------------------------------------------------------------
+
+
+def fit_clip(frames: Tensor, num_frames: int, height: int, width: int) -> Tensor:
     """Scale a clip (antialiased bicubic) until it covers height x width, and cut out the centre.
 
     uint8 (T, H, W, 3) -> (4k+1, height, width, 3): from the first frame on, at most `num_frames`.
     """
     T, H, W, _ = frames.shape
     scale = max(height / H, width / W)
-    size = max(height, round(H * scale)), max(width, round(W * scale))
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    scaled_height = max(height, round(H * scale))
+    scaled_width = max(width, round(W * scale))
+    top = (scaled_height - height) // 2
+    left = (scaled_width - width) // 2
     length = (min(T, num_frames) - 1) // 4 * 4 + 1
-    return video.resize(frames[:length], *size)[:, top : top + height, left : left + width]
+    scaled = video.resize(frames[:length], scaled_height, scaled_width)
+    return scaled[:, top : top + height, left : left + width]
+
+
+def training_size(height: int, width: int, max_pixels: int, factor: int) -> tuple[int, int]:
+    """The sides at which a clip is trained on, multiples of `factor`: those that sampling chooses.
+
+    Sampling stretches a clip a little to sides that were rounded. Training scales and crops it,
+    because source and target must keep the shapes of things. So where `sample.model_size` would
+    enlarge the clip, or would cut off more than a factor, sides are rounded down instead.
+    Raises ValueError for a clip that is too small or too narrow.
+    """
+    sides = list(model_size(height, width, max_pixels, factor))
+    while True:
+        scales = sides[0] / height, sides[1] / width
+        scale = max(scales)  # the smallest at which the clip covers both sides
+        cut_rows = round(height * scale) - sides[0]
+        cut_columns = round(width * scale) - sides[1]
+        if scale <= 1 and max(cut_rows, cut_columns) <= factor:
+            return sides[0], sides[1]
+        sides[scales.index(scale)] -= factor
+        if min(sides) == 0:
+            raise ValueError(
+                f"{width}x{height} is too small or too narrow for a model that takes "
+                f"{max_pixels} pixels in multiples of {factor}"
+            )
+
+
+def fit_pair(
+    item: dict[str, Any], size: tuple[int, int, int], factor: int, keep_aspect: bool
+) -> tuple[Tensor, Tensor]:
+    """Source and target of a triplet at the size they are trained on, uint8 (T, H, W, 3) both.
+
+    size: (T, H, W). With keep_aspect it is an upper limit, of frames and of pixels, and both clips
+    get the `training_size` of the source; without, it is the size itself.
+    Raises ValueError for a triplet that nothing can be learned from.
+    """
+    name = item.get("path", "a clip")
+    source, target = item["source"], item["target"]
+    frames, height, width = size
+    for clip in (source, target):
+        H, W = clip.shape[1:3]
+        if min(H, W) < factor:
+            raise ValueError(
+                f"{name}: it or its source is {W}x{H}, the model needs {factor} pixels a side"
+            )
+    if keep_aspect:
+        H, W = source.shape[1:3]
+        try:
+            height, width = training_size(H, W, height * width, factor)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    source = fit_clip(source, frames, height, width)
+    target = fit_clip(target, frames, height, width)
+    if not keep_aspect and len(source) < frames:
+        raise ValueError(
+            f"{name}: it gives {len(source)} frames, but with --batch above 1 all clips of a step "
+            f"have those of --size, {frames}"
+        )
+    if torch.equal(source, target):
+        raise ValueError(f"{name}: it is the same as its source, there is no edit to learn")
+    return source, target
+
+
+# --- Minibatches (Alg. 1, line 3) -----------------------------------------------------------------
 
 
 class Triplet(NamedTuple):
-    """(v, ℓ, v*, ℓ*), its clips at the size of the step that it is for."""
+    """(v, ℓ, v*, ℓ*), with both clips at the size of an optimiser step."""
 
     source: Tensor  # v, uint8 (T, H, W, 3)
     instruction: str  # ℓ
@@ -190,9 +462,6 @@ class Batch(NamedTuple):
     edit_inputs: tuple[Any, ...]  # (v, ℓ) as the MLLM reads it
     ref_inputs: tuple[Any, ...] | None  # (v*, ℓ*), likewise; None if λ = 0
     broken: int  # triplets that could not be read and were replaced
-
-
-# --- Minibatches (Alg. 1, line 3) -----------------------------------------------------------------
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -220,6 +489,24 @@ def data_order(seed: int, epoch: int, length: int) -> Tensor:
     return torch.randperm(length, generator=generator(seed, "order", epoch))
 
 
+def count_tokens(tokenizer: Tokenizer, text: str, verbatim: bool = True) -> int:
+    """How many tokens a text makes. verbatim: spelt special tokens are ordinary text."""
+    tokenizer.encode_special_tokens = verbatim
+    return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def max_text_tokens(config: RVEDiTConfig, tokenizer: Tokenizer) -> int:
+    """How many tokens of text the MLLM's context holds beside the largest clip and the queries."""
+    vision = config.qwen.vision
+    token_side = vision.patch_size * vision.spatial_merge_size  # of a visual token, in pixels
+    frame_groups = math.ceil(config.max_mllm_frames / vision.temporal_patch_size)
+    visual_tokens = frame_groups * (config.max_mllm_pixels // token_side**2)
+    # And a few that close the clip and the turn.
+    chat_tokens = count_tokens(tokenizer, CHAT_START, verbatim=False) + 8
+    others = visual_tokens + config.num_editing_tokens + chat_tokens
+    return config.qwen.max_position_embeddings - others
+
+
 class Batches(Dataset):
     """The minibatches of one rank: `batches[step, micro]`, where micro counts accumulation steps.
 
@@ -228,7 +515,17 @@ class Batches(Dataset):
     the same samples however they are divided. A resumed run gives the step it goes on with, and
     how many samples were trained on before, as `first_step` and `first_sample`.
 
-    A triplet that cannot be read is listed in `broken_file`, and the next one takes its place.
+    Sizes (T, H, W) have 4k+1 frames and sides that are multiples of the spatial factor. Each
+    optimiser step takes one of them, the same on all ranks:
+    - Minibatches of one clip from a table keep the clip's aspect. The size is the upper limit of
+      its frames and pixels; a still stays a still.
+    - Minibatches of several clips, which must have one shape, are scaled and cropped to the size.
+      A clip that has fewer frames is broken; T = 1 takes stills and the first frames of clips.
+    - Synthetic clips are painted at the size.
+
+    A triplet that is broken is listed in `broken_file`, and the next one takes its place.
+    Raises ValueError for sizes that do not fit the model and, if the reference branch runs (λ > 0),
+    for a table without captions, unless `caption_fallback` lets it read instructions instead.
     """
 
     def __init__(
@@ -249,6 +546,15 @@ class Batches(Dataset):
         first_sample: int = 0,
         caption_fallback: bool = False,
     ) -> None:
+        for T, H, W in sizes:
+            factor = config.spatial_factor
+            if (T - 1) % config.vae.temporal_factor or H % factor or W % factor:
+                raise ValueError(
+                    f"--size {T} {H} {W}: this model takes {config.vae.temporal_factor}k + 1 "
+                    f"frames, and sides that are multiples of {factor}"
+                )
+        if config.align_weight > 0 and not caption_fallback:
+            require_captions(triplets)
         self.triplets = triplets
         self.encoder = encoder
         self.config = config
@@ -262,6 +568,8 @@ class Batches(Dataset):
         self.ranks = ranks
         self.first_step = first_step
         self.first_sample = first_sample
+        self.keep_aspect = batch == 1 and not isinstance(triplets, ShapesDataset)
+        self.max_text_tokens = max_text_tokens(config, encoder.tokenizer)
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         step, micro = key
@@ -305,42 +613,59 @@ class Batches(Dataset):
         latent_frames = (T - 1) // vae.temporal_factor + 1
         return vae.z_dim, latent_frames, H // vae.spatial_factor, W // vae.spatial_factor
 
-    def read(self, position: int, step: int) -> tuple[Triplet, int]:
-        """The triplet at a position of the endless series of epochs, or the next one that can be read.
+    def size(self, step: int) -> tuple[int, int, int]:
+        """(T, H, W) of an optimiser step."""
+        choice = torch.randint(len(self.sizes), (), generator=generator(self.seed, "size", step))
+        return self.sizes[int(choice)]
 
-        Also returns the number of broken triplets that it replaces.
+    def read(self, position: int, step: int) -> tuple[Triplet, int]:
+        """The triplet at a position in the endless series of epochs, for a step of training.
+
+        If it is broken, the next one that is not. Also returns how many broken ones that replaces.
         """
         epoch, place = divmod(position, len(self.triplets))
         index = int(data_order(self.seed, epoch, len(self.triplets))[place])
-        return self.next_readable(index, step)
+        return self.next_good(index, step)
 
-    def next_readable(self, index: int, step: int) -> tuple[Triplet, int]:
-        """The first triplet from `index` on that can be read, and the number of those before it."""
+    def fit(self, index: int, *, step: int) -> Triplet:
+        """The triplet at `index` as a step trains on it, or the next one that is not broken."""
+        return self.next_good(index, step)[0]
+
+    def next_good(self, first: int, step: int) -> tuple[Triplet, int]:
+        """The first triplet from an index on that is not broken, and how many it replaces."""
         for broken in range(MAX_BROKEN):
-            candidate = (index + broken) % len(self.triplets)
+            index = (first + broken) % len(self.triplets)
             try:
-                return self.load(candidate, step), broken
+                return self.load(index, step), broken
             except (ValueError, OSError) as error:
-                self.note_broken(candidate, error)
+                with open(self.broken_file, "a", encoding="utf-8") as file:
+                    file.write(f"triplet {index + 1}: {one_line(error)}\n")
         raise ValueError(
             f"{MAX_BROKEN} triplets, one after the other, are broken: see {self.broken_file}"
         )
 
-    def note_broken(self, index: int, error: Exception) -> None:
-        with open(self.broken_file, "a", encoding="utf-8") as file:
-            file.write(f"triplet {index + 1}: {error}\n")
-
-    def fit(self, index: int, *, step: int) -> Triplet:
-        """The triplet at `index` as step `step` would train on it."""
-        return self.load(index, step)
-
     def load(self, index: int, step: int) -> Triplet:
-        item = self.triplets[index]
-        frames, height, width = self.sizes[0]
-        source = fit_clip(item["source"], frames, height, width)
-        target = fit_clip(item["target"], frames, height, width)
-        if self.batch > 1 and len(target) < frames:
-            raise ValueError(
-                f"it has {len(target)} frames, but with --batch above 1 all must have {frames}"
+        """Read a triplet at the size of a step. Raises ValueError or OSError if it is broken."""
+        size = self.size(step)
+        triplets = self.triplets
+        if isinstance(triplets, ShapesDataset):
+            # To paint at the size of the step is better than to cut shapes off.
+            triplets = ShapesDataset(
+                triplets.seed, len(triplets), *size, categories=triplets.categories
             )
-        return Triplet(source, item["instruction"], target, item["caption"] or item["instruction"])
+        item = triplets[index]
+        instruction = item["instruction"]
+        caption = item["caption"] or instruction
+        self.check_context(instruction)
+        self.check_context(caption)
+        source, target = fit_pair(item, size, self.config.spatial_factor, self.keep_aspect)
+        return Triplet(source, instruction, target, caption)
+
+    def check_context(self, text: str) -> None:
+        """Raise ValueError for a text that the MLLM's context does not hold beside a clip."""
+        tokens = count_tokens(self.encoder.tokenizer, text)
+        if tokens > self.max_text_tokens:
+            raise ValueError(
+                f"an instruction or caption of {tokens} tokens is too long: the model has room for "
+                f"{self.max_text_tokens} beside a clip"
+            )

@@ -1,11 +1,15 @@
-"""Instruction-video-target triplets to learn editing from (§5, App. D.1 of the paper); for others see shapes.py.
+"""Triplets to train on: one table from the public data sets, checked, and with captions.
 
-    python experiments/datasets.py sample --openve DIR --reco DIR --ditto DIR --out triplets.jsonl  # §5's 120,000, from three sets
-    python experiments/datasets.py check triplets.jsonl                                    # decodes some: what training would meet
-    python experiments/datasets.py caption triplets.jsonl --url URL --out captioned.jsonl  # ℓ* of every target, by a model on a server
+    # 10,000 of each category from each of the three sets, as in §5
+    python -m experiments.datasets sample --openve DIR --reco DIR --ditto DIR --out triplets.jsonl
+    # decode some of them as training does, and say what it would meet
+    python -m experiments.datasets check triplets.jsonl
+    # have every target described by a model on a server: the captions ℓ* of the reference branch
+    python -m experiments.datasets caption triplets.jsonl --url URL --out captioned.jsonl
 
-§5 draws 10,000 clips "per category from each dataset", 120,000 in all: four categories from each of the three sets.
-Which of a set's own those are is not given in the paper; we take what is one of the four of its Table 1:
+§5 draws 10,000 clips "per category from each dataset", 120,000 in all: four categories from each of
+the three sets. The paper does not say which categories of a set those are. We take those that are
+one of the four of its Table 1:
 
               OpenVE-3M     ReCo-Data  Ditto-1M
 Local Change  local_change  replace    local, unless it is one of the next two
@@ -18,245 +22,503 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import json
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run by its path: imports start in the repository, not in this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
 import torch
 from tqdm import tqdm
 
+import rvedit
 import video
-from cli import Parser, fail, number
-from data import COLUMNS, TripletDataset, triplets
+from data import COLUMNS, TripletDataset, fit_pair, one_line, read_rows, read_table, triplets
 from experiments import chat
 from shapes import CATEGORIES
 
-SETS = {  # the tables of each (where there are none, those after them), and COLUMNS in them; `video` is a target
-    "OpenVE-3M": {"*.csv": "original_video video prompt", "*/*.csv": "original_video video prompt"},
-    "ReCo-Data": {"*/*_data_configs.json": "src_video tar_video instruction_final_refine"},
-    "Ditto-1M": {"training_metadata/*.json": "source_path edited_path instruction",
-                 "csvs_for_DiffSynth/*.csv": "vace_video video prompt"},
-}  # fmt: skip
-# CATEGORIES in the name of a table or, in Ditto-1M, in the path of a target; there, what begins an instruction
-KIND = re.compile(
-    r"\b(?:(local_change|replace_|local/)|(local_remove|remove_)|(local_add|add_)|(global_style|style_))"
-)
-VERB = re.compile(
-    r"\W*(?:please )?(?:(remove|delete|erase|get rid|take (?:away|off))|(add|insert|put|place))\b",
-    re.I,
-)
-CAPTION_PROMPT = """These are frames of one video in order of time. Describe it in one paragraph for someone who cannot
-see it: who and what is there, with looks, number and place; what each does and how that changes; surroundings, light,
-colors, visual style, camera. Tell only what can be seen, do not mention frames, and add nothing to the description."""
+# --- The public sets as they lie on disk ----------------------------------------------------------
 
-# --- The public sets as they lie on disk, and the sample of §5 ------------------------------------
+
+class Layout(NamedTuple):
+    """How a public set is laid out, as far as it is known."""
+
+    columns: tuple[tuple[str, str, str], ...]  # what its tables may call COLUMNS
+    words: dict[str, tuple[str, ...]]  # words in the name of a table or folder of a category
+
+
+# In OpenVE-3M and Ditto-1M the column `video` is the edited clip.
+SETS = {
+    "OpenVE-3M": Layout(
+        columns=(("original_video", "video", "prompt"),),
+        words={
+            "Local Change": ("local", "change"),
+            "Local Remove": ("local", "remove"),
+            "Local Add": ("local", "add"),
+            "Global Style": ("global", "style"),
+        },
+    ),
+    "ReCo-Data": Layout(
+        columns=(("src_video", "tar_video", "instruction_final_refine"),),
+        words={
+            "Local Change": ("replace",),
+            "Local Remove": ("remove",),
+            "Local Add": ("add",),
+            "Global Style": ("style",),
+        },
+    ),
+    "Ditto-1M": Layout(
+        columns=(("source_path", "edited_path", "instruction"), ("vace_video", "video", "prompt")),
+        words={"Global Style": ("global", "style")},
+    ),
+}
+
+# How the instructions of Ditto-1M's local edits begin, by category.
+VERBS = {
+    "Local Remove": re.compile(
+        r"\W*(please )?(remove|delete|erase|get rid|take (away|off))\b", re.IGNORECASE
+    ),
+    "Local Add": re.compile(r"\W*(please )?(add|insert|put|place)\b", re.IGNORECASE),
+}
+
+
+def note(message: str) -> None:
+    # Not print: it would break the line of a progress bar.
+    tqdm.write(f"note: {message}", file=sys.stderr)
+
+
+def is_named(name: str, words: tuple[str, ...]) -> bool:
+    """Whether a name holds all of some words: Local_Add, localadd, part2-AddLocal ..."""
+    parts = {part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
+    joined = {"".join(order) for order in itertools.permutations(words)}
+    return parts.issuperset(words) or not parts.isdisjoint(joined)
+
+
+def named_category(dataset: str, name: str) -> str | None:
+    """The category whose words a name holds; None if it holds those of none, or of several."""
+    found = [c for c, words in SETS[dataset].words.items() if is_named(name, words)]
+    return found[0] if len(found) == 1 else None
+
+
+def category_of(dataset: str, table: str, row: dict[str, str]) -> str | None:
+    """The category of a triplet, or None if it has none of ours. table: its path in the set.
+
+    OpenVE-3M has a table for each category, ReCo-Data for each task. If a table's name does not
+    tell, the folder of the target does. What the tables of Ditto-1M are called is not documented,
+    so there the folder tells alone; a local edit does what the first verb of its instruction says.
+    """
+    folder = str(PurePosixPath(row["tgt_video"]).parent)
+    if dataset != "Ditto-1M":
+        return named_category(dataset, table) or named_category(dataset, folder)
+    if is_named(folder, ("local",)):
+        for category, verb in VERBS.items():
+            if verb.match(row["prompt"]):
+                return category
+        return "Local Change"
+    return named_category(dataset, folder)
+
+
+def contents(folder: Path) -> str:
+    """What lies in a folder, for a message: its first names, folders with a slash."""
+    names = sorted(f"{e.name}/" if e.is_dir() else e.name for e in os.scandir(folder))
+    shown = ", ".join(names[:12]) or "nothing"
+    return shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more"
+
+
+def find_tables(folder: Path) -> list[Path]:
+    """The CSV and JSON files of a folder and of the folders in it."""
+    tables = []
+    places = [folder, *(place for place in folder.iterdir() if place.is_dir())]
+    for place in places:
+        for entry in os.scandir(place):
+            hidden = entry.name.startswith(".") or place.name.startswith(".")
+            if entry.name.lower().endswith((".csv", ".json")) and entry.is_file() and not hidden:
+                tables.append(Path(entry.path))
+    return sorted(tables)
+
+
+def columns_of(dataset: str, table: Path) -> tuple[str, str, str]:
+    """What a table of a set calls COLUMNS. ValueError if it is none of the set's tables."""
+    # A list may lack a path in some entries, so that its first ones need not tell.
+    for row in itertools.islice(read_rows(table), 1000):
+        for names in SETS[dataset].columns:
+            if row.fields.keys() >= {*names}:
+                return names
+    wanted = " or ".join(", ".join(names) for names in SETS[dataset].columns)
+    raise ValueError(f"{table}: it has no columns {wanted}")
 
 
 def read_set(dataset: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """The triplets of a public set that are of one of the four categories.
+    """The triplets of a public set that are of one of the four categories, from all its tables.
 
-    OpenVE-3M has a CSV for each category, ReCo-Data a list for each task. Ditto-1M's lists have names that are nowhere
-    documented, so there the folder of the target tells; its CSVs have the same rows. Assumed, as no row is published:
-    OpenVE-3M's columns, after the one reader seen, and that its CSVs are named for their category; that the refined one
-    is the instruction of ReCo-Data, as for all readers; that a local edit of Ditto-1M does what the first verb says.
+    Notes on stderr say what is left out: files that are none of its tables, rows that are bad, and
+    rows of other categories. Assumed, as no row is published: OpenVE-3M's columns, after the one
+    reader seen; that the refined instruction is the instruction of ReCo-Data, as for all readers.
     """
-    for pattern, names in SETS[dataset].items():
-        for path in (tables := sorted(folder.glob(pattern))):
-            for row in (
-                triplets(path, *names.split())
-                if dataset == "Ditto-1M" or KIND.match(path.name)
-                else ()
-            ):
-                if kind := KIND.search(row["tgt_video"] if dataset == "Ditto-1M" else path.name):
-                    verb = VERB.match(row["prompt"]) if kind[0].endswith("local/") else None
-                    category = CATEGORIES[verb.lastindex if verb else kind.lastindex - 1]
-                    yield {name: row[name] for name in COLUMNS} | dict(
-                        category=category, dataset=dataset
-                    )
-        if tables:
-            return
+    for table in find_tables(folder):
+        try:
+            names = columns_of(dataset, table)
+        except (ValueError, OSError) as error:
+            note(f"skipped {error}")
+            continue
+        problems: list[str] = []
+        others = 0
+        for row in read_table(table, *names):
+            if row.problem:
+                problems.append(f"{row.place}: {row.problem}")
+                continue
+            category = category_of(dataset, str(table.relative_to(folder)), row.fields)
+            if category is None:
+                others += 1
+                continue
+            yield dict(
+                src_video=row.fields["src_video"],
+                tgt_video=row.fields["tgt_video"],
+                prompt=row.fields["prompt"],
+                category=category,
+                dataset=dataset,
+            )
+        if problems:
+            note(f"{table}: {len(problems)} bad rows are left out, the first is {problems[0]}")
+        if others:
+            note(f"{table}: {others} rows are left out, they are of none of our categories")
 
 
-def locate(dataset: str, folders: list[Path], path: str) -> str | None:
-    """Where a clip of a data set lies: the first place of an ordered list that has it, or None.
+class Clips:
+    """The clips of a data set. Each folder is listed once, however many clips are looked up.
 
-    Paths start in one of the folders, in its videos/ or its videos_folders/, and may begin with the name of the folder
-    or of the set. A folder on the way may be doubled: archives are often unpacked inside of the folder they contain.
+    Paths start in one of the folders, in its videos/ or its videos_folders/, and may begin with the
+    name of the folder or of the set. A folder on the way may be doubled: archives are often
+    unpacked inside of the folder that they contain.
     """
-    for folder in map(Path.absolute, folders):
-        parts = PurePosixPath(
-            path.removeprefix(f"{dataset}/").removeprefix(f"{folder.name}/")
-        ).parts
-        for base in (folder, folder / "videos", folder / "videos_folders"):
-            for depth in range(len(parts)):
-                place = base.joinpath(*parts[:depth], *parts[max(0, depth - 1) :])
-                if place.is_file():
-                    return str(place)
+
+    def __init__(self, dataset: str, folders: list[Path]) -> None:
+        self.dataset = dataset
+        self.folders = [folder.absolute() for folder in folders]
+        self.names: dict[str, set[str]] = {}  # of the files in each folder that was listed
+        self.real: dict[str, str] = {}  # where each of those folders really is
+        for folder in self.folders:
+            if not folder.is_dir():
+                raise ValueError(f"{folder}: there is no such folder")
+
+    def files(self, folder: str) -> set[str]:
+        if folder not in self.names:
+            try:
+                self.names[folder] = {e.name for e in os.scandir(folder) if e.is_file()}
+            except OSError:  # there is no such folder, or it cannot be read
+                self.names[folder] = set()
+        return self.names[folder]
+
+    def find(self, path: str) -> str | None:
+        """Where a clip lies: the first place that has it, or None."""
+        for folder in self.folders:
+            inside = path.removeprefix(f"{self.dataset}/").removeprefix(f"{folder.name}/")
+            parts = PurePosixPath(inside).parts
+            for base in (folder, folder / "videos", folder / "videos_folders"):
+                for depth in range(len(parts)):
+                    # From depth 1 on, the folder at that depth is doubled.
+                    doubled = parts[:depth] + parts[max(0, depth - 1) :]
+                    place = os.path.join(base, *doubled)
+                    if os.path.basename(place) in self.files(os.path.dirname(place)):
+                        return place
+        return None
+
+    def identity(self, place: str) -> str:
+        """A clip that was found, by a name that is the same however its folder was reached."""
+        folder, name = os.path.split(place)
+        if folder not in self.real:
+            self.real[folder] = os.path.realpath(folder)
+        return os.path.join(self.real[folder], name)
 
 
-def stratified_sample(folders: dict[str, list[Path]], count: int, seed: int) -> list[str]:
-    """At most `count` triplets of each category from each set in `folders`, as JSON lines; prints a table of them.
+class Benchmark:
+    """The clips of OpenVE-Bench, which an editor that will be judged on them must not train on."""
 
-    Those with the smallest hash of (seed, paths, instruction) are taken: the order of files and rows does not matter,
-    and equal rows count once. "Not found" are those that might have been taken, but for a clip that is not there.
+    def __init__(self, folder: Path) -> None:
+        clips = Clips("OpenVE-Bench", [folder])
+        self.stems: set[str] = set()
+        self.edits: set[tuple[str, int]] = set()  # instruction, and size of the source in bytes
+        table = folder / "benchmark_videos.csv"
+        for row in triplets(table, "edited_type", "original_video", "prompt"):
+            path = PurePosixPath(row["original_video"])
+            self.stems.add(path.stem)
+            place = clips.find(str(path)) or clips.find(path.name)
+            if place:
+                self.edits.add(self.edit(row["prompt"], place))
+
+    @staticmethod
+    def edit(instruction: str, source: str) -> tuple[str, int]:
+        return " ".join(instruction.lower().split()), os.path.getsize(source)
+
+    def holds(self, instruction: str, source: str, target: str) -> bool:
+        """By the name of a clip or, as it may have been renamed, by instruction and source."""
+        if {Path(source).stem, Path(target).stem} & self.stems:
+            return True
+        return bool(self.edits) and self.edit(instruction, source) in self.edits
+
+
+# --- The sample of §5 -----------------------------------------------------------------------------
+
+
+class Smallest:
+    """Of all items that are added, those `count` with the smallest keys."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.heap: list[tuple[int, str]] = []  # with negative keys, so that its root is the largest
+
+    def add(self, key: int, item: str) -> None:
+        if len(self.heap) < self.count:
+            heapq.heappush(self.heap, (-key, item))
+        else:
+            heapq.heappushpop(self.heap, (-key, item))
+
+    def items(self) -> list[str]:
+        return [item for _, item in sorted(self.heap, reverse=True)]
+
+
+def stratified_sample(
+    folders: dict[str, list[Path]], count: int, seed: int, bench: Benchmark | None = None
+) -> list[str]:
+    """At most `count` triplets of each category from each set in `folders`, as JSON lines.
+
+    Those with the smallest hash of (seed, paths, instruction) are taken, so the order of files and
+    rows does not matter. A pair of clips counts once, in whatever set it is found first. Prints a
+    table with the numbers of triplets that are available, lack a clip ("not found") or are taken.
+    Raises ValueError for a set of which nothing is found.
     """
-    lines, table = [], [("data set", "category", "asked", "available", "not found", "taken")]
+    lines: list[str] = []
+    report = [("data set", "category", "asked", "available", "not found", "taken")]
+    totals = [0, 0, 0, 0]
+    seen: set[int] = set()  # hashes of pairs
+    in_bench = 0
     for dataset, places in folders.items():
-        heaps, seen, missing = (
-            {c: [] for c in CATEGORIES},
-            {c: set() for c in CATEGORIES},
-            Counter(),
-        )
-        for row in tqdm(read_set(dataset, places[0]), desc=dataset, unit=" rows", disable=None):
-            category, values = row["category"], [row[name] for name in COLUMNS]
-            key = int(hashlib.sha256(repr((seed, *values)).encode()).hexdigest()[:16], 16)
-            heap = heaps[category]  # of negative numbers, so that the largest is on top
-            if key not in seen[category] and (len(heap) < count or key < -heap[0][0]):
-                clips = [locate(dataset, places, path) for path in values[:2]]
-                if None in clips:
-                    missing[category] += 1
-                else:
-                    item = -key, json.dumps(row | dict(src_video=clips[0], tgt_video=clips[1]))
-                    (heapq.heappush if len(heap) < count else heapq.heapreplace)(heap, item)
-            seen[category].add(key)
-        if not any(heaps.values()):
-            found = f"{missing.total()} triplets of {dataset}, none with its clips"
+        clips = Clips(dataset, places)
+        samples = {category: Smallest(count) for category in CATEGORIES}
+        available: Counter[str] = Counter()
+        missing: Counter[str] = Counter()
+        located = 0
+        rows = tqdm(read_set(dataset, places[0]), desc=dataset, unit=" rows", disable=None)
+        for row in rows:
+            category = row["category"]
+            source = clips.find(row["src_video"])
+            target = clips.find(row["tgt_video"])
+            found = source is not None and target is not None
+            if found:
+                located += 1
+                pair = hash((clips.identity(source), clips.identity(target)))
+            else:
+                pair = hash((row["src_video"], row["tgt_video"]))
+            if pair in seen:
+                continue
+            seen.add(pair)
+            if found and bench and bench.holds(row["prompt"], source, target):
+                in_bench += 1
+                continue
+            available[category] += 1
+            if not found:
+                missing[category] += 1
+                continue
+            values = [row[name] for name in COLUMNS]
+            digest = hashlib.sha256(repr((seed, *values)).encode()).hexdigest()
+            line = json.dumps(row | dict(src_video=source, tgt_video=target))
+            samples[category].add(int(digest[:16], 16), line)
+        if located == 0:
+            there = "; ".join(f"{place} holds {contents(place)}" for place in places)
             raise ValueError(
-                f"{places[0]}: {found}; name the folder of its tables and, after it, that of its clips"
+                f"{missing.total()} triplets of {dataset}, none with its clips: name the folder of "
+                f"its tables and, after it, that of its clips ({there})"
             )
-        for category, heap in heaps.items():
-            lines += [line for _, line in sorted(heap, reverse=True)]
-            table.append(
-                (dataset, category, count, len(seen[category]), missing[category], len(heap))
-            )
-    table.append(("all", "", *map(sum, list(zip(*table[1:], strict=True))[2:])))
-    print(*("{:<11}{:<13}{:>10}{:>11}{:>11}{:>10}".format(*row) for row in table), sep="\n")
+        for category, sample in samples.items():
+            taken = sample.items()
+            numbers = count, available[category], missing[category], len(taken)
+            lines += taken
+            report.append((dataset, category, *numbers))
+            totals = [total + number for total, number in zip(totals, numbers, strict=True)]
+    report.append(("all", "", *totals))
+    for line in report:
+        print("{:<11}{:<13}{:>10}{:>11}{:>11}{:>10}".format(*line))
+    if bench:
+        note(f"{in_bench} triplets are clips of OpenVE-Bench and are left out")
     return lines
 
 
-def check(dataset: TripletDataset, count: int, workers: int) -> None:
-    """Decode `count` random rows as training does, and print what it would meet."""
+# --- Checking -------------------------------------------------------------------------------------
+
+TRAINING_PIXELS = (704, 1280)  # of a frame in the paper's run (§5)
+
+
+def check(dataset: TripletDataset, count: int, workers: int, frames: int) -> None:
+    """Print all bad rows, then decode `count` random ones as training does and print what it meets.
+
+    Sizes are those of the full-size model, for minibatches of one clip.
+    """
+    factor = rvedit.preset("wan2.2-ti2v-5b").spatial_factor
+    size = (frames, *TRAINING_PIXELS)
 
     def decode(index: int) -> str:
         try:
-            return "{0} frames of {2}x{1}".format(*dataset[index]["target"].shape)
+            _, target = fit_pair(dataset[index], size, factor, keep_aspect=True)
         except (ValueError, OSError) as error:
-            return f"bad: triplet {index + 1}: {error}"
+            return f"bad: triplet {index + 1}: {one_line(error)}"
+        T, H, W, _ = target.shape
+        return f"{T} frames of {W}x{H}"
 
-    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[
-        :count
-    ].tolist()
+    for index, problem in dataset.bad.items():
+        print(f"bad: triplet {index + 1}: {problem}")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = [index for index in order if index not in dataset.bad][:count]
     with ThreadPool(workers) as pool:
-        found = Counter(tqdm(pool.imap(decode, drawn), total=len(drawn), disable=None))
+        results = pool.imap(decode, drawn)
+        found = Counter(tqdm(results, total=len(drawn), disable=None))
     for line, times in found.most_common():
         print(f"{times:>8}  {line}")
-    bad = sum(line.startswith("bad") for line in found) / len(drawn)
-    bare = sum(not dataset.row(i)["caption"] for i in range(len(dataset)))
+    bad_clips = sum(line.startswith("bad") for line in found)
+    without_caption = len(dataset) - len(dataset.bad) - dataset.captions
     print(
-        f"{len(dataset)} triplets, {bare} of them without a caption; {len(drawn)} decoded, {bad:.1%} of them bad"
+        f"{len(dataset)} triplets: {len(dataset.bad)} bad rows, {without_caption} without a "
+        f"caption; {len(drawn)} decoded, {bad_clips / len(drawn):.1%} of them bad"
     )
+
+
+# --- Captions -------------------------------------------------------------------------------------
+
+CAPTION_PROMPT = (
+    "These are frames of one video in order of time. Describe it in one paragraph for someone who "
+    "cannot\nsee it: who and what is there, with looks, number and place; what each does and how "
+    "that changes; surroundings, light,\ncolors, visual style, camera. Tell only what can be seen, "
+    "do not mention frames, and add nothing to the description."
+)
+CAPTION_FRAMES = 8  # of a clip that the captioner sees
 
 
 def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: int) -> list[str]:
-    """The rows as JSON lines, each with a new caption of its target; those whose target got none are left out.
+    """The rows as JSON lines, each with a new caption of its target.
 
-    Captions are kept in OUT.answers as they come, and none is asked for twice. ValueError if 1 in 100 lacks.
+    Bad rows, and rows whose target got no caption, are left out with a note. Captions are kept in
+    OUT.answers as they come, so that none is asked for twice. Raises ValueError if more than 1 in
+    100 targets got none.
     """
 
     def describe(clip: str) -> dict[str, str]:
-        parts = chat.image_parts(video.read_video(clip, dataset.max_frames).frames, 8)
-        if text := chat.ask(url, model, [*parts, {"type": "text", "text": CAPTION_PROMPT}]).strip():
-            return {"caption": text}
-        raise ValueError("the answer is empty")
+        frames = video.read_video(clip, dataset.max_frames).frames
+        question = {"type": "text", "text": CAPTION_PROMPT}
+        answer = chat.ask(url, model, [*chat.image_parts(frames, CAPTION_FRAMES), question])
+        if not answer.strip():
+            raise ValueError("the answer is empty")
+        return {"caption": answer.strip()}
 
-    rows, answers = (
-        list(map(dataset.row, range(len(dataset)))),
-        out.with_name(f"{out.name}.answers"),
-    )
-    failed = chat.run(
-        answers, {row["tgt_video"]: row["tgt_video"] for row in rows}, describe, workers
-    )
+    for problem in dataset.bad.values():
+        note(f"left out: {problem}")
+    rows = [dataset.row(i) for i in range(len(dataset)) if i not in dataset.bad]
+    answers = out.with_name(f"{out.name}.answers")
+    targets = {row["tgt_video"]: row["tgt_video"] for row in rows}
+    failed = chat.run(answers, targets, describe, workers)
     for clip, problem in failed.items():
-        print(f"note: no caption for {clip}: {problem}", file=sys.stderr)
+        note(f"no caption for {clip}: {problem}")
     if len(failed) > 0.01 * len(rows):
         raise ValueError(
-            f"{len(failed)} of {len(rows)} clips have no caption; run it again to ask for those alone"
+            f"{len(failed)} of {len(rows)} clips have no caption: run it again to ask for them only"
         )
     captions = chat.results(answers)
-    return [
-        json.dumps(row | captions[row["tgt_video"]]) for row in rows if row["tgt_video"] in captions
-    ]
+    captioned = [row for row in rows if row["tgt_video"] in captions]
+    return [json.dumps(row | captions[row["tgt_video"]]) for row in captioned]
 
 
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description="Triplets to train on: draw them, look at them, caption them.")
+def parse_arguments(argv: list[str] | None) -> Any:
+    parser = cli.Parser(description="Triplets to train on: draw them, check them, caption them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    draw = commands.add_parser("sample", help="draw as many for each category and public data set")
+    natural = cli.number(int, 1)
+
+    sample = commands.add_parser("sample", help="draw triplets from the public data sets (§5)")
     for option, dataset in zip(("--openve", "--reco", "--ditto"), SETS, strict=True):
-        folders = f"of {dataset}: with its tables; then others, if its clips are elsewhere"
-        draw.add_argument(option, dest=dataset, nargs="+", type=Path, metavar="DIR", help=folders)
-    draw.add_argument(
-        "--count", type=number(int, 1), default=10_000, help="of each (default 10000, as in §5)"
+        sample.add_argument(
+            option,
+            dest=dataset,
+            nargs="+",
+            type=Path,
+            metavar="DIR",
+            help=f"the folder of {dataset}'s tables; then others, if its clips are elsewhere",
+        )
+    sample.add_argument(
+        "--bench", type=Path, metavar="DIR", help="the folder of OpenVE-Bench: leave its clips out"
     )
-    draw.add_argument("--seed", type=number(int, 0), default=0, help="of what is drawn (default 0)")
-    look = commands.add_parser("check", help="decode some and say what training would meet")
-    look.add_argument("--clips", type=number(int, 1), default=200, help="so many (default 200)")
-    ask = commands.add_parser(
-        "caption", help="have every target clip described by a model on a server"
+    sample.add_argument(
+        "--count",
+        type=natural,
+        default=10_000,
+        help="triplets of each category of each set (default 10000, as in §5)",
     )
+    sample.add_argument(
+        "--seed", type=cli.number(int, 0), default=0, help="another seed draws others (default 0)"
+    )
+
+    look = commands.add_parser(
+        "check", help="decode some triplets and say what training would meet"
+    )
+    look.add_argument("--clips", type=natural, default=200, help="how many to decode (default 200)")
+
+    ask = commands.add_parser("caption", help="have a model on a server describe every target clip")
     ask.add_argument(
-        "--url", required=True, help="OpenAI-compatible, such as http://localhost:8000/v1"
+        "--url", required=True, help="an OpenAI-compatible server, as http://localhost:8000/v1"
     )
     ask.add_argument(
         "--model", default="Qwen/Qwen3-VL-8B-Instruct", help="default %(default)s, as in App. D.1"
     )
-    for command in (draw, ask):
+
+    for command in (sample, ask):
         command.add_argument(
             "--out", type=Path, required=True, help="the .jsonl file to write, for train.py --data"
         )
     for command in (look, ask):
         command.add_argument("file", type=Path, metavar="FILE", help="triplets, .csv or .jsonl")
         command.add_argument(
-            "--frames", type=number(int, 1), default=81, help="of each clip's start (default 81)"
+            "--root", type=Path, metavar="DIR", help="where relative paths start; default: at FILE"
         )
         command.add_argument(
-            "--workers", type=number(int, 1), default=8, help="clips at a time (default 8)"
+            "--frames", type=natural, default=81, help="frames of a clip to read (default 81)"
         )
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "check":
-            return check(
-                TripletDataset(args.file, max_frames=args.frames), args.clips, args.workers
-            )
-        if args.out.suffix != ".jsonl" or not args.out.parent.is_dir():
-            raise ValueError(f"--out {args.out}: name a .jsonl file in a folder that exists")
-        if args.command == "caption":
-            dataset = TripletDataset(args.file, max_frames=args.frames)
-            lines = caption(dataset, args.out, args.url, args.model, args.workers)
-        else:
-            sets = {name: vars(args)[name] for name in SETS if vars(args)[name]} or fail(
-                "name a set, as --openve DIR"
-            )
-            lines = stratified_sample(sets, args.count, args.seed)
-        partial = args.out.with_name(f"{args.out.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        partial.replace(args.out)
-        print(f"{args.out}: {len(lines)} triplets")
-    except (ValueError, OSError, chat.Refused) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        command.add_argument(
+            "--workers", type=natural, default=8, help="clips that are read at a time (default 8)"
+        )
+    return parser.parse_args(argv)
+
+
+@cli.guarded
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if args.command == "check":
+        dataset = TripletDataset(args.file, args.root, args.frames)
+        return check(dataset, args.clips, args.workers, args.frames)
+    if args.out.suffix != ".jsonl" or not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: name a .jsonl file in a folder that exists")
+    if args.command == "caption":
+        dataset = TripletDataset(args.file, args.root, args.frames)
+        lines = caption(dataset, args.out, args.url, args.model, args.workers)
+    else:
+        folders = {name: vars(args)[name] for name in SETS if vars(args)[name]}
+        if not folders:
+            raise ValueError("name a data set, such as --openve DIR")
+        bench = Benchmark(args.bench) if args.bench else None
+        lines = stratified_sample(folders, args.count, args.seed, bench)
+    cli.write_text(args.out, "".join(f"{line}\n" for line in lines))
+    print(f"{args.out}: {len(lines)} triplets")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """What several tests share."""
 
 import dataclasses
+from pathlib import Path
 
+import av
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -97,6 +100,18 @@ def make_clip(frames, height, width, seed=0):
         left = i % max(1, width - 8)
         clip[i, height // 4 : height // 2, left : left + 8] = torch.tensor([250.0, 250.0, 40.0])
     return clip.clamp(0, 255).to(torch.uint8)
+
+
+def write_clip(path: Path, frames: int, level: int, rate: int = 8, size=(16, 32)) -> None:
+    """Write a lossless clip of one colour whose brightness grows by 2 a frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=rate)
+        stream.height, stream.width = size
+        stream.pix_fmt = "bgr0"
+        for t in range(frames):
+            image = np.full((*size, 3), level + 2 * t, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(stream.encode())
 
 
 def tiny_tokenizer():

@@ -647,8 +647,9 @@ def write_triplets(folder, good, bad):
             video.write_video(path, make_clip(9, 80, 96, seed)) if i < good else path.write_bytes(
                 b"no video"
             )
-    rows = [f"source-{i}.mp4,target-{i}.mp4,edit number {i}" for i in range(good + bad)]
-    (folder / "triplets.csv").write_text("\n".join(["src_video,tgt_video,prompt", *rows]) + "\n")
+    rows = [f"source-{i}.mp4,target-{i}.mp4,edit number {i},seen" for i in range(good + bad)]
+    header = "src_video,tgt_video,prompt,caption"
+    (folder / "triplets.csv").write_text("\n".join([header, *rows]) + "\n")
     return folder / "triplets.csv"
 
 
