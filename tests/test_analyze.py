@@ -1,4 +1,4 @@
-"""What §5.3 measures, against second implementations of whole matrices, closed forms and hand-made numbers."""
+"""What §5.3 measures, against naive implementations, closed forms and numbers made by hand."""
 
 import json
 import math
@@ -36,99 +36,105 @@ def model_and_vae():
 
 
 def make_pairs(model, vae, pairs):
-    """What `analyze.trace` takes for pairs (seed of the clips, instruction, caption): editing branches come first."""
-    branches = [(make_clip(9, 32, 64, seed), edit) for seed, edit, _ in pairs]
-    branches += [(make_clip(9, 32, 64, seed + 100), caption) for seed, _, caption in pairs]
-    condition = model.encoder(*map(list, zip(*branches, strict=True)))
-    latents = torch.cat([vae.encode(video.to_float(clip[None])) for clip, _ in branches])
-    noise = torch.cat([sample.initial_noise(latents[:1].shape, seed) for seed, _, _ in pairs] * 2)
-    t = torch.tensor([0.3 + 0.1 * seed for seed, _, _ in pairs] * 2)
-    streams = condition.editing.shape[1], condition.editing.shape[1] + condition.visual.shape[1]
-    return streams, noise, t, model.contexts(condition), latents
+    """The arguments of `analyze.trace` for pairs (seed of the clips, instruction, caption)."""
+    sources = [make_clip(9, 32, 64, seed) for seed, _, _ in pairs]
+    targets = [make_clip(9, 32, 64, seed + 100) for seed, _, _ in pairs]
+    instructions = [instruction for _, instruction, _ in pairs]
+    captions = [caption for _, _, caption in pairs]
+    condition = model.encoder(sources + targets, instructions + captions)
+    latents = [vae.encode(video.to_float(clip[None])) for clip in sources + targets]
+    noise = [sample.initial_noise(latents[0].shape, seed) for seed, _, _ in pairs]
+    t = torch.tensor([0.3 + 0.1 * seed for seed, _, _ in pairs])
+    K, N_v = condition.editing.shape[1], condition.visual.shape[1]
+    contexts = model.contexts(condition)
+    return (K, K + N_v), torch.cat(noise * 2), t.repeat(2), contexts, torch.cat(latents)
+
+
+def naive_project(attention, name, tokens):
+    """Queries or keys of all heads, (n, tokens, D), in float64 from the weights."""
+    linear, norm = getattr(attention, name), getattr(attention, f"norm_{name}")
+    y = tokens.double().numpy() @ linear.weight.double().numpy().T + linear.bias.double().numpy()
+    y = y / np.sqrt((y**2).mean(-1, keepdims=True) + norm.eps) * norm.weight.double().numpy()
+    return y.reshape(len(tokens), attention.num_heads, -1).transpose(1, 0, 2)
 
 
 def naive_attention(attention, x, context):
-    """One branch without padding, in float64: all of softmax(q k^T / sqrt(D)), (n, S, N), from the weights."""
-
-    def project(name, tokens):
-        linear, norm = getattr(attention, name), getattr(attention, f"norm_{name}")
-        y = (
-            tokens.double().numpy() @ linear.weight.double().numpy().T
-            + linear.bias.double().numpy()
-        )
-        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + norm.eps) * norm.weight.double().numpy()
-        return y.reshape(len(tokens), attention.num_heads, -1).transpose(1, 0, 2)  # (n, tokens, D)
-
-    q, k = project("q", x), project("k", context)
+    """One branch without padding, in float64: all of softmax(q k^T / sqrt(D)), (n, S, N)."""
+    q, k = naive_project(attention, "q", x), naive_project(attention, "k", context)
     weights = np.exp(q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1]))
     return weights / weights.sum(-1, keepdims=True)
 
 
+def naive_distribution(maps, token):
+    """One token's map, averaged over the heads of (n, S, N), as a distribution."""
+    p = maps[:, :, token].mean(0)
+    return p / p.sum()
+
+
+def naive_entropy(p):
+    return -sum(x * math.log(x) for x in p) / math.log(len(p))
+
+
+def naive_divergence(p, q):
+    total = 0
+    for a, b in zip(p, q, strict=True):
+        total += a * math.log2(2 * a / (a + b)) + b * math.log2(2 * b / (a + b))
+    return total / 2
+
+
 def naive_measures(edit, ref, edit_features, ref_features, K, N_v):
     """Of one block and one pair, token by token, from (n, S, N) attention and (S, d) features."""
-    spans = dict(editing=slice(0, K), visual=slice(K, K + N_v), textual=slice(K + N_v, None))
-    mass = {f"mass_{name}": edit[:, :, span].sum(-1).mean() for name, span in spans.items()}
-
-    def entropy(token):
-        p = edit[:, :, token].mean(0) / edit[:, :, token].mean(0).sum()
-        return -sum(x * math.log(x) for x in p) / math.log(len(p))
-
-    def divergence(token):
-        p, q = (x[:, :, token].mean(0) / x[:, :, token].mean(0).sum() for x in (edit, ref))
-        terms = (
-            a * math.log2(2 * a / (a + b)) + b * math.log2(2 * b / (a + b))
-            for a, b in zip(p, q, strict=True)
-        )
-        return sum(terms) / 2
-
-    each = np.array([entropy(token) for token in range(edit.shape[2])])
-    means = {
-        f"entropy_{name}": each[span].mean() if len(each[span]) else math.nan
-        for name, span in spans.items()
-    }
+    measures = {}
+    entropies = np.array([naive_entropy(naive_distribution(edit, j)) for j in range(edit.shape[2])])
+    measures["entropy"] = entropies.mean()
+    spans = {"editing": slice(0, K), "visual": slice(K, K + N_v), "textual": slice(K + N_v, None)}
+    for name, span in spans.items():
+        measures[f"mass_{name}"] = edit[:, :, span].sum(-1).mean()
+        reads_it = len(entropies[span]) > 0
+        measures[f"entropy_{name}"] = entropies[span].mean() if reads_it else math.nan
     lengths = np.linalg.norm(edit_features, axis=1) * np.linalg.norm(ref_features, axis=1)
-    cosine = ((edit_features * ref_features).sum(1) / lengths).mean()
-    rest = dict(
-        entropy=each.mean(),
-        cosine=cosine,
-        divergence=np.mean([divergence(token) for token in range(K)]),
-    )
-    return mass | means | rest
+    measures["cosine"] = ((edit_features * ref_features).sum(1) / lengths).mean()
+    divergences = []
+    for token in range(K):
+        p, q = naive_distribution(edit, token), naive_distribution(ref, token)
+        divergences.append(naive_divergence(p, q))
+    measures["divergence"] = np.mean(divergences)
+    return measures
 
 
 @torch.no_grad()
 def naive_trace(model, vae, seed, edit, caption):
     """`MEASURES` of every block, (L, 9): each branch alone, so without padding or masks."""
     _, z_t, t, _, latents = make_pairs(model, vae, [(seed, edit, caption)])
-    clips, seen = (make_clip(9, 32, 64, seed), make_clip(9, 32, 64, seed + 100)), []
-    hooks = [
-        block.cross_attn.register_forward_hook(lambda *call: seen.append(call))
-        for block in model.dit.blocks
-    ]
-    conditions = [
-        model.encoder([clip], [text]) for clip, text in zip(clips, (edit, caption), strict=True)
-    ]
-    for i, condition in enumerate(conditions):
+    clips = (make_clip(9, 32, 64, seed), make_clip(9, 32, 64, seed + 100))
+    calls = []  # of the cross-attention of every block: module, inputs, output
+
+    def record(*call):
+        calls.append(call)
+
+    hooks = [block.cross_attn.register_forward_hook(record) for block in model.dit.blocks]
+    for i, (clip, text) in enumerate(zip(clips, (edit, caption), strict=True)):
+        condition = model.encoder([clip], [text])
         model.dit(z_t[i : i + 1], t[i : i + 1], model.contexts(condition), latents[i : i + 1])
     for hook in hooks:
         hook.remove()
-    rows, L = [], len(model.dit.blocks)
-    for (attention, inputs, output), (_, ref_inputs, ref_output) in zip(
-        seen[:L], seen[L:], strict=True
-    ):
-        assert inputs[2] is None
-        matrices = [
-            naive_attention(attention, x[0], context[0]) for x, context, _ in (inputs, ref_inputs)
-        ]
-        features = [x[0].double().numpy() for x in (output, ref_output)]
-        sizes = conditions[0].editing.shape[1], conditions[0].visual.shape[1]
-        measures = naive_measures(*matrices, *features, *sizes)
+
+    K, N_v = condition.editing.shape[1], condition.visual.shape[1]
+    L = len(model.dit.blocks)
+    rows = []
+    for edit_call, ref_call in zip(calls[:L], calls[L:], strict=True):
+        maps, features = [], []
+        for attention, (x, context, mask, *_), output in (edit_call, ref_call):
+            assert mask is None
+            maps.append(naive_attention(attention, x[0], context[0]))
+            features.append(output[0].double().numpy())
+        measures = naive_measures(*maps, *features, K, N_v)
         rows.append([measures[name] for name in analyze.MEASURES])
     return torch.tensor(rows, dtype=torch.float64)
 
 
 def assert_close(actual, expected):
-    """Number by number to 1e-5 relative; NaN where NaN is expected. Only zeros are below the floor of 1e-3."""
+    """Number by number to 1e-5 relative (of at least 1e-3); NaN where NaN is expected."""
     assert torch.equal(actual.isnan(), expected.isnan())
     error = (actual.double() - expected).abs() / expected.abs().clamp(min=1e-3)
     assert error.nan_to_num().max() < 1e-5, error
@@ -153,11 +159,9 @@ def test_a_masked_batch_equals_whole_matrices_of_each_branch_alone(model_and_vae
         assert_close(alone[..., 0], expected)
         # There is something to measure: uneven maps, and branches that differ.
         named = dict(zip(analyze.MEASURES, expected.T, strict=True))
-        assert (
-            named["entropy"].max() < 0.99
-            and named["divergence"].min() > 0.003
-            and named["cosine"].max() < 0.999
-        )
+        assert named["entropy"].max() < 0.99
+        assert named["divergence"].min() > 0.003
+        assert named["cosine"].max() < 0.999
     assert not any(block.cross_attn._forward_hooks for block in model_and_vae[0].dit.blocks)
 
 
@@ -221,10 +225,10 @@ def test_entropy_of_even_pointed_and_missing_maps():
 def test_divergence_of_equal_disjoint_and_other_maps():
     p = torch.tensor([[0.3, 0.0, 0.1, 0.0], [0.2, 0.5, 0.0, 0.3], [0.1, 0.0, 0.0, 0.3]])[None]
     q = torch.tensor([[0.6, 0.7, 0.2, 0.1], [0.4, 0.0, 0.2, 0.1], [0.2, 0.0, 0.0, 0.0]])[None]
-    mixed = (
-        -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)) - 0.5
-    )  # (1, 0) and (1/2, 1/2): H(3/4, 1/4) - (0 + 1) / 2
-    thirds = 1 - 0.5  # (0, 1/2, 1/2) and (1/2, 1/2, 0): H(1/4, 1/2, 1/4) = 3/2, less (1 + 1) / 2
+    # (1, 0) and (1/2, 1/2): H(3/4, 1/4) - (0 + 1) / 2
+    mixed = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)) - 0.5
+    # (0, 1/2, 1/2) and (1/2, 1/2, 0): H(1/4, 1/2, 1/4) - (1 + 1) / 2 = 3/2 - 1
+    thirds = 0.5
     expected = [0, 1, mixed, thirds]
     assert analyze.jensen_shannon(p, q)[0].tolist() == pytest.approx(expected, abs=1e-6)
     assert analyze.jensen_shannon(q, p)[0].tolist() == pytest.approx(expected, abs=1e-6)
@@ -244,25 +248,24 @@ def test_equal_branches_agree_in_all(model_and_vae):
 
 @torch.no_grad()
 def test_queries_of_nothing_attend_evenly():
-    """Then masses are shares of the tokens, maps are even and the same in both branches, whatever the block reads."""
+    """Then masses are shares of the tokens, and maps are even and the same in both branches."""
     model, vae = tiny_model()
     for block in model.dit.blocks:
         block.cross_attn.q.weight.zero_()
         block.cross_attn.q.bias.zero_()
     inputs = make_pairs(model, vae, [(0, TEXTS[1], TEXTS[0])])
-    (K, visual_end), mask = inputs[0], inputs[3][1][1]
-    shares = [
-        (mask[0, part].sum() / mask[0].sum()).item()
-        for part in (slice(0, K), slice(K, visual_end), slice(visual_end, None))
-    ]
+    (K, visual_end), deep_context = inputs[0], inputs[3][1]
+    mask = deep_context[1][0]  # (N,)
+    masses, entropies = slice(0, 3), slice(3, 7)
     measures = analyze.trace(model.dit, *inputs)[..., 0]
-    assert measures[0, :3].tolist() == [1, 0, 0]  # L_s = 1
-    assert (
-        measures[0, 3:5].tolist() == pytest.approx([1, 1], abs=1e-6)
-        and measures[0, 5:7].isnan().all()
-    )
+    assert measures[0, masses].tolist() == [1, 0, 0]  # L_s = 1
+    assert measures[0, 3:5].tolist() == pytest.approx([1, 1], abs=1e-6)
+    assert measures[0, 5:7].isnan().all()
+    numbers = [mask[:K].sum(), mask[K:visual_end].sum(), mask[visual_end:].sum()]
+    shares = [(number / mask.sum()).item() for number in numbers]
     for row in measures[1:]:
-        assert row[:7].tolist() == pytest.approx([*shares, 1, 1, 1, 1], abs=1e-6)
+        assert row[masses].tolist() == pytest.approx(shares, abs=1e-6)
+        assert row[entropies].tolist() == pytest.approx([1, 1, 1, 1], abs=1e-6)
     assert measures[:, 8].abs().max() < 1e-6
 
 
@@ -274,15 +277,19 @@ def arguments(**changes):
     return type("Arguments", (), defaults | changes)
 
 
+def a_triplet(**changes):
+    triplet = {
+        "source": make_clip(9, 40, 70),
+        "target": make_clip(9, 32, 64, 1),
+        "instruction": TEXTS[0],
+        "caption": "",
+    }
+    return triplet | changes
+
+
 def test_what_the_branches_are_given(monkeypatch):
-    """z_t from the target's latents at the sampler's t, noise for each clip, VAE(v) and VAE(v*) beside it."""
+    """z_t from VAE(v*) at the sampler's t, each clip's noise, and VAE(v) and VAE(v*) beside it."""
     model, vae = tiny_model()
-    clip = dict(
-        source=make_clip(9, 40, 70),
-        target=make_clip(9, 32, 64, 1),
-        instruction=TEXTS[0],
-        caption="",
-    )
     calls, texts = [], []
     model.encoder.register_forward_pre_hook(lambda _, inputs: texts.append(inputs[1]))
 
@@ -291,13 +298,13 @@ def test_what_the_branches_are_given(monkeypatch):
         return torch.full((3, 9, 1), float(len(calls)))
 
     monkeypatch.setattr(analyze, "trace", fake)
-    result = analyze.analyze(model, vae, [clip, clip | dict(caption=TEXTS[1])], arguments())
+    clips = [a_triplet(), a_triplet(caption=TEXTS[1])]
+    result = analyze.analyze(model, vae, clips, arguments())
     assert texts == [[TEXTS[0], TEXTS[0]], [TEXTS[0], TEXTS[1]]]
-    target = vae.encode(video.to_float(clip["target"][None]))
+    target = vae.encode(video.to_float(clips[0]["target"][None]))
+    levels = [1, 5 * (2 / 3) / (1 + 4 * 2 / 3), 5 / 3 / (1 + 4 / 3)]  # of 3 steps, shifted by 5
     for i, (z_t, t, latents) in enumerate(calls):
-        level = [1, 5 * (2 / 3) / (1 + 4 * 2 / 3), 5 / 3 / (1 + 4 / 3)][
-            i % 3
-        ]  # of 3 steps, shifted by 5
+        level = levels[i % 3]
         noise = sample.initial_noise(target.shape, 7 + i // 3)
         assert t.tolist() == pytest.approx([level, level])
         assert relative_error(z_t, ((1 - level) * target + level * noise).expand_as(z_t)) < 1e-5
@@ -312,52 +319,41 @@ def test_what_the_branches_are_given(monkeypatch):
 
 def test_command_line(tmp_path, capsys):
     """The built-in checkpoint on two clips of shapes: JSON and a picture."""
-    analyze.main(
-        [
-            "--clips",
-            "2",
-            "--timesteps",
-            "2",
-            "--size",
-            "5",
-            "64",
-            "64",
-            "--plot",
-            "--out",
-            str(tmp_path),
-        ]
-    )
+    options = ["--clips", "2", "--timesteps", "2", "--size", "5", "64", "64", "--plot"]
+    analyze.main([*options, "--out", str(tmp_path)])
     assert "analysis.png" in capsys.readouterr().out
     assert sorted(file.name for file in tmp_path.iterdir()) == ["analysis.json", "analysis.png"]
     report = json.loads((tmp_path / "analysis.json").read_text(), parse_constant=pytest.fail)
     model, base = report["model"], report["base"]
-    assert (model["routing_depth"], base["routing_depth"]) == (3, 6) and model["clips"] == base[
-        "clips"
-    ] == 2
+    assert (model["routing_depth"], base["routing_depth"]) == (3, 6)
+    assert model["clips"] == base["clips"] == 2
     for result in (model, base):
         assert set(result["mean"]) == set(result["std"]) == set(analyze.MEASURES)
         for block in range(6):
             mean = {name: values[block] for name, values in result["mean"].items()}
-            masses = [mean[f"mass_{name}"] for name in ("editing", "visual", "textual")]
+            masses = [mean["mass_editing"], mean["mass_visual"], mean["mass_textual"]]
             assert sum(masses) == pytest.approx(1, abs=1e-5)
             if block < result["routing_depth"]:
-                assert masses[0] == pytest.approx(1, abs=1e-6) and mean["entropy_visual"] is None
+                assert masses[0] == pytest.approx(1, abs=1e-6)
+                assert mean["entropy_visual"] is None
             else:
-                assert min(masses) > 0 and mean["entropy_visual"] is not None
-            assert (
-                0 < mean["entropy"] < 1 and 0 < mean["divergence"] < 1 and -1 < mean["cosine"] < 1
-            )
+                assert min(masses) > 0
+                assert mean["entropy_visual"] is not None
+            assert 0 < mean["entropy"] < 1
+            assert 0 < mean["divergence"] < 1
+            assert -1 < mean["cosine"] < 1
     for name in analyze.MEASURES:  # blocks that read the same see the same
         assert model["mean"][name][:3] == base["mean"][name][:3]
+
     with av.open(str(tmp_path / "analysis.png")) as file:
         image = next(file.decode(video=0)).to_ndarray(format="rgb24")
     height, width, _ = image.shape
+    ink = (image < 200).any(-1)
     assert 600 < height < width < 3000
-    assert 0.02 < (image < 200).any(-1).mean() < 0.5  # there is ink on it, and it is not all ink
-    quarters = [
-        part for half in np.array_split(image, 2) for part in np.array_split(half, 2, axis=1)
-    ]
-    assert all((part < 200).any(-1).mean() > 0.01 for part in quarters)
+    assert 0.02 < ink.mean() < 0.5
+    top, bottom = np.array_split(ink, 2)
+    for quarter in (*np.array_split(top, 2, axis=1), *np.array_split(bottom, 2, axis=1)):
+        assert quarter.mean() > 0.01
 
 
 @pytest.fixture(scope="module")
@@ -373,56 +369,49 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
+def read_report(folder):
+    return json.loads((folder / "analysis.json").read_text())
+
+
 def test_base_checkpoint_and_triplets(checkpoints, tmp_path):
-    """Fewer rows than --clips are all of them; the base is what --base says, and none for a model that is its own."""
-    shared = [
-        "--data",
-        str(checkpoints / "triplets.jsonl"),
-        "--timesteps",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
+    """The base is --base, or else the same weights with L_s = L; such a model has no other base."""
+    table = str(checkpoints / "triplets.jsonl")  # fewer rows than --clips
+    shared = ["--data", table, "--timesteps", "1", "--out", str(tmp_path)]
     shallow, deep = (str(checkpoints / f"depth-{depth}") for depth in (1, 3))
-    reports = {}
-    for name, options in dict(given=["--base", deep], default=[]).items():
-        analyze.main([*shared, "--checkpoint", shallow, *options])
-        reports[name] = json.loads((tmp_path / "analysis.json").read_text())
-    assert reports["given"]["model"]["clips"] == 1
-    assert reports["given"]["base"] == reports["default"]["base"]  # whose weights are the same
-    assert reports["given"]["base"] != reports["given"]["model"]
+    analyze.main([*shared, "--checkpoint", shallow, "--base", deep])
+    given = read_report(tmp_path)
+    analyze.main([*shared, "--checkpoint", shallow])
+    default = read_report(tmp_path)
+    assert given["model"]["clips"] == 1
+    assert given["base"] == default["base"]  # whose weights are the same
+    assert given["base"] != given["model"]
+
     analyze.main([*shared, "--checkpoint", deep])
-    report = json.loads((tmp_path / "analysis.json").read_text())
-    assert report["model"] == reports["given"]["base"] and "base" not in report
+    alone = read_report(tmp_path)
+    assert alone["model"] == given["base"] and "base" not in alone
     assert not (tmp_path / "analysis.png").exists()
 
 
 def test_clips_that_cannot_be_read_are_skipped_and_said(checkpoints, tmp_path, capsys):
-    whole = checkpoints / "triplets.jsonl"
-    row = json.loads(whole.read_text())
-    for name, rows in dict(
-        mixed=[row | {"src_video": "gone.mp4"}, row], none=[row | {"tgt_video": "gone.mp4"}]
-    ).items():
-        (checkpoints / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    shared = ["--checkpoint", str(checkpoints / "depth-3"), "--timesteps", "1", "--seed", "1"]
-    reports = {}
-    for name in ("triplets", "mixed"):
-        analyze.main(
-            [*shared, "--data", str(checkpoints / f"{name}.jsonl"), "--out", str(tmp_path / name)]
-        )
-        reports[name] = json.loads((tmp_path / name / "analysis.json").read_text())["model"]
-    assert reports["mixed"]["clips"] == 1 and reports["mixed"].keys() == reports["triplets"].keys()
+    row = json.loads((checkpoints / "triplets.jsonl").read_text())
+
+    def table(name, *rows):
+        path = checkpoints / name
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return str(path)
+
+    mixed = table("mixed.jsonl", row | {"src_video": "gone.mp4"}, row)
+    none = table("none.jsonl", row | {"tgt_video": "gone.mp4"})
+    shared = ["--checkpoint", str(checkpoints / "depth-3"), "--timesteps", "1"]
+    analyze.main([*shared, "--data", mixed, "--out", str(tmp_path / "mixed")])
+    assert read_report(tmp_path / "mixed")["model"]["clips"] == 1
     assert capsys.readouterr().err.count("skipped: ") == 1
+
     with pytest.raises(SystemExit) as stop:
-        analyze.main(
-            [*shared, "--data", str(checkpoints / "none.jsonl"), "--out", str(tmp_path / "none")]
-        )
+        analyze.main([*shared, "--data", none, "--out", str(tmp_path / "none")])
     error = capsys.readouterr().err
-    assert (
-        stop.value.code == 2
-        and "gone.mp4" in error
-        and "error: none of the clips can be read" in error
-    )
+    assert stop.value.code == 2 and "gone.mp4" in error
+    assert "error: none of the clips can be read" in error
 
 
 @pytest.mark.parametrize(
@@ -444,12 +433,8 @@ def test_mistakes_get_one_line(options, words, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         analyze.main(["--out", str(tmp_path), "--clips", "1", *options])
     error = capsys.readouterr().err
-    assert (
-        stop.value.code == 2
-        and words in error
-        and error.startswith("error: ")
-        and error.count("\n") == 1
-    )
+    assert stop.value.code == 2 and words in error
+    assert error.startswith("error: ") and error.count("\n") == 1
     assert not any(tmp_path.iterdir())
 
 
@@ -460,9 +445,8 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
         analyze.main(["--plot", "--out", str(tmp_path)])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "pip install matplotlib" in error and error.count("\n") == 1
-    analyze.main(
-        ["--clips", "1", "--timesteps", "1", "--size", "5", "32", "32", "--out", str(tmp_path)]
-    )
+    options = ["--clips", "1", "--timesteps", "1", "--size", "5", "32", "32"]
+    analyze.main([*options, "--out", str(tmp_path)])
     assert [file.name for file in tmp_path.iterdir()] == ["analysis.json"]
 
 
@@ -470,11 +454,6 @@ def test_broken_weights_are_an_error():
     model, vae = tiny_model()
     with torch.no_grad():
         model.dit.blocks[1].cross_attn.q.weight[0, 0] = math.nan
-    clip = dict(
-        source=make_clip(5, 32, 64),
-        target=make_clip(5, 32, 64, 1),
-        instruction=TEXTS[0],
-        caption="",
-    )
+    clips = [a_triplet(source=make_clip(5, 32, 64), target=make_clip(5, 32, 64, 1))]
     with pytest.raises(ValueError, match="not a number"):
-        analyze.analyze(model, vae, [clip], arguments(clips=1, timesteps=1))
+        analyze.analyze(model, vae, clips, arguments(clips=1, timesteps=1))
