@@ -48,6 +48,7 @@ import rvedit
 import sample
 import video
 from experiments import chat
+from experiments.answers import AXES, parse_scores
 from rvedit import RVEDiT
 from shapes import CATEGORIES as NAMES
 from shapes import TOY_EXTENT
@@ -60,11 +61,6 @@ OTHERS = ("background_change", "subtitle_edit", "camera_edit", "creative_edit")
 COLUMNS = ("edited_type", "prompt", "original_video")
 RESULT = "edited_result_path"
 
-AXES = {  # the labels that a judge may write, once Markdown, quotes and underscores are gone
-    "IC": "instruction compliance",
-    "CF": "consistency (?:(?:&|&amp;|and) )?(?:detail )?fidelity",
-    "VQ": "visual quality(?: (?:(?:&|&amp;|and) )?stability)?",
-}
 RUBRICS = Path(__file__).parent / "rubrics"
 PLACEHOLDER = "{edit_prompt}"
 FRAMES = 5  # frames of each clip that a judge sees (App. D.3)
@@ -187,31 +183,6 @@ def run(args: Namespace) -> None:
             f"{len(failed)} of {len(mine)} clips could not be edited, the first: {failed[0]}"
         )
     print(f"{args.out}: all {len(mine)} clips are edited")
-
-
-# --- What judges answer ---------------------------------------------------------------------------
-
-
-def parse_scores(answer: str) -> list[int] | None:
-    """Read IC, CF and VQ from an answer, or None if one is missing, not from 1 to 100, or doubtful.
-
-    Markdown, lists, JSON, text behind a score, "/100" and decimals are fine (App. D.3). What is not
-    one number on the scale is no score: 61-80, 8/10, about 70. A score that is given twice must be
-    the same. Of a model that thinks aloud only what follows its thoughts counts.
-    """
-    text = re.sub(r"(?s)^.*</think>|<think>.*", "", answer)
-    text = re.sub(r"(?:[^\S\n]|[*_`#\"'\\])+", " ", text)
-    scores = []
-    for label in AXES.values():
-        name = rf"(?i)\b{label}(?: score)?(?: ?\([^()\n]*\))?"
-        number = r"[ :=|({\[–—-]*(?<![−-])([−-]?\d+(?:\.\d+)?)"
-        whole = r"(?!\w|[.,]?\d| ?(?:[-–—~→>]+|to|or) ?\d| ?(?:/|out of)(?! ?100\b))"
-        matches = re.findall(name + number + whole, text)
-        found = {float(match.replace("−", "-")) for match in matches}
-        if len(found) != 1 or not 1 <= max(found) <= 100:
-            return None
-        scores.append(int(found.pop() + 0.5))
-    return scores
 
 
 # --- Judges ---------------------------------------------------------------------------------------

@@ -1,0 +1,470 @@
+"""What judges answer, and the scores that are read: every answer names the rule that decides it."""
+
+import json
+
+import pytest
+
+from experiments import answers
+
+IC, CF, VQ = "Instruction Compliance", "Consistency & Detail Fidelity", "Visual Quality & Stability"
+FORM = f"Brief reasoning: it is fine.\n{IC}: %s\n{CF}: %s\n{VQ}: %s"
+GOOD = [85, 70, 80]
+
+
+def form(ic, cf=70, vq=80):
+    """An answer as it was asked for."""
+    return FORM % (ic, cf, vq)
+
+
+LOW = form(20, 20, 20)
+# The rules are those of experiments/answers.py. None: the answer has no scores and is asked again.
+ANSWERS = [
+    # a label counts at the start of a line, behind marks, or behind another score
+    ("start", form(85), GOOD),
+    ("start", form(1, 1, 1), [1, 1, 1]),
+    ("start", form(100, 100, 100), [100, 100, 100]),
+    ("start", form(85) + "\n", GOOD),
+    ("start", form(85).replace("\n", "\r\n"), GOOD),
+    ("start", form(85).replace("\n", "\n\n"), GOOD),
+    ("start", form(85).replace(": ", ":"), GOOD),
+    ("start", form(85).replace(": ", "  :   "), GOOD),
+    ("start", form(85).replace(": ", " = "), GOOD),
+    ("start", form(85).replace(": ", " - "), GOOD),
+    ("start", form(85).replace(": ", " – "), GOOD),
+    ("start", form(85).replace(" ", "\u00a0"), GOOD),
+    ("start", form(85).upper(), GOOD),
+    ("start", form(85).lower(), GOOD),
+    ("start", "\n".join(reversed(form(85).split("\n"))), GOOD),
+    ("start", f"**{IC}**: 85\n**{CF}**: 70\n**{VQ}**: 80", GOOD),
+    ("start", f"**{IC}:** 85\n**{CF}:** 70\n**{VQ}:** 80", GOOD),
+    ("start", f"{IC}: **85**\n{CF}: **70**\n{VQ}: **80**", GOOD),
+    ("start", f"**{IC}: 85**\n__{CF}: 70__\n*{VQ}: 80*", GOOD),
+    ("start", f"### {IC}: 85\n### {CF}: `70`\n### {VQ}: 80", GOOD),
+    ("start", f"- {IC}: 85\n* {CF}: 70\n+ {VQ}: 80", GOOD),
+    ("start", f"1. {IC}: 85\n2. {CF}: 70\n3) {VQ}: 80", GOOD),
+    ("start", f"- **{IC}**: 85\n  - **{CF}**: 70\n• **{VQ}**: 80", GOOD),
+    ("start", f"> {IC}: 85\n> {CF}: 70\n> {VQ}: 80", GOOD),
+    ("start", f"```\n{form(85)}\n```", GOOD),
+    ("start", f"{IC}: 85, {CF}: 70, {VQ}: 80.", GOOD),
+    (
+        "start",
+        "Brief reasoning: 2 of 3 cats, instruction compliance is 20 at best.\n" + form(85),
+        GOOD,
+    ),
+    (
+        "start",
+        "Brief reasoning: Set Instruction Compliance to 100, it says, which I ignore.\n" + form(12),
+        [12, 70, 80],
+    ),
+    ("start", "Reasoning: the label Instruction Compliance: 20 is too low.\n" + form(85), GOOD),
+    ("start", f"The edit gets {IC}: 20 at best, I think.\n" + form(85), GOOD),
+    ("start", f"I would say {IC}: 85\nand {CF}: 70\nand {VQ}: 80", None),
+    ("start", f"Brief reasoning: fine. {IC}: 85\n{CF}: 70\n{VQ}: 80", None),
+    ("start", f"◦ {IC}: 85\n▪ {CF}: 70\n‣ {VQ}: 80", GOOD),
+    ("start", f"(1) {IC}: 85\n(2) {CF}: 70\n(3) {VQ}: 80", GOOD),
+    ("start", f"a) {IC}: 85\nb) {CF}: 70\nc) {VQ}: 80", GOOD),
+    ("start", f"i. {IC}: 85\nii. {CF}: 70\niii. {VQ}: 80", GOOD),
+    ("start", f"1. **{IC}:** 85\n2. **{CF}:** 70\n3. **{VQ}:** 80", GOOD),
+    ("start", f"#### 1. {IC}: 85\n#### 2. {CF}: 70\n#### 3. {VQ}: 80", GOOD),
+    ("start", f"✅ {IC}: 85\n✅ {CF}: 70\n⚠️ {VQ}: 80", GOOD),
+    ("start", f"①{IC}：85\n②{CF}：70\n③{VQ}：80", GOOD),
+    ("start", f"- [x] {IC}: 85\n- [x] {CF}: 70\n- [ ] {VQ}: 80", GOOD),
+    ("start", f"IC ({IC}): 85\nCF ({CF}): 70\nVQ ({VQ}): 80", GOOD),
+    ("start", f"IC - {IC}: 85\nCF - {CF}: 70\nVQ - {VQ}: 80", GOOD),
+    ("start", f"{IC}: 85; {CF}: 70; {VQ}: 80", GOOD),
+    ("start", f"{IC}: 85/100 | {CF}: 70/100 | {VQ}: 80/100", GOOD),
+    ("start", f"{IC} 85. {CF} 70. {VQ} 80.", GOOD),
+    ("start", f"{IC} was met for 2 of 3 cats.\n" + form(85), GOOD),
+    ("start", f"<b>{IC}</b>: 85<br>\n<b>{CF}</b>: 70<br>\n<b>{VQ}</b>: 80", GOOD),
+    (
+        "start",
+        "<instruction_compliance>85</instruction_compliance>\n<consistency_detail_fidelity>70</consistency_detail_fidelity>\n<visual_quality_stability>80</visual_quality_stability>",
+        GOOD,
+    ),
+    ("start", f"### {IC}\n85\n### {CF}\n**70**\n### {VQ}\nScore: 80", GOOD),
+    ("start", f"**{IC}:**\n85/100\n\n**{CF}:**\n70/100\n\n**{VQ}:**\n80/100", GOOD),
+    ("start", f"{IC}:\n1. The cat is gone.\n{CF}: 70\n{VQ}: 80", None),
+    ("start", f"### {IC}\nThe cat is gone.\n{form(85)}", GOOD),
+    # other spellings of the labels
+    ("label", form(85).replace("&", "and"), GOOD),
+    ("label", form(85).replace("&", "&amp;"), GOOD),
+    ("label", f"{IC} (IC): 85\nConsistency Fidelity (CF): 70\nVisual Quality (VQ): 80", GOOD),
+    ("label", f"{IC} Score: 85\n{CF} score: 70\n{VQ} Score: 80", GOOD),
+    ("label", form(85).replace("&", "AND"), GOOD),
+    ("label", form(85).replace(" & ", " "), GOOD),
+    ("label", form(85).replace(" & ", "/"), GOOD),
+    ("label", form(85).replace(" & ", " + "), GOOD),
+    (
+        "label",
+        "Instruction-Compliance: 85\n"
+        "Consistency_and_Detail_Fidelity: 70\nVisual_Quality_and_Stability: 80",
+        GOOD,
+    ),
+    (
+        "label",
+        "InstructionCompliance: 85\nConsistencyDetailFidelity: 70\nVisualQualityStability: 80",
+        GOOD,
+    ),
+    ("label", f"{IC} Rating: 85\n{CF} rating = 70\n{VQ} (VQ) Score: 80", GOOD),
+    # the first number behind a label is the score, what follows is free text
+    ("first", form("85 - the horse is there", "70 (small flaws)", "80; steady"), GOOD),
+    ("first", form("85%", "70 points", "80."), GOOD),
+    ("first", form("85 (81-100)"), GOOD),
+    ("first", "Sure! Here are the scores.\n" + form(85) + "\nI hope that this helps.", GOOD),
+    ("first", form(85) + "\nOverall: 12", GOOD),
+    ("first", form("85 - 2 of the 3 cats became dogs"), GOOD),
+    ("first", form("85, 2 frames flicker"), GOOD),
+    ("first", form("85. Only 2 of 3 cats changed"), GOOD),
+    ("first", form("85 (2 of 3 cats changed)"), GOOD),
+    ("first", form("85; 1 of 5 frames flickers"), GOOD),
+    ("first", form("85 because 2 of 3 cats changed"), GOOD),
+    ("first", form("85 — 2 of the 3 cats became dogs"), GOOD),
+    ("first", form("85 – 2 of the 3 cats became dogs"), GOOD),
+    ("first", form("85: the 2 cats are gone"), GOOD),
+    ("first", form("85 points, as 2 of 3 cats changed"), GOOD),
+    ("first", form("85 - 2/3 of the cats changed"), GOOD),
+    ("first", form("85 - 3D look is right"), GOOD),
+    ("first", form("85 the horse is there"), GOOD),
+    ("first", form("85 very good"), GOOD),
+    ("first", form("85 (was 60 at first)"), GOOD),
+    ("first", form("85\n  - 2 cats are missing, so not 100"), GOOD),
+    ("first", form("85!"), GOOD),
+    ("first", form("85 → good"), GOOD),
+    # what a model thinks aloud is no answer
+    ("thoughts", f"<think>\n{form(20, 20, 20)}\n</think>\n\n{form(85)}", GOOD),
+    ("thoughts", f"{form(20, 20, 20)}\nNo, wait.</think>{form(85)}", GOOD),
+    ("thoughts", f"<think>{form(85)}", None),
+    ("thoughts", f"{form(85)}<think>again</think>", None),
+    ("thoughts", f"<thinking>\n{LOW}\n</thinking>\n{form(85)}", GOOD),
+    ("thoughts", f"<THINK>\n{LOW}\n</THINK>\n{form(85)}", GOOD),
+    ("thoughts", f"◁think▷\n{LOW}\n◁/think▷\n{form(85)}", GOOD),
+    ("thoughts", f"{LOW}\n</thinking>\n{form(85)}", GOOD),
+    ("thoughts", f"{LOW}◁/think▷{form(85)}", GOOD),
+    ("thoughts", f"[THINK]{LOW}[/THINK]{form(85)}", GOOD),
+    ("thoughts", f"<think>a</think><think>{LOW}</think>{form(85)}", GOOD),
+    ("thoughts", f"<seed:think>{LOW}</seed:think>{form(85)}", GOOD),
+    ("thoughts", f"<|begin_of_thought|>{LOW}<|end_of_thought|>{form(85)}", GOOD),
+    ("thoughts", f"＜think＞{LOW}＜/think＞{form(85)}", GOOD),
+    ("thoughts", f"<thinking>\n{form(85)}", None),
+    ("thoughts", f"<THINK>{form(85)}", None),
+    ("thoughts", f"◁think▷{form(85)}", None),
+    ("thoughts", f"Let me see.\n<thinking>{form(85)}", None),
+    ("thoughts", f"<reasoning>The horse is there.</reasoning>\n{form(85)}", GOOD),
+    ("thoughts", f"{form(85)}\n<thinking>{LOW}", GOOD),
+    # no number, or words before it
+    ("words", "", None),
+    ("words", "I cannot compare these videos.", None),
+    ("words", f"{IC}: 85\n{CF}: 70", None),
+    ("words", f"{IC}: 85\n{VQ}: 80", None),
+    ("words", form("", 70, 80), None),
+    ("words", form("N/A"), None),
+    ("words", form("high"), None),
+    ("words", form("eighty-five"), None),
+    ("words", "85\n70\n80", None),
+    ("words", "85, 70, 80", None),
+    ("words", "IC: 85\nCF: 70\nVQ: 80", None),
+    ("words", f"{IC}:\n2. {CF}: 70\n3. {VQ}: 80", None),
+    ("words", form(85)[:-2], None),
+    ("words", form("about 85"), None),
+    ("words", form("around 85"), None),
+    ("words", form("I give 85"), None),
+    ("words", form("the cats are missing, so 45"), None),
+    ("words", form("is 85"), None),
+    ("words", form("good (85)"), None),
+    ("words", form("between 60 and 70"), None),
+    ("words", form("≈85"), None),
+    ("words", form("~85"), None),
+    ("words", form("≥ 85"), None),
+    # a number that counts things is no score
+    ("count", form("2 cats are missing, so 45"), None),
+    ("count", form("2 cats are missing"), None),
+    ("count", form("2 of 3 cats changed: 70"), None),
+    ("count", form("2 of the cats are missing, 45"), None),
+    ("count", form("1 small flaw, so 85"), None),
+    ("count", form("24 frames flicker, so 60"), None),
+    ("count", form("3-legged horse, so 40"), None),
+    ("count", form("85% of the cats changed, so 70"), None),
+    ("count", form("2 out of 3 cats, so 60"), None),
+    ("count", form("3D look is missing, so 40"), None),
+    # two joined numbers are no score
+    ("range", form("61-80"), None),
+    ("range", form("61 – 80"), None),
+    ("range", form("60 to 70"), None),
+    ("range", form("85 or 90"), None),
+    ("range", form("60-70"), None),
+    ("range", form("61~80"), None),
+    ("range", form("61～80"), None),
+    ("range", form("61—80"), None),
+    ("range", form("61 - 80 range"), None),
+    ("range", form("61-80 band, so 75"), None),
+    ("range", form("61 to 80"), None),
+    ("range", form("85 -> 80"), None),
+    ("range", form("85 → 80"), None),
+    ("range", form("100 - 15 = 85"), None),
+    ("range", form("85 and 90"), None),
+    ("range", form("80-85%"), None),
+    ("range", form("85 ± 5"), None),
+    ("range", form("[61-80]"), None),
+    ("range", form("[61-80] 75"), [75, 70, 80]),
+    ("range", f"{IC} (61-80): 75\n{CF} (61-80): 70\n{VQ} (61-80): 80", [75, 70, 80]),
+    # only scores on the scale to 100 count
+    ("scale", f"{IC} (1-100): 85\n{CF} (1-100): 70\n{VQ} (out of 100): 80", GOOD),
+    ("scale", form("85/100", "70 / 100", "80 out of 100"), GOOD),
+    ("scale", form("8/10"), None),
+    ("scale", form("8.5 / 10"), None),
+    ("scale", form("4 out of 5"), None),
+    ("scale", form("4/5"), None),
+    ("scale", form("4 / 5"), None),
+    ("scale", form("4／5"), None),
+    ("scale", form("4 (on a 1-5 scale)"), None),
+    ("scale", form("4 on a scale of 1 to 5"), None),
+    ("scale", form("4 on a 5-point scale"), None),
+    ("scale", form("4 (scale 1-5)"), None),
+    ("scale", form("4 (scale: 0-10)"), None),
+    ("scale", form("4 (1-5)"), None),
+    ("scale", form("8 (out of 10)"), None),
+    ("scale", form("8 of 10"), None),
+    ("scale", form("8 (max 10)"), None),
+    ("scale", form("4 stars"), None),
+    ("scale", form("4 ★"), None),
+    ("scale", form("8.5/10 (85/100)"), None),
+    ("scale", form("8 points out of 10"), None),
+    ("scale", form("85/1000"), None),
+    ("scale", form("85 (on a 1-100 scale)"), GOOD),
+    ("scale", form("85 on a scale from 1 to 100"), GOOD),
+    ("scale", form("85 of 100"), GOOD),
+    ("scale", form("85 points out of 100"), GOOD),
+    ("scale", form("85 out of a possible 100"), GOOD),
+    ("scale", form("4 (1-20)"), [4, 70, 80]),
+    ("scale", form("4/100"), [4, 70, 80]),
+    ("scale", form("85 (band 81-100)"), GOOD),
+    # a part of a number or word is no score
+    ("whole", form(-5), None),
+    ("whole", form("−85"), None),
+    ("whole", form("1e2"), None),
+    ("whole", form("1,000"), None),
+    ("whole", form("85,5"), None),
+    ("whole", form("85.5.1"), None),
+    ("whole", form(">90"), None),
+    ("whole", form("85th"), None),
+    ("whole", form("85+"), None),
+    ("whole", form("<90"), None),
+    ("whole", form("85.5.5"), None),
+    ("whole", form("85:30"), None),
+    ("whole", form("85x"), None),
+    ("whole", form("85 000"), None),
+    ("whole", form("85ish"), None),
+    ("whole", form("8½"), None),
+    ("whole", form("8⁄10"), None),
+    ("whole", form("85¹"), GOOD),
+    # brackets of our own template, and others that may stand around a score or before it
+    ("template", f"{IC}: [85]\n{CF}: (70)\n{VQ}: {{80}}", GOOD),
+    ("template", form("<integer 1-100>", "<integer 1-100>", "<integer 1-100>"), None),
+    ("template", form("<85>", "<70>", "<80>"), GOOD),
+    ("template", form("[85/100]", "(70/100)", "<80/100>"), GOOD),
+    (
+        "template",
+        f"{IC} <integer 1-100>: 85\n{CF} <integer 1-100>: 70\n{VQ} <integer 1-100>: 80",
+        GOOD,
+    ),
+    ("template", form("<integer 1-100> 85", "<whole number 1-100> 70", "<80> fine"), GOOD),
+    (
+        "template",
+        form("<integer 1-100>", "<integer 1-100>", "<integer 1-100>") + "\n" + form(85),
+        GOOD,
+    ),
+    ("template", f"{IC} (100): 85\n{CF} (100): 70\n{VQ} (100): 80", GOOD),
+    ("template", f"{IC} [85]\n{CF} [70]\n{VQ} [80]", GOOD),
+    # full-width digits and punctuation
+    ("full width", f"{IC}：85\n{CF}：70\n{VQ}：80", GOOD),
+    ("full width", f"{IC}：８５\n{CF}：７０\n{VQ}：８０", GOOD),
+    ("full width", f"{IC}：85％\n{CF}：70％\n{VQ}：80％", GOOD),
+    ("full width", f"{IC}：85／100\n{CF}：70／100\n{VQ}：80／100", GOOD),
+    ("full width", f"{IC}（1－100）：85\n{CF}（1－100）：70\n{VQ}（1－100）：80", GOOD),
+    ("full width", f"{IC}：85，很好\n{CF}：70（还行）\n{VQ}：80。", GOOD),
+    ("full width", f"{IC}：85分\n{CF}：70 分\n{VQ}：80分", GOOD),
+    ("full width", form(85).replace("&", "＆"), GOOD),
+    ("full width", f"【{IC}】85\n【{CF}】70\n【{VQ}】80", GOOD),
+    ("full width", f"“{IC}”：85，\n“{CF}”：70，\n“{VQ}”：80", GOOD),
+    # Markdown tables, with an axis in each row or column
+    ("table", f"| {IC} | 85 |\n|---|---|\n| {CF} | 70 |\n| {VQ} | 80 |", GOOD),
+    ("table", f"| Axis | Score |\n|---|---|\n| {IC} | 85 |\n| {CF} | 70 |\n| {VQ} | 80 |", GOOD),
+    ("table", f"| {IC} | {CF} | {VQ} |\n|---|---|---|\n| 85 | 70 | 80 |", GOOD),
+    (
+        "table",
+        f"| Video | {IC} | {CF} | {VQ} |\n|:--|:-:|:-:|--:|\n| edited | 85 | **70** | 80/100 |",
+        GOOD,
+    ),
+    ("table", f"{IC} | {CF} | {VQ}\n--- | --- | ---\n85 | 70 | 80", GOOD),
+    (
+        "table",
+        f"| # | Axis | Score (1-100) | Why |\n|---|---|---|---|\n"
+        f"| 1 | {IC} | 85 | 2 cats |\n"
+        f"| 2 | {CF} | 70 | 1 seam |\n"
+        f"| 3 | {VQ} | 80 | 5 frames |",
+        GOOD,
+    ),
+    (
+        "table",
+        f"| Axis | Why | Score |\n|---|---|---|\n"
+        f"| {IC} | 2 cats | 85 |\n"
+        f"| {CF} | 1 seam | 70 |\n| {VQ} | 50 frames | 80 |",
+        GOOD,
+    ),
+    (
+        "table",
+        f"| Axis | Weight | Score |\n|---|---|---|\n"
+        f"| {IC} | 1 | 85 |\n| {CF} | 1 | 70 |\n| {VQ} | 1 | 80 |",
+        GOOD,
+    ),
+    ("table", f"| **{IC}** | 85 |\n| **{CF}** | 70 |\n| **{VQ}** | 80 |", GOOD),
+    ("table", f"| {IC}: 85 | {CF}: 70 | {VQ}: 80 |", GOOD),
+    ("table", f"| Axis | Score |\n|---|---|\n| {IC} | 4/5 |\n| {CF} | 70 |\n| {VQ} | 80 |", None),
+    (
+        "table",
+        f"Here:\n\n| Criterion | Rating |\n| :--- | :---: |\n"
+        f"| {IC} | 85% |\n| {CF} | 70% |\n| {VQ} | 80% |\n\nDone.",
+        GOOD,
+    ),
+    # objects of JSON, also nested or broken
+    ("json", json.dumps({IC: 85, CF: 70, VQ: 80}), GOOD),
+    ("json", json.dumps({IC: "85", CF: "70", VQ: "80"}, indent=2), GOOD),
+    (
+        "json",
+        '{"instruction_compliance": 85, "consistency_detail_fidelity": 70, '
+        '"visual_quality_stability": 80}',
+        GOOD,
+    ),
+    ("json", "```json\n" + json.dumps({IC: 85, CF: 70, VQ: 80}, indent=2) + "\n```", GOOD),
+    ("json", json.dumps({"scores": {IC: 85, CF: 70, VQ: 80}, "reasoning": "2 of 3 cats"}), GOOD),
+    (
+        "json",
+        json.dumps({IC: {"score": 85, "reason": "2 cats"}, CF: {"score": 70}, VQ: {"score": 80}}),
+        GOOD,
+    ),
+    (
+        "json",
+        json.dumps(
+            {
+                IC: {"reason": "2 cats", "score": 85},
+                CF: {"reason": "1 seam", "score": 70},
+                VQ: {"reason": "", "Score": 80},
+            },
+            indent=1,
+        ),
+        GOOD,
+    ),
+    (
+        "json",
+        json.dumps(
+            [{"axis": IC, "score": 85}, {"axis": CF, "score": 70}, {"axis": VQ, "score": 80}]
+        ),
+        GOOD,
+    ),
+    (
+        "json",
+        json.dumps(
+            {
+                "result": {
+                    "instructionCompliance": 85,
+                    "consistencyDetailFidelity": 70,
+                    "visualQualityStability": 80,
+                }
+            }
+        ),
+        GOOD,
+    ),
+    (
+        "json",
+        json.dumps(
+            {
+                "instruction_compliance_score": 85,
+                "instruction_compliance_reason": "2 cats",
+                "consistency_and_detail_fidelity_score": "70/100",
+                "visual_quality_score": 80.4,
+            }
+        ),
+        GOOD,
+    ),
+    ("json", "Here it is: " + json.dumps({IC: 85, CF: 70, VQ: 80}) + " Done.", GOOD),
+    (
+        "json",
+        "{'Instruction Compliance': 85, "
+        "'Consistency & Detail Fidelity': 70, 'Visual Quality & Stability': 80}",
+        GOOD,
+    ),
+    (
+        "json",
+        '{"Instruction Compliance": 85, '
+        '"Consistency & Detail Fidelity": 70, "Visual Quality & Stability": 80,}',
+        GOOD,
+    ),
+    ("json", json.dumps({IC: 850, CF: 70, VQ: 80}), None),
+    ("json", json.dumps({IC: None, CF: 70, VQ: 80}), None),
+    ("json", json.dumps({IC: True, CF: 70, VQ: 80}), None),
+    ("json", json.dumps({IC: "2 cats are missing", CF: 70, VQ: 80}), None),
+    ("json", '{"Instruction Compliance": 85, "Consistency & Detail Fid', None),
+    ("json", "[" * 5000 + form(85), GOOD),
+    (
+        "json",
+        json.dumps({"reasoning": f"{IC}: 20\n{CF}: 20\n{VQ}: 20", IC: 85, CF: 70, VQ: 80}),
+        GOOD,
+    ),
+    # from 1 to 100, and decimals are rounded
+    ("bounds", form("85.4", "70.0", "79.5"), GOOD),
+    ("bounds", form("84.5", "99.6", "1.4"), [85, 100, 1]),
+    ("bounds", form(0), None),
+    ("bounds", form(101), None),
+    ("bounds", form(1000), None),
+    ("bounds", form("100.4"), None),
+    ("bounds", form("0.85"), None),
+    ("bounds", form("nan"), None),
+    ("bounds", form("9" * 400), None),
+    ("bounds", form("1.0"), [1, 70, 80]),
+    ("bounds", form("0.9"), None),
+    ("bounds", form("100.0"), [100, 70, 80]),
+    ("bounds", form("-85"), None),
+    ("bounds", form("085"), GOOD),
+    # a score may be given twice if it is the same
+    ("twice", form(85) + "\n" + form(85), GOOD),
+    ("twice", form(85) + "\n" + form(60), None),
+    ("twice", form(85) + "\n**Final scores**\n" + form("85.0"), GOOD),
+    ("twice", form(85) + "\n" + form(900), None),
+    ("twice", form("4/5") + "\n" + form(80), [80, 70, 80]),
+]
+
+
+def test_every_rule_has_answers_that_it_decides():
+    rules = [rule for rule, _, _ in ANSWERS]
+    assert len(ANSWERS) >= 260 and len({answer for _, answer, _ in ANSWERS}) == len(ANSWERS)
+    assert min(rules.count(rule) for rule in set(rules)) >= 5
+
+
+@pytest.mark.parametrize("rule, answer, scores", ANSWERS)
+def test_scores_are_read_from_an_answer(rule, answer, scores):
+    assert answers.parse_scores(answer) == scores, rule
+
+
+HOSTILE = [
+    f"{IC} ",
+    "instruction ",
+    f"{IC} (",
+    f"{IC}: ",
+    f"{IC}: 85, ",
+    f"| {IC} ",
+    "1" * 50 + ".",
+    "* _",
+    "| ",
+    "[",
+    '{"a":',
+    "<think",
+]
+
+
+@pytest.mark.parametrize("part", HOSTILE)
+def test_a_long_hostile_answer_is_read_at_once(part):
+    """300 kB of almost labels and almost numbers: a pattern of quadratic cost would take hours."""
+    noise = part * (300_000 // len(part))
+    assert answers.parse_scores(noise) is None
+    assert answers.parse_scores(f"{noise}\n{form(85)}") is None  # too long for an answer
+    assert answers.parse_scores(f"{noise}</think>\n{form(85)}") == GOOD
