@@ -1,24 +1,38 @@
-"""Train RVEDiT: Algorithm 1 of the paper, which is `training_step`, and the loop around it.
+"""Train RVEDiT: `training_step` is Algorithm 1 of the paper, `train` is the loop around it.
 
-    python train.py                                         # the toy preset on moving shapes, in one process
-    torchrun --nproc_per_node 4 train.py --out runs/shapes  # the same on 4 GPUs, or in 4 processes without any
-    torchrun --nproc_per_node 8 train.py --preset wan2.2-ti2v-5b --wan DIR --qwen DIR --data FILE...  # the paper's run
-    torchrun --nproc_per_node 8 train.py --checkpoint DIR --data FILE...  # likewise, from Kiwi-Edit's weights or ours
-    torchrun --nproc_per_node 2 train.py --out runs/shapes --resume       # goes on, on any number of processes
+    python train.py                                         # the toy preset on moving shapes
+    torchrun --nproc_per_node 4 train.py --out runs/shapes  # the same on 4 GPUs, or 4 CPU processes
+    torchrun --nproc_per_node 8 train.py --preset wan2.2-ti2v-5b --wan DIR --qwen DIR --data FILE...
+                                                            # the paper's run, from the base models
+    torchrun --nproc_per_node 8 train.py --checkpoint DIR --data FILE...
+                                                            # from Kiwi-Edit's weights, or from ours
+    torchrun --nproc_per_node 2 train.py --out runs/shapes --resume
+                                                            # continue, on any number of processes
 
 Departures from Algorithm 1, where it is silent or would not match Algorithm 2:
-1. "v_t" and "v*_t" are both z_t = (1 - t)·VAE(v*) + t·ε, with u* = ε - VAE(v*); beside it goes VAE(v), then VAE(v*).
-2. The depth of line 16 is drawn first, and the reference branch ends there: its other features are never read. It is
-   the same for all samples of an optimiser step, because the collectives of all ranks must match.
-3. L_fm is a mean (losses.py). A minibatch is split over ranks and accumulation steps; gradients are clipped at norm 1.
-4. A triplet without a caption ℓ* has its instruction in that place.
-5. The toy preset has nothing pretrained: its MLLM trains whole, by a recipe of its own (`RECIPES`).
+1. Its "v_t" and "v*_t" are both z_t = (1 - t)·VAE(v*) + t·ε, and its u* is ε - VAE(v*). The editing
+   branch sees VAE(v) beside z_t, the reference branch VAE(v*).
+2. The depth of line 16 is drawn before the forward passes, so that the reference branch can stop at
+   that block: its other features are never used. All ranks and all samples of an optimiser step
+   share one depth, because FSDP's collectives must match on all ranks.
+3. L_fm is a mean, not a sum (losses.py). A minibatch is split over ranks and accumulation steps.
+   The gradient is clipped at norm 1.
+4. A triplet without a caption ℓ* uses its instruction ℓ instead.
+5. The toy preset has no pretrained MLLM to adapt. It trains all weights, by a recipe of its own.
 
-What is random is a function of (seed, step, sample), so no random state is saved, and only rounding depends on the
-number of ranks. Letters: B clips of a rank, T H W frames, height, width, C T' H' W' those of latents, L blocks.
+Everything random is a function of (seed, step, sample), so checkpoints hold no random state, and
+another number of ranks changes the result by rounding only.
+
+Shape letters: B clips of a rank; T, H, W frames, height and width of a clip; C, T', H', W' channels
+and sides of its latents; L blocks of the DiT.
 """
 
 from __future__ import annotations
+
+import cli
+
+if __name__ == "__main__":
+    cli.begin()
 
 import argparse
 import atexit
@@ -28,15 +42,16 @@ import functools
 import json
 import math
 import multiprocessing
-import os
 import re
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
+from types import FrameType
 from typing import Any
 
 import torch
@@ -44,38 +59,58 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
 import data
 import losses
+import parallel
 import rvedit
 import video
-from cli import Parser, fail, number
+import weights
+from cli import number
 from muon import Muon, muon_rates
-from parallel import shard
 from rvedit import RVEDiT, RVEDiTConfig
 from sample import edit_video
 from shapes import TRAINING_MIX, ShapesDataset
 from vae import WanVAE
 
-# What holds where no option says otherwise; the first is §5 and App. D.1, on 8 GPUs. steps None: one epoch;
-# warmup: share of the steps in which the rate rises; decay: by a cosine to 0 then; muon: for matrices instead of AdamW,
-# at so many times its rate (a quarter of that in the MLLM, whose words the DiT has to keep up with); average: decay of
-# the running mean of the weights that is exported; recompute: activations.
+# --- Recipes --------------------------------------------------------------------------------------
+
+# The presets' own defaults for the options at the end of this file.
 RECIPES: dict[str, dict[str, Any]] = {
-    "wan2.2-ti2v-5b": dict(size=(81, 704, 1280), batch=1, steps=None, lr=1e-5, timestep_shift=1.0,
-                           warmup=0.0, decay=False, muon=0.0, average=0.0, recompute=True),
-    "toy": dict(size=(9, 64, 64), batch=16, steps=2000, lr=2e-3, timestep_shift=5.0,
-                warmup=0.05, decay=True, muon=5.0, average=0.998, recompute=False),
-}  # fmt: skip
-CUDA = torch.cuda.is_available()
-T_BINS, MAX_BAD_STEPS = (
-    5,
-    10,
-)  # parts of [0, 1] with a flow loss of their own; steps in a row that are not finite
+    # The paper's run (§5, App. D.1) on 8 GPUs. What it leaves open is in the README's table.
+    "wan2.2-ti2v-5b": dict(
+        size=(81, 704, 1280),  # T, H, W; 704 is the multiple of 32 nearest to the paper's 720
+        batch=1,  # clips of a rank in a forward pass
+        steps=None,  # as many as one epoch has
+        lr=1e-5,  # AdamW, at a constant rate
+        timestep_shift=1.0,  # t is uniform, as in line 3
+        warmup=0.0,
+        decay=False,
+        muon=0.0,
+        average=0.0,
+        recompute=True,  # activations, see parallel.py
+    ),
+    # Found by experiments on the toy preset (RESULTS.md); it starts from random weights.
+    "toy": dict(
+        size=(9, 64, 64),
+        batch=16,
+        steps=2000,
+        lr=2e-3,
+        timestep_shift=5.0,  # moves t towards noise
+        warmup=0.05,  # share of the steps in which the rate rises from 0
+        decay=True,  # afterwards the rate falls to 0 along a cosine
+        muon=5.0,  # matrices are trained by Muon, at this multiple of the rate
+        average=0.998,  # export a running mean of the weights, with this decay
+        recompute=False,
+    ),
+}
+
+NUM_T_BINS = 5  # the flow loss is also logged for each fifth of t in [0, 1]
+MAX_BAD_STEPS = 10  # so many steps in a row may have a loss or a gradient that is not finite
 
 # --- Algorithm 1 ----------------------------------------------------------------------------------
 
@@ -83,184 +118,408 @@ T_BINS, MAX_BAD_STEPS = (
 def training_step(
     model: RVEDiT, vae: WanVAE, batch: data.Batch, depth: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lines 4-19 of Algorithm 1 for a minibatch on the model's device; depth, from 1 to L, is that of line 16.
+    """Algorithm 1, lines 4-19: the loss of one minibatch.
 
-    Returns the loss and, without gradients, L_fm of each sample, (B,), and L_align.
+    batch: (v, ℓ, v*, ℓ*), t and ε of line 3, on the model's device. depth: the ℓ_idx of line 16,
+    from 1 to L. Returns L (a scalar), and without gradients L_fm of each sample (B,) and L_align.
     """
+    # z_t lies on the straight line from the target's latents (t = 0) to the noise (t = 1).
     with torch.no_grad():
-        videos = map(video.to_float, (batch.source, batch.target))
-        source_latents, target_latents = map(
-            vae.encode, videos
-        )  # (B, 3, T, H, W) in [-1, 1] -> (B, C, T', H', W')
+        source_latents = vae.encode(video.to_float(batch.source))  # (B, C, T', H', W')
+        target_latents = vae.encode(video.to_float(batch.target))
     t = batch.t.view(-1, 1, 1, 1, 1)
     z_t = (1 - t) * target_latents + t * batch.noise
 
-    edit_condition = model.encoder.encode(
-        batch.edit_inputs
-    )  # lines 5 and 7: X_v, X_ℓ and X_e, in one pass of the MLLM
-    edit_contexts = model.contexts(edit_condition)  # line 9, Eq. 3
-    velocity, edit_features = model.dit(
-        z_t, batch.t, edit_contexts, source_latents, capture=depth
-    )  # line 11
+    # Lines 5 and 7, editing branch: one pass of the MLLM gives X_v, X_ℓ and X_e of (v, ℓ).
+    edit_condition = model.encoder.encode(batch.edit_inputs)
 
-    flow = torch.vmap(losses.flow_matching_loss)(
-        velocity, batch.noise, target_latents
-    )  # line 14, (B,), Eq. 6
+    # Line 9, Eq. 3: C^(l) is X_e up to block L_s, then [X_e; X_v; X_ℓ].
+    edit_contexts = model.contexts(edit_condition)
+
+    # Line 11: the velocity û, and the cross-attention features A^(l) at the drawn depth.
+    velocity, edit_features = model.dit(z_t, batch.t, edit_contexts, source_latents, capture=depth)
+
+    # Line 14: L_fm of each sample, so that it can be logged by t.
+    flow = torch.vmap(losses.flow_matching_loss)(velocity, batch.noise, target_latents)  # (B,)
     if model.config.align_weight == 0:
         return flow.mean(), flow.detach(), torch.zeros_like(flow[0])
 
-    with torch.no_grad():  # line 12, and lines 5-9 for its branch
-        ref_contexts = model.contexts(model.encoder.encode(batch.ref_inputs))
+    # Lines 5-9 and 12, reference branch: the same weights read (v*, ℓ*), without gradients.
+    with torch.no_grad():
+        ref_condition = model.encoder.encode(batch.ref_inputs)
+        ref_contexts = model.contexts(ref_condition)
         ref_features = model.dit.features(z_t, batch.t, ref_contexts, target_latents, depth)
-    align = losses.alignment_loss(
-        edit_features, ref_features, model.config.temperature
-    )  # lines 17-18, Eq. 4-5
-    total = flow.mean() + model.config.align_weight * align  # line 19, Eq. 6
+
+    # Lines 17-18, Eq. 4-5: normalise both features, symmetric InfoNCE between them.
+    align = losses.alignment_loss(edit_features, ref_features, model.config.temperature)
+
+    # Line 19, Eq. 6.
+    total = flow.mean() + model.config.align_weight * align
     return total, flow.detach(), align.detach()
 
 
-# --- The model: what trains, and how it is spread over the ranks ----------------------------------
+def compute_gradients(
+    run: Run, batches: Iterator[data.Batch], args: argparse.Namespace, signals: Signals
+) -> dict[str, Any]:
+    """Algorithm 1, lines 3-19, for one optimiser step: the gradients of all its samples.
 
+    Leaves them in `.grad`. Returns what is logged about the step, the same on all ranks.
+    """
+    config = run.model.config
 
-def table(model: RVEDiT, vae: WanVAE) -> str:
-    """How many parameters of each part train, and how many do not."""
-    counts: dict[str, list[int]] = {}
-    for name, parameter in (*model.named_parameters(), *vae.named_parameters("vae")):
-        part = (
-            "lora"
-            if ".lora_" in name
-            else re.match(r"dit\.source_embedding|encoder(\.qwen)?\.\w+|\w+", name)[0]
-        )
-        counts.setdefault(part, [0, 0])[not parameter.requires_grad] += parameter.numel()
-    counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
-    rows = [
-        f"{part:<28}{trainable:>16,}{frozen:>16,}" for part, (trainable, frozen) in counts.items()
-    ]
-    note = (
-        []
-        if model.config.lora_rank
-        else ["There is no pretrained Qwen to adapt by LoRA: this one trains whole."]
+    # Line 16: ℓ_idx ~ U{1, ..., L}, drawn from (seed, step), so that it is the same on all ranks.
+    random = data.generator(args.seed, "depth", run.step)
+    depth = int(torch.randint(1, config.dit.num_blocks + 1, (), generator=random))
+
+    # Sums in float64 of what is logged, over all samples of the step.
+    flow_mean, align_mean, num_broken = torch.zeros(3, dtype=torch.float64, device=run.device)
+    flow_by_t, count_by_t = torch.zeros(2, NUM_T_BINS, dtype=torch.float64, device=run.device)
+
+    for _ in range(args.accumulate):
+        # Line 3: a minibatch (v, ℓ, v*, ℓ*) with its t ~ U[0, 1] and ε ~ N(0, I), see data.Batches.
+        batch = to_device(next(batches), run.device)
+
+        # Lines 4-19. Gradients add up over the passes, and FSDP averages them over the ranks.
+        total, flow, align = training_step(run.model, run.vae, batch, depth)
+        (total / args.accumulate).backward()
+
+        share = args.accumulate * run.ranks
+        flow_mean += flow.mean() / share
+        align_mean += align / share
+        num_broken += batch.broken
+        bins = (batch.t * NUM_T_BINS).long().clamp(max=NUM_T_BINS - 1)  # (B,)
+        one_hot = F.one_hot(bins, NUM_T_BINS).double()  # (B, NUM_T_BINS)
+        flow_by_t += flow.double() @ one_hot
+        count_by_t += one_hot.sum(0)
+
+    # One collective for all sums. It also tells every rank if another one was asked to stop.
+    num_stopped = torch.full_like(num_broken, signals.stop)
+    scalars = torch.stack((flow_mean, align_mean, num_broken, num_stopped))
+    sums = torch.cat((scalars, flow_by_t, count_by_t))
+    dist.all_reduce(sums)
+    flow_mean, align_mean, num_broken, num_stopped = sums[:4].tolist()
+    flow_by_t, count_by_t = sums[4:].view(2, NUM_T_BINS).tolist()
+    return dict(
+        step=run.step + 1,
+        loss=flow_mean + config.align_weight * align_mean,
+        flow=flow_mean,
+        align=align_mean,
+        flow_by_t=[x / n if n else None for x, n in zip(flow_by_t, count_by_t, strict=True)],
+        depth=depth,
+        broken=int(num_broken),
+        stopped=num_stopped > 0,
+        tokens=batch.noise[0, 0].numel() // math.prod(config.dit.patch_size),  # of one sample
     )
-    return "\n".join([f"{'parameters':<28}{'trainable':>16}{'frozen':>16}", *rows, *note])
+
+
+def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
+    """Copy the batch's clips, t and noise; the MLLM's inputs are copied by `EditEncoder.encode`."""
+    return batch._replace(
+        source=batch.source.to(device, non_blocking=True),
+        target=batch.target.to(device, non_blocking=True),
+        t=batch.t.to(device, non_blocking=True),
+        noise=batch.noise.to(device, non_blocking=True),
+    )
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """The rate of a step, counted from 0. The paper's is constant."""
+    lr = args.lr
+    # 1) It rises linearly in the first steps.
+    warmup_steps = max(1.0, args.warmup * args.steps)
+    lr *= min(1.0, (step + 1) / warmup_steps)
+    # 2) It falls to 0 along half a cosine over the whole run.
+    if args.decay:
+        lr *= (1 + math.cos(math.pi * step / args.steps)) / 2
+    return lr
+
+
+def train(
+    run: Run,
+    batches: Iterator[data.Batch],
+    validation: data.Batches,
+    args: argparse.Namespace,
+    signals: Signals,
+) -> None:
+    """Algorithm 1, lines 2-21: all optimiser steps that are left to do.
+
+    Raises SystemExit(0) after a signal, when the state is saved; ValueError if too many clips are
+    broken; SystemExit(1) if too many steps in a row were not finite.
+    """
+    samples_per_step = args.batch * args.accumulate * run.ranks
+    num_read = num_broken = bad_steps = 0
+    with tqdm(total=args.steps, initial=run.step, unit="step", disable=run.rank > 0) as bar:
+        # Line 2: "while not converged" is a given number of steps.
+        while run.step < args.steps:
+            start = time.perf_counter()
+
+            # Lines 3-19: the gradients of the loss.
+            report = compute_gradients(run, batches, args, signals)
+            stopped = report.pop("stopped")
+            tokens = report.pop("tokens")
+
+            # Line 20: update θ and φ. A step with a number that is not finite is skipped; the loss
+            # and the norm are the same on all ranks, so they all skip it.
+            grad_norm = clip_gradients(run.weights)
+            finite = math.isfinite(report["loss"]) and math.isfinite(grad_norm)
+            lr = learning_rate(run.step, args)
+            if finite:
+                run.update(lr)
+            run.optimizer.zero_grad()
+            run.step += 1
+            run.samples += samples_per_step
+
+            # Log the step.
+            speed = samples_per_step / (time.perf_counter() - start)
+            report |= dict(grad_norm=grad_norm, lr=lr, skipped=not finite)
+            report |= dict(
+                samples_per_s=speed, tokens_per_s=speed * tokens, peak_gb=peak_memory() / 1e9
+            )
+            if run.rank == 0:
+                write_log(run.out, report)
+            numbers = {name: f"{x:.3g}" for name, x in report.items() if isinstance(x, float)}
+            bar.set_postfix(numbers, refresh=False)
+            bar.update()
+
+            # Give up on a run that has diverged. Its last good checkpoints stay.
+            bad_steps = 0 if finite else bad_steps + 1
+            if bad_steps == MAX_BAD_STEPS:
+                raise SystemExit(
+                    f"error: the loss or its gradient was not finite in {bad_steps} steps in a row"
+                )
+
+            # Save, and leave if a signal asked for it.
+            if stopped or run.step % args.save_every == 0 or run.step == args.steps:
+                run.save(args.keep)
+            if stopped:
+                raise SystemExit(0)
+
+            # Fewer than 20 broken clips may be bad luck.
+            num_read += samples_per_step
+            num_broken += report["broken"]
+            if num_broken >= 20 and num_broken > args.max_bad * num_read:
+                raise ValueError(
+                    f"{num_broken} of {num_read} clips are broken: see {run.out / 'broken.txt'}, "
+                    "or allow more by --max-bad"
+                )
+
+            # Edit some clips, for a person to look at.
+            if run.step % args.validate_every == 0:
+                run.validate(validation)
+
+    # Line 21: end while. Line 22, "return θ and φ", is `Run.export`.
+
+
+def clip_gradients(weights: dict[str, Tensor]) -> float:
+    """Scale all gradients so that their norm over all weights and ranks is at most 1; that norm."""
+    norm = torch.nn.utils.clip_grad_norm_(weights.values(), max_norm=1.0, foreach=True)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at most: of the GPU's memory, if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_log(out: Path, report: dict[str, Any]) -> None:
+    """Add a line to log.jsonl, with null for numbers that are not finite: JSON has none."""
+    line = {}
+    for name, value in report.items():
+        if isinstance(value, list):
+            line[name] = [x if x is not None and math.isfinite(x) else None for x in value]
+        elif isinstance(value, float) and not math.isfinite(value):
+            line[name] = None
+        else:
+            line[name] = value
+    with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
+
+
+# --- The model and what of it trains --------------------------------------------------------------
 
 
 def choose_trained(model: RVEDiT, freeze_lora: bool = False) -> None:
-    """As in §5, DiT, source embedding, connectors, queries and LoRA train; all, if there is no LoRA (the toy)."""
-    trained = r"dit\.|encoder\.queries|encoder\.\w+_connector" + (
-        "" if freeze_lora else r"|.*\.lora_"
-    )
+    """Set requires_grad as in §5: DiT, source embedding, editing queries, connectors and LoRA.
+
+    A model without LoRA, such as the toy, trains whole. freeze_lora: as in App. D.1.
+    """
+    trained = [r"dit\.", r"encoder\.queries", r"encoder\.\w+_connector"]
+    if not freeze_lora:
+        trained.append(r".*\.lora_")
+    pattern = re.compile("|".join(trained))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.config.lora_rank == 0 or bool(re.match(trained, name)))
+        trains_whole = model.config.lora_rank == 0
+        parameter.requires_grad_(trains_whole or pattern.match(name) is not None)
+
+
+def parameter_table(model: RVEDiT, vae: WanVAE) -> str:
+    """The number of trainable and of frozen parameters of each part, as a table to print."""
+    trainable: dict[str, int] = {}
+    frozen: dict[str, int] = {}
+    for name, parameter in (*model.named_parameters(), *vae.named_parameters("vae")):
+        part = part_of_model(name)
+        trainable.setdefault(part, 0)
+        frozen.setdefault(part, 0)
+        counts = trainable if parameter.requires_grad else frozen
+        counts[part] += parameter.numel()
+
+    lines = [f"{'parameters':<28}{'trainable':>16}{'frozen':>16}"]
+    for part in trainable:
+        lines.append(f"{part:<28}{trainable[part]:>16,}{frozen[part]:>16,}")
+    lines.append(f"{'all':<28}{sum(trainable.values()):>16,}{sum(frozen.values()):>16,}")
+    if model.config.lora_rank == 0:
+        lines.append("This model has no LoRA on a pretrained Qwen, so it trains whole.")
+    return "\n".join(lines)
+
+
+def part_of_model(name: str) -> str:
+    """The part that a parameter belongs to, such as "dit" or "encoder.qwen.visual"."""
+    if ".lora_" in name:
+        return "lora"
+    return re.match(r"dit\.source_embedding|encoder(\.qwen)?\.\w+|\w+", name)[0]
 
 
 def prepare(model: RVEDiT, args: argparse.Namespace, mesh: DeviceMesh | None) -> None:
-    """What comes before the weights are loaded."""
+    """Choose what trains, and shard the model; called before its weights are loaded."""
     choose_trained(model, args.freeze_lora)
-    shard(model, mesh, args.recompute, args.compile)
+    parallel.shard(model, mesh, args.recompute, args.compile)
 
 
 def with_options(config: RVEDiTConfig, args: argparse.Namespace) -> RVEDiTConfig:
-    options = {
-        name: getattr(args, name) for name in ("routing_depth", "align_weight", "temperature")
-    }
-    return dataclasses.replace(
-        config, **{name: value for name, value in options.items() if value is not None}
-    )
+    """The configuration, with those of its fields that are options here and were given."""
+    changes = {}
+    for name in ("routing_depth", "align_weight", "temperature"):
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
+    return dataclasses.replace(config, **changes)
 
 
 def load_model(
     args: argparse.Namespace, mesh: DeviceMesh | None, device: torch.device
 ) -> tuple[RVEDiT, WanVAE]:
-    """The networks in float32, on the meta device until they are sharded: no rank ever holds the editor whole."""
+    """The networks in float32.
+
+    They are built on the meta device, sharded, and only then filled, so that no rank ever holds a
+    whole model.
+    """
     before_loading = functools.partial(prepare, args=args, mesh=mesh)
     if args.preset == "toy" and args.checkpoint is None:
         model, vae = rvedit.scratch(args.seed, device, before_loading)
     else:
         model, vae = rvedit.load(args.checkpoint, args.wan, args.qwen, device, shard=before_loading)
-    if CUDA and model.config.lora_rank:
-        model.encoder.qwen.visual.to(
-            torch.bfloat16
-        )  # frozen, and outside FSDP; so are the weights that Qwen publishes
-    if (
-        args.routing_depth is None
-        and args.checkpoint
-        and rvedit.layout(args.checkpoint) != "rvedit"
-    ):
-        args.routing_depth = (
-            model.config.dit.num_blocks // 2
-        )  # Kiwi-Edit's, which is now to learn Eq. 3
+
+    # The frozen vision tower stays outside FSDP, which would cast it. Qwen's weights are bfloat16.
+    if device.type == "cuda" and model.config.lora_rank:
+        model.encoder.qwen.visual.to(torch.bfloat16)
+
+    # Kiwi-Edit's checkpoints have L_s = L. Training from them is to learn the routing of Eq. 3.
+    foreign = args.checkpoint is not None and rvedit.layout(args.checkpoint) != "rvedit"
+    if foreign and args.routing_depth is None:
+        args.routing_depth = model.config.dit.num_blocks // 2
     model.config = with_options(model.config, args)
     return model, vae
 
 
-# --- The run: its checkpoints and its loop --------------------------------------------------------
+def make_optimizer(weights: dict[str, Tensor], args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW, as in §5; the toy's recipe trains its matrices by Muon instead."""
+    if args.muon:
+        rates = muon_rates(weights, args.muon)
+        optimizer = Muon(list(weights.values()), rates, betas=(0.9, 0.999), weight_decay=0.01)
+    else:
+        # foreach has to be asked for: with sharded weights PyTorch loops over them by default.
+        optimizer = torch.optim.AdamW(
+            weights.values(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.01, foreach=True
+        )
+    # PyTorch makes the moments in the first step, but a checkpoint is loaded in place before it.
+    for weight in weights.values():
+        optimizer.state[weight] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(weight),
+            "exp_avg_sq": torch.zeros_like(weight),
+        }
+    return optimizer
+
+
+# --- The run: its state and its files -------------------------------------------------------------
 
 
 class Run:
-    """What training changes, and where it stands: where its last finished checkpoint does, if it has one."""
+    """What training changes, and how far it is. Goes on from the last checkpoint in OUT, if any."""
 
     def __init__(
         self, model: RVEDiT, vae: WanVAE, device: torch.device, args: argparse.Namespace
     ) -> None:
-        self.model, self.vae, self.device, self.out, self.decay = (
-            model,
-            vae,
-            device,
-            args.out,
-            args.average,
-        )
-        self.rank, self.ranks, self.step, self.samples = (
-            dist.get_rank(),
-            dist.get_world_size(),
-            0,
-            0,
-        )
+        self.model = model
+        self.vae = vae
+        self.device = device
+        self.out = args.out
+        self.rank = dist.get_rank()
+        self.ranks = dist.get_world_size()
+        self.step = 0  # optimiser steps done
+        self.samples = 0  # samples trained on, over all ranks
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        rates = muon_rates(self.weights, args.muon) if args.muon else {}
-        self.optimizer = Muon(
-            [*self.weights.values()], rates, betas=(0.9, 0.999), weight_decay=0.01
-        )  # or AdamW
-        self.average = (
-            {name: p.detach().clone() for name, p in self.weights.items()} if args.average else {}
-        )
-        for folder in finished(self.out)[-1:]:
-            state = self.state()
-            try:
-                dcp.load(state, checkpoint_id=folder)  # in place
-            except dcp.api.CheckpointException:
-                raise ValueError(f"{folder} is of another model, or damaged") from None
-            self.step, self.samples = state["progress"].tolist()
+        self.optimizer = make_optimizer(self.weights, args)
+        self.average_decay = args.average
+        self.average: dict[str, Tensor] = {}
+        if args.average:
+            self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+        checkpoints = finished(self.out)
+        if checkpoints:
+            self.load(checkpoints[-1])
 
     @torch.no_grad()
     def update(self, lr: float) -> None:
-        """Line 20, and the running mean of the weights, short at first so that it forgets the start."""
-        self.optimizer.param_groups[0]["lr"] = lr
+        """One step of the optimiser, and of the running mean of the weights if there is one."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
         if self.average:
-            decay = min(self.decay, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(
-                list(self.average.values()), list(self.weights.values()), 1 - decay
-            )
+            # A shorter mean in the first steps forgets the initial weights.
+            decay = min(self.average_decay, (1 + self.step) / (10 + self.step))
+            means, weights = list(self.average.values()), list(self.weights.values())
+            torch._foreach_lerp_(means, weights, 1 - decay)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model with its averaged weights, if it has any; afterwards its own are back, bit for bit."""
-        for entering in (True, False):
-            for name, mean in self.average.items():
-                weight, kept = self.weights[name].detach(), mean.clone()
-                mean.copy_(weight)
-                weight.copy_(kept)
-            if entering:
-                yield
+        """Within this context the model has its averaged weights, if there are any."""
+        self.swap_averages()
+        yield
+        self.swap_averages()
+
+    def swap_averages(self) -> None:
+        """Exchange the weights and their running means, bit for bit."""
+        for name, mean in self.average.items():
+            weight = self.weights[name].detach()
+            kept = mean.clone()
+            mean.copy_(weight)
+            weight.copy_(kept)
 
     def state(self) -> dict[str, Any]:
-        """What a training checkpoint holds: all but the frozen weights, which come from where the run started."""
-        moments = {name: self.optimizer.state[p] for name, p in self.weights.items()}
-        progress = torch.tensor([self.step, self.samples])
-        return dict(weights=self.weights, moments=moments, average=self.average, progress=progress)
+        """The tensors of a training checkpoint. Frozen weights are not among them: --resume reads
+        those from where the run started."""
+        return dict(
+            weights=self.weights,
+            moments={name: self.optimizer.state[p] for name, p in self.weights.items()},
+            average=self.average,
+            progress=torch.tensor([self.step, self.samples]),
+        )
+
+    def load(self, checkpoint: Path) -> None:
+        """Continue from a training checkpoint, written by any number of ranks."""
+        state = self.state()
+        try:
+            dcp.load(state, checkpoint_id=checkpoint)  # in place
+        except dcp.api.CheckpointException:
+            raise ValueError(f"{checkpoint} is of another model, or damaged") from None
+        self.step, self.samples = state["progress"].tolist()
 
     def save(self, keep: int) -> None:
-        """A distributed checkpoint, which gets its name only when complete; then all but the last `keep` go."""
+        """Write a training checkpoint, and delete all but the last `keep`.
+
+        It gets its final name when it is complete, so a kill at any time loses none.
+        """
         partial = self.out / "checkpoints" / "partial"
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -273,31 +532,66 @@ class Run:
         dist.barrier()
 
     def export(self) -> None:
-        """Our checkpoint, for sample.py: gathered tensor by tensor on all ranks, written by the first."""
+        """Write OUT/model, a checkpoint for sample.py."""
         with self.averaged():
-            state = self.model.state_dict().items()
-            tensors = (
-                (name, t.full_tensor() if isinstance(t, DTensor) else t) for name, t in state
-            )
+            tensors = self.whole_tensors()
             if self.rank == 0:
                 rvedit.save(self.out / "model", self.model, self.vae, tensors)
-            for _ in tensors:
+            for _ in tensors:  # the other ranks only take part in gathering
                 pass
         dist.barrier()
 
+    def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of the model's tensors, gathered one at a time on all ranks at once."""
+        for name, tensor in self.model.state_dict().items():
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
     def validate(self, clips: data.Batches) -> None:
-        """Edit four clips or more, each rank its own but all as many; write source, edit and target side by side."""
+        """Edit at least four clips, and write source, edit and target side by side.
+
+        Each rank edits other clips, but all of them equally many: FSDP's gathers are collective.
+        """
+        clips_per_rank = math.ceil(4 / self.ranks)
         with self.averaged():
-            for index in range(self.rank, math.ceil(4 / self.ranks) * self.ranks, self.ranks):
-                source, instruction, target, _ = clips.fit(
-                    index % len(clips.triplets), step=self.step
-                )
-                clip = torch.cat(
-                    (source, edit_video(self.model, self.vae, source, instruction), target), dim=2
-                )
-                video.write_video(
-                    self.out / "validation" / f"step-{self.step:08d}-{index}.mp4", clip
-                )
+            for number in range(clips_per_rank):
+                index = number * self.ranks + self.rank
+                triplet = clips.fit(index % len(clips.triplets), step=self.step)
+                edit = edit_video(self.model, self.vae, triplet.source, triplet.instruction)
+                side_by_side = torch.cat((triplet.source, edit, triplet.target), dim=2)
+                name = f"step-{self.step:08d}-{index}.mp4"
+                video.write_video(self.out / "validation" / name, side_by_side)
+
+
+def finished(out: Path) -> list[Path]:
+    """The training checkpoints of a run, the newest last."""
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
+def begin_log(run: Run, args: argparse.Namespace) -> None:
+    """Write run.json, the options that --resume takes up, and cut log.jsonl at the run's step.
+
+    A run that was killed may have logged steps after its last checkpoint, which are done again.
+    """
+    (run.out / "validation").mkdir(parents=True, exist_ok=True)
+    options = vars(args) | {"resume": False, "export": False}
+    cli.write_text(run.out / "run.json", json.dumps(options, default=str, indent=1))
+    log = run.out / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    cli.write_text(log, "".join(lines[: run.step]))
+
+
+# --- The clips ------------------------------------------------------------------------------------
+
+
+def open_triplets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """The triplets to train on, and those to validate on."""
+    if args.data:
+        tables = [data.TripletDataset(file, max_frames=args.size[0]) for file in args.data]
+        return ConcatDataset(tables), ConcatDataset(tables)
+    # Moving shapes, drawn as they are needed; those of another seed validate.
+    training = ShapesDataset(args.seed, 1_000_000, *args.size, TRAINING_MIX)
+    validation = ShapesDataset(args.seed + 1, 1_000_000, *args.size, TRAINING_MIX)
+    return training, validation
 
 
 def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.Batches:
@@ -318,333 +612,289 @@ def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.
     )
 
 
-def finished(out: Path) -> list[Path]:
-    return sorted((out / "checkpoints").glob("step-*"))
-
-
-def compute_gradients(
-    run: Run, batches: Iterator[data.Batch], args: argparse.Namespace, stop: list[int]
-) -> dict[str, Any]:
-    """Lines 3-19 for one optimiser step. Leaves the gradients; returns what is reported, the same on all ranks."""
-    config = run.model.config
-    depth = int(
-        torch.randint(
-            1, config.dit.num_blocks + 1, (), generator=data.generator(args.seed, "depth", run.step)
-        )
+def load_in_workers(
+    batches: data.Batches, run: Run, args: argparse.Namespace
+) -> Iterator[data.Batch]:
+    """The minibatches that are left to train on, made by worker processes."""
+    keys = []
+    for step in range(run.step, args.steps):
+        for micro in range(args.accumulate):
+            keys.append((step, micro))
+    loader = DataLoader(
+        batches,
+        batch_size=None,  # an item is a minibatch already
+        sampler=keys,
+        num_workers=args.workers,
+        multiprocessing_context="fork" if args.workers else None,
+        worker_init_fn=ignore_signals,
+        pin_memory=run.device.type == "cuda",
+        generator=torch.Generator(),  # else it would draw from the global one
     )
-    tally = torch.zeros(4 + 2 * T_BINS, dtype=torch.float64, device=run.device)
-    for _ in range(args.accumulate):
-        batch = next(batches)
-        batch = data.Batch(*(x.to(run.device, non_blocking=True) for x in batch[:4]), *batch[4:])
-        total, flow, align = training_step(run.model, run.vae, batch, depth)
-        (total / args.accumulate).backward()
-        tally[:2] += torch.stack((flow.mean(), align)) / (args.accumulate * run.ranks)
-        tally[2] += batch.broken
-        bins = F.one_hot(
-            (batch.t * T_BINS).long().clamp(max=T_BINS - 1), T_BINS
-        ).double()  # (B, T_BINS)
-        tally[4:] += torch.cat((flow.double() @ bins, bins.sum(0)))
-    tally[3] = len(stop)
-    dist.all_reduce(tally)
-    flow, align, broken, stopped, *bins = tally.tolist()
-    by_t = [
-        part / count if count else None
-        for part, count in zip(bins[:T_BINS], bins[T_BINS:], strict=True)
-    ]
-    tokens = batch.noise[0, 0].numel() // math.prod(config.dit.patch_size)  # of a sample
-    report = dict(
-        step=run.step + 1,
-        loss=flow + config.align_weight * align,
-        flow=flow,
-        align=align,
-        flow_by_t=by_t,
-    )
-    return report | dict(depth=depth, broken=int(broken), stopped=stopped > 0, tokens=tokens)
+    # Workers ignore SIGTERM, by which Python ends them at exit and then waits for them: after an
+    # error that nobody foresaw it would wait for ever.
+    atexit.register(kill_workers)
+    minibatches = iter(loader)
+    while True:
+        try:
+            yield next(minibatches)
+        except StopIteration:
+            return
+        except (ValueError, OSError) as error:
+            # One from a worker has the worker's whole traceback before its own message.
+            message = str(error).strip().splitlines()[-1]
+            raise ValueError(message.removeprefix("ValueError: ")) from None
 
 
-def train(
-    run: Run,
-    batches: Iterator[data.Batch],
-    validation: data.Batches,
-    args: argparse.Namespace,
-    stop: list[int],
-) -> None:
-    """Lines 2-21. Exits with 0 after a signal and 1 after too many bad steps; ValueError for too many broken clips."""
-    size = args.batch * args.accumulate * run.ranks  # samples of an optimiser step
-    bad = broken = read = 0
-    with tqdm(total=args.steps, initial=run.step, unit="step", disable=run.rank > 0) as bar:
-        while run.step < args.steps:
-            start = time.perf_counter()
-            report = compute_gradients(run, batches, args, stop)
-            norm = torch.nn.utils.clip_grad_norm_(run.weights.values(), 1.0, foreach=True)
-            norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-            finite = math.isfinite(report["loss"]) and math.isfinite(norm)  # the same on all ranks
-            lr = args.lr * min(1.0, (run.step + 1) / max(1.0, args.warmup * args.steps))
-            lr *= (1 + math.cos(math.pi * run.step / args.steps)) / 2 if args.decay else 1
-            if finite:
-                run.update(lr)
-            run.optimizer.zero_grad()
-            run.step, run.samples = run.step + 1, run.samples + size
-            speed, stopped = size / (time.perf_counter() - start), report.pop("stopped")
-            peak = (
-                torch.cuda.max_memory_allocated()
-                if CUDA
-                else getrusage(RUSAGE_SELF).ru_maxrss * 1024
-            )
-            report |= dict(grad_norm=norm, lr=lr, skipped=not finite, samples_per_s=speed)
-            report |= dict(tokens_per_s=speed * report.pop("tokens"), peak_gb=peak / 1e9)
-            if run.rank == 0:
-                with open(run.out / "log.jsonl", "a", encoding="utf-8") as log:  # JSON knows no NaN
-                    log.write(
-                        json.dumps(json.loads(json.dumps(report), parse_constant=lambda _: None))
-                        + "\n"
-                    )
-            bar.set_postfix(
-                {name: f"{x:.3g}" for name, x in report.items() if isinstance(x, float)},
-                refresh=False,
-            )
-            bar.update()
-            read, broken, bad = read + size, broken + report["broken"], 0 if finite else bad + 1
-            if bad == MAX_BAD_STEPS:
-                raise SystemExit(
-                    f"error: the loss or its gradient was not finite in {bad} steps in a row"
-                )
-            if stopped or run.step % args.save_every == 0 or run.step == args.steps:
-                run.save(args.keep)
-            if stopped:
-                raise SystemExit(0)
-            if broken >= 20 and broken > args.max_bad * read:  # fewer may be bad luck
-                raise ValueError(
-                    f"{broken} of {read} clips are broken, see {run.out / 'broken.txt'} and --max-bad"
-                )
-            if run.step % args.validate_every == 0:
-                run.validate(validation)
+def ignore_signals(worker: int) -> None:
+    """A signal to all processes of a job must not end the workers before the step is done."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-# --- Command line ---------------------------------------------------------------------------------
+def kill_workers() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        description="Train RVEDiT. Defaults not given here are the preset's RECIPES.",
+# --- Options --------------------------------------------------------------------------------------
+
+# Defaults of the options that do not depend on the preset. None: the model's own, or nothing.
+DEFAULTS: dict[str, Any] = dict(
+    checkpoint=None,
+    wan=None,
+    qwen=None,
+    routing_depth=None,
+    freeze_lora=False,
+    align_weight=None,
+    temperature=None,
+    data=None,
+    max_bad=0.01,
+    workers=2,
+    accumulate=1,
+    seed=0,
+    compile=False,
+    out=Path("runs/train"),
+    resume=False,
+    save_every=500,
+    keep=2,
+    validate_every=500,
+    plan=None,
+    export=False,
+)
+PATHS = ("checkpoint", "wan", "qwen", "out")  # options that run.json holds as strings
+
+
+def make_parser() -> cli.Parser:
+    """Options that are not given are left out of the result, for `parse_arguments` to fill in."""
+    parser = cli.Parser(
+        description="Train RVEDiT. Defaults that are not given here are those of the preset.",
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     natural, positive = number(int, 1), number(float, 1e-9)
-    net = parser.add_argument_group("the model")
-    net.add_argument(
-        "--preset", choices=RECIPES, help="default: toy, but wan2.2-ti2v-5b with --data or --wan"
+
+    group = parser.add_argument_group("the model")
+    group.add_argument(
+        "--preset", choices=RECIPES, help="default: toy, or wan2.2-ti2v-5b with --data or --wan"
     )
-    net.add_argument(
-        "--checkpoint", type=Path, help="to start from: a folder of ours or Kiwi-Edit's"
+    group.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="start from this folder: a checkpoint of ours or Kiwi-Edit's",
     )
-    net.add_argument(
-        "--wan", type=Path, help="folder of Wan2.2-TI2V-5B, to start from without a checkpoint"
+    group.add_argument(
+        "--wan", type=Path, help="without --checkpoint: start from this folder of Wan2.2-TI2V-5B"
     )
-    net.add_argument("--qwen", type=Path, help="folder of Qwen2.5-VL-3B-Instruct, likewise")
-    net.add_argument(
+    group.add_argument("--qwen", type=Path, help="and from this folder of Qwen2.5-VL-3B-Instruct")
+    group.add_argument(
         "--routing-depth",
         type=number(int, 0),
-        help="L_s, in blocks; default: the model's, or half of L",
+        help="L_s of Eq. 3, in blocks; default: the model's, or L/2 from Kiwi-Edit",
     )
-    net.add_argument(
+    group.add_argument(
         "--freeze-lora",
         action="store_true",
-        help="as in App. D.1; by default it trains, as in Alg. 1",
+        help="do not train the LoRA, as in App. D.1; by default it trains, as in Algorithm 1",
     )
-    loss = parser.add_argument_group("the loss")
-    loss.add_argument(
+
+    group = parser.add_argument_group("the loss")
+    group.add_argument(
         "--align-weight", type=number(float, 0), help="λ of Eq. 6; default: the model's, 0.75"
     )
-    loss.add_argument("--temperature", type=positive, help="τ of Eq. 5; default: the model's, 0.07")
-    loss.add_argument(
-        "--timestep-shift", type=positive, help="of t towards noise; 1 is Algorithm 1's uniform t"
+    group.add_argument(
+        "--temperature", type=positive, help="τ of Eq. 5; default: the model's, 0.07"
     )
-    clips = parser.add_argument_group("the clips")
-    clips.add_argument(
+    group.add_argument(
+        "--timestep-shift",
+        type=positive,
+        help="draw t closer to noise if above 1; 1 is Algorithm 1's uniform t",
+    )
+
+    group = parser.add_argument_group("the clips")
+    group.add_argument(
         "--data",
         nargs="+",
         type=Path,
         metavar="FILE",
-        help=".csv or .jsonl; default: moving shapes",
+        help="tables of triplets, .csv or .jsonl; default: moving shapes",
     )
-    clips.add_argument(
+    group.add_argument(
         "--size",
         nargs=3,
         type=natural,
-        metavar=tuple("THW"),
-        help="to crop to: 4k + 1 frames, pixels",
+        metavar=("T", "H", "W"),
+        help="crop clips to 4k + 1 frames of H x W pixels",
     )
-    clips.add_argument(
+    group.add_argument(
         "--max-bad",
         type=number(float, 0, 1),
-        default=0.01,
-        help="broken share allowed (default 0.01)",
+        help="stop if a larger share of the clips is broken (default 0.01)",
     )
-    clips.add_argument(
+    group.add_argument(
         "--workers",
         type=number(int, 0),
-        default=2,
-        help="processes a rank that read them (default 2)",
+        help="processes that read clips, for each rank (default 2)",
     )
-    opt = parser.add_argument_group("optimisation")
-    opt.add_argument(
-        "--steps", type=natural, help="of the optimiser, from the start of the run; None: one epoch"
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument(
+        "--steps", type=natural, help="optimiser steps of the whole run; default: one epoch"
     )
-    opt.add_argument("--batch", type=natural, help="clips a rank in each forward pass")
-    opt.add_argument(
-        "--accumulate", type=natural, default=1, help="passes to an optimiser step (default 1)"
+    group.add_argument("--batch", type=natural, help="clips of a rank in one forward pass")
+    group.add_argument(
+        "--accumulate", type=natural, help="forward passes in one optimiser step (default 1)"
     )
-    opt.add_argument("--lr", type=positive, help="AdamW's rate at its highest")
-    opt.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of all that is random (default 0)"
+    group.add_argument("--lr", type=positive, help="the highest learning rate of AdamW")
+    group.add_argument(
+        "--seed", type=number(int, 0), help="determines everything random (default 0)"
     )
-    opt.add_argument("--compile", action="store_true", help="torch.compile, block by block")
-    run = parser.add_argument_group("the run")
-    run.add_argument(
-        "--out", type=Path, default=Path("runs/train"), help="its folder (default runs/train)"
-    )
-    run.add_argument(
+    group.add_argument("--compile", action="store_true", help="compile each block (torch.compile)")
+
+    group = parser.add_argument_group("the run")
+    group.add_argument("--out", type=Path, help="folder to write to (default runs/train)")
+    group.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the last checkpoint in OUT, with its options",
+        help="continue the run in OUT from its last checkpoint, with its options",
     )
-    run.add_argument(
-        "--save-every", type=natural, default=500, help="steps between checkpoints (default 500)"
+    group.add_argument(
+        "--save-every", type=natural, help="steps between two checkpoints (default 500)"
     )
-    run.add_argument("--keep", type=natural, default=2, help="so many last checkpoints (default 2)")
-    run.add_argument(
+    group.add_argument("--keep", type=natural, help="keep this many checkpoints (default 2)")
+    group.add_argument(
         "--validate-every",
         type=natural,
-        default=500,
-        help="steps between edits to look at (default 500)",
+        help="steps between two sets of edits to look at (default 500)",
     )
-    run.add_argument(
-        "--plan",
-        type=natural,
-        metavar="RANKS",
-        help="print the memory of a run on so many, and stop",
+    group.add_argument(
+        "--plan", type=natural, metavar="RANKS", help="print the memory that a run needs, and stop"
     )
-    run.add_argument(
+    group.add_argument(
         "--export", action="store_true", help="write OUT/model from the last checkpoint, and stop"
     )
-    args = parser.parse_args(argv)
-    preset = args.preset or ("wan2.2-ti2v-5b" if args.data or args.wan else "toy")
-    parser.set_defaults(**RECIPES[preset], preset=preset)
-    if (args.resume or args.export) and (args.out / "run.json").is_file():
-        parser.set_defaults(**json.loads((args.out / "run.json").read_text()))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options: as given, else those of the run that goes on, else the preset's and DEFAULTS."""
+    given = vars(make_parser().parse_args(argv))
+    out = given.get("out", DEFAULTS["out"])
+    saved = {}
+    if (given.get("resume") or given.get("export")) and (out / "run.json").is_file():
+        saved = read_options(out / "run.json")
+    chosen = saved | given
+    if "preset" not in chosen:
+        full_size = chosen.get("data") or chosen.get("wan")
+        chosen["preset"] = "wan2.2-ti2v-5b" if full_size else "toy"
+    args = argparse.Namespace(**(DEFAULTS | RECIPES[chosen["preset"]] | chosen))
     if args.preset != "toy" and not args.data and not args.plan:
-        fail(f"--preset {args.preset} needs --data FILE: triplets of videos and instructions")
+        cli.fail(f"--preset {args.preset} needs --data FILE: triplets of videos and instructions")
     return args
 
 
-def launch(args: argparse.Namespace, device: torch.device, stop: list[int]) -> None:
-    """From the options to the exported checkpoint."""
-    ranks, rank, former = dist.get_world_size(), dist.get_rank(), finished(args.out)
-    if former and not (args.resume or args.export):
+def read_options(file: Path) -> dict[str, Any]:
+    """The options that an earlier run had, from its run.json."""
+    options = weights.read_json(file)
+    for name in PATHS:
+        if options[name] is not None:
+            options[name] = Path(options[name])
+    return options
+
+
+# --- Start and end --------------------------------------------------------------------------------
+
+
+class Signals:
+    """While this context lasts, SIGTERM and Ctrl-C only leave a note.
+
+    All ranks look at it together at the end of a step, so that they stop at the same one.
+    """
+
+    stop = False
+
+    def __enter__(self) -> Signals:
+        self.former = {}
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            self.former[kind] = signal.signal(kind, self.note)
+        return self
+
+    def note(self, kind: int, frame: FrameType | None) -> None:
+        self.stop = True
+
+    def __exit__(self, *error: object) -> None:
+        for kind, handler in self.former.items():
+            signal.signal(kind, handler)
+
+
+def launch(args: argparse.Namespace, device: torch.device, signals: Signals) -> None:
+    """A whole run, from the options to the exported checkpoint."""
+    # Look before anything is loaded whether OUT is what the options take it for.
+    checkpoints = finished(args.out)
+    if checkpoints and not (args.resume or args.export):
         raise ValueError(
             f"{args.out} holds a run: add --resume to go on with it, or give another --out"
         )
-    if args.export and not former:
+    if args.export and not checkpoints:
         raise ValueError(f"{args.out} holds no training checkpoint to export")
-    # One process without a GPU has nothing to shard and no second precision.
-    mesh = init_device_mesh(device.type, (ranks,)) if CUDA or ranks > 1 else None
-    model, vae = load_model(args, mesh, device)
-    if args.data:
-        triplets = validation = ConcatDataset(
-            [data.TripletDataset(f, max_frames=args.size[0]) for f in args.data]
-        )
-    else:
-        triplets, validation = (
-            ShapesDataset(args.seed + i, 1_000_000, *args.size, TRAINING_MIX) for i in range(2)
-        )
-    args.steps = args.steps or max(1, len(triplets) // (args.batch * args.accumulate * ranks))
+
+    # The networks, sharded over the ranks, and the clips.
+    model, vae = load_model(args, parallel.make_mesh(device), device)
+    triplets, validation = open_triplets(args)
+    if args.steps is None:
+        samples_per_step = args.batch * args.accumulate * dist.get_world_size()
+        args.steps = max(1, len(triplets) // samples_per_step)
+
+    # The optimiser, and all that a former checkpoint holds.
     run = Run(model, vae, device, args)
-    if rank == 0:
-        print(table(model, vae), flush=True)
-        (args.out / "validation").mkdir(parents=True, exist_ok=True)
-        options, log = vars(args) | {"resume": False, "export": False}, args.out / "log.jsonl"
-        options = json.dumps(options, default=str, indent=1)
-        lines = (
-            log.read_text().splitlines(keepends=True) if log.exists() else []
-        )  # one for each step
-        for name, text in (
-            ("run.json", options),
-            ("log.jsonl", "".join(lines[: run.step])),
-        ):  # complete or not at all
-            (args.out / "new").write_text(text)
-            (args.out / "new").replace(args.out / name)
+    if run.rank == 0:
+        print(parameter_table(model, vae), flush=True)
+        begin_log(run, args)
     dist.barrier()
+
+    # Train, and write the model that sample.py takes.
     if not args.export:
-        keys = (
-            (step, micro)
-            for step in range(run.step, args.steps)
-            for micro in range(args.accumulate)
-        )
-        loading = dict(
-            num_workers=args.workers, multiprocessing_context="fork" if args.workers else None
-        )
-        loading |= dict(
-            pin_memory=CUDA, generator=torch.Generator()
-        )  # of its own, not the global one
-        # A signal to all processes of a job must not take away the workers before the step and the checkpoint are done.
-        loading |= dict(worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN))
-        # After an error that nobody foresaw, Python would wait for ever for what it ends by that signal.
-        atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
-        batches = DataLoader(
-            make_batches(triplets, run, args), batch_size=None, sampler=keys, **loading
-        )
-        train(run, iter(batches), make_batches(validation, run, args), args, stop)
+        minibatches = load_in_workers(make_batches(triplets, run, args), run, args)
+        train(run, minibatches, make_batches(validation, run, args), args, signals)
     run.export()
 
 
+@cli.guarded
 def main(argv: list[str] | None = None) -> None:
-    args, stop = parse_arguments(argv), []
+    args = parse_arguments(argv)
     if args.plan:
-        from experiments import plan  # which imports this file
-
-        return plan.main(args)
-    # A handler only takes a note: all ranks agree on stopping at the end of a step.
-    former = {
-        kind: signal.signal(kind, lambda *_: stop.append(1))
-        for kind in (signal.SIGTERM, signal.SIGINT)
-    }
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
-    )
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    if CUDA:
-        if device.index >= torch.cuda.device_count():
-            fail(
-                f"this machine has no GPU for its rank {device.index}: give a smaller --nproc_per_node"
+        bench = Path(__file__).parent / "experiments" / "bench.py"
+        options = sys.argv[1:] if argv is None else argv
+        raise SystemExit(subprocess.run([sys.executable, bench, *options]).returncode)
+    with Signals() as signals, parallel.processes() as device:
+        try:
+            launch(args, device, signals)
+        except torch.OutOfMemoryError:
+            cli.fail(
+                f"out of memory on {device}: take more GPUs, a smaller --batch, or smaller or "
+                "shorter clips"
             )
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo_on_one_thread", **alone)
-    try:
-        launch(args, device, stop)
-    except torch.OutOfMemoryError:
-        fail(
-            f"out of memory on {device}: take more GPUs, a smaller --batch, or smaller or shorter clips"
-        )
-    except (
-        dcp.api.CheckpointException
-    ) as error:  # a BaseException, whose message is a traceback for each rank
-        cause, _ = next(iter(error.failures.values()))
-        fail(
-            f"the checkpoint of this step cannot be written to {args.out}: {cause}".splitlines()[0]
-        )
-    except (ValueError, OSError) as error:
-        fail(
-            str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        )  # those of a reader end a traceback
-    finally:
-        # A rank that failed must not wait here for those that wait for it elsewhere: torchrun would not see it end.
-        if alone or not getattr(
-            error := sys.exc_info()[1], "code", error
-        ):  # all stop alike with SystemExit(0)
-            dist.destroy_process_group()
-        for kind, handler in former.items():
-            signal.signal(kind, handler)
+        except dcp.api.CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            cli.fail(f"the checkpoint of this step cannot be written to {args.out}: {cause}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_orthogonalizing_is_a_polynomial_of_the_singular_values(shape):
 
 
 def test_steps_equal_the_definition():
-    """Nesterov momentum, made orthogonal, beside AdamW for the rest; a kernel is a matrix with its outputs as rows."""
+    """Orthogonalized Nesterov momentum for matrices and kernels, AdamW for the rest."""
     generator = torch.Generator().manual_seed(1)
     shapes = (6, 9), (4, 2, 3), (5,)
     matrix, kernel, vector = (

@@ -1,4 +1,4 @@
-"""What a recomputed block keeps: the same gradients bit for bit, no expensive operation twice. And gloo on a thread."""
+"""Recomputation gives the same gradients and repeats nothing expensive; gloo on one thread."""
 
 import collections
 import functools
@@ -31,7 +31,7 @@ dist.destroy_process_group()
 
 
 class Operations(TorchDispatchMode):
-    """Counts attention passes, and matrix products by whether they are wider than what they read."""
+    """Counts attention passes, and matrix products by whether they are wider than their input."""
 
     def __init__(self):
         super().__init__()
@@ -72,14 +72,13 @@ def test_kept_results_are_not_computed_again_and_gradients_are_the_same_bits():
     assert not plain[1]["attention"] and not plain[1]["wide"] and not plain[1]["narrow"]
     assert selective[1]["attention backward"] == plain[1]["attention backward"] > 0
     assert not selective[1]["attention"] and not selective[1]["narrow"]
-    assert (
-        selective[1]["wide"] == 3 + 2 * 3
-    )  # in a DiT block feed-forward, in a vision block q-k-v, gate and up
+    # A DiT block has one wide product (feed-forward), a vision block three (q-k-v, gate and up).
+    assert selective[1]["wide"] == 3 + 2 * 3
 
 
 @pytest.mark.slow
 def test_compiled_blocks_keep_the_same(monkeypatch):
-    """Seen by the profiler: no compiler runs under the counter above. Its last stage, which takes minutes, left out."""
+    """Seen by the profiler, because compiled code does not run under the counter above."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     expected, *_ = step(recompute=False)
     model, vae, batch = build(recompute=True, compile=True)
@@ -96,5 +95,5 @@ def test_compiled_blocks_keep_the_same(monkeypatch):
 
 
 def test_many_collectives_at_once_leave_the_heap_whole():
-    """In a process of its own: with "gloo" in the place of "gloo_on_one_thread" most of them abort in PyTorch 2.13."""
+    """In a process of its own: PyTorch 2.13 mostly aborts with "gloo" instead."""
     subprocess.run([sys.executable, "-c", CROWD], cwd=Path(__file__).parents[1], check=True)

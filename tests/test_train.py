@@ -1,4 +1,4 @@
-"""Algorithm 1 against a second, naive implementation, and the run around it: ranks, resuming, signals, mishaps."""
+"""Algorithm 1 against a naive implementation, and the run around it: ranks, resuming, mishaps."""
 
 import dataclasses
 import itertools
@@ -148,7 +148,7 @@ def pair(start, tmp_path_factory):
 
 
 def make_batch(model, vae, lengths=(6, 19), align=True, t=None, seed=0):
-    """A minibatch of clips whose instructions and captions differ in length, so that each stream is padded."""
+    """A minibatch whose instructions and captions differ in length, so every stream is padded."""
     clips = [
         torch.stack([make_clip(5, 64, 64, seed + 10 * i + n) for n in range(len(lengths))])
         for i in (1, 2)
@@ -172,7 +172,7 @@ def make_batch(model, vae, lengths=(6, 19), align=True, t=None, seed=0):
 
 
 def naive_algorithm_1(model, vae, batch, texts, depth):
-    """Each sample on its own, without padding, in the paper's order; A from a hook, Eq. 5 by cross-entropies."""
+    """Each sample on its own, without padding; features from a hook, Eq. 5 by cross-entropies."""
     total = 0
     for i in range(len(batch.t)):
         features = []
@@ -321,7 +321,7 @@ class Rows(torch.utils.data.Dataset):
     "ranks, batch, accumulate", ((1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2))
 )
 def test_samples_do_not_depend_on_how_the_work_is_divided(ranks, batch, accumulate):
-    """Clips, t and ε of a step are the same; an epoch shows each row once; a run goes on where the last one was."""
+    """A step has the same clips, t and ε; an epoch shows each row once; a run resumes in place."""
     model, vae = tiny_model()
 
     def steps(ranks, batch, accumulate, first_step=0):
@@ -365,7 +365,7 @@ def test_samples_do_not_depend_on_how_the_work_is_divided(ranks, batch, accumula
 
 
 def test_all_that_should_train_gets_gradients_and_nothing_else_changes(tmp_path, monkeypatch):
-    """From the zero-initialised parts of a real start: each trainable tensor's gradient is not zero at some step."""
+    """From a start with zero-initialised parts, each trainable tensor gets a gradient some time."""
     config = dataclasses.replace(tiny_config(), routing_depth=1)
     model, vae = rvedit.RVEDiT(config, tiny_tokenizer()), WanVAE(config.vae)
     rvedit.initialise(model)
@@ -391,7 +391,7 @@ def test_all_that_should_train_gets_gradients_and_nothing_else_changes(tmp_path,
 
 
 def test_a_frozen_lora_and_a_model_without_lora(tmp_path, start):
-    """--freeze-lora leaves queries, connectors and DiT; a model without LoRA trains whole, and the table says so."""
+    """--freeze-lora leaves queries, connectors and DiT; a model without LoRA trains whole."""
     for lora_rank, freeze, expected in (
         (2, True, {"dit", "queries", "connector"}),
         (0, False, None),
@@ -405,13 +405,13 @@ def test_a_frozen_lora_and_a_model_without_lora(tmp_path, start):
         names = {name for name, p in model.named_parameters() if p.requires_grad}
         if expected is None:
             assert names == dict(model.named_parameters()).keys()
-            assert "trains whole" in train.table(model, vae)
+            assert "trains whole" in train.parameter_table(model, vae)
         else:
             assert all(any(part in name for part in expected) for name in names)
             assert not any("lora" in name or "visual." in name for name in names)
             rows = {
                 line.split()[0]: line.split()[1:]
-                for line in train.table(model, vae).splitlines()[1:]
+                for line in train.parameter_table(model, vae).splitlines()[1:]
             }
             assert rows["lora"][0] == "0" and int(rows["dit"][0].replace(",", "")) > 0
             count = sum(p.numel() for network in (model, vae) for p in network.parameters())
@@ -419,7 +419,7 @@ def test_a_frozen_lora_and_a_model_without_lora(tmp_path, start):
 
 
 def test_lora_starts_as_the_base_model():
-    """B is zero in a new LoRA, so that the first forward is bit for bit that of the model without it."""
+    """B is zero in a new LoRA, so the first forward pass is bit for bit that of the base model."""
     base, _ = tiny_model(lora_rank=0)
     model = rvedit.RVEDiT(tiny_config(), tiny_tokenizer())
     rvedit.initialise(model)
@@ -447,7 +447,10 @@ def process_group():
 def test_averaged_weights_are_a_running_mean_and_leave_the_others_alone(tmp_path, process_group):
     model, vae = tiny_model()
     run = train.Run(
-        model, vae, torch.device("cpu"), SimpleNamespace(out=tmp_path, muon=0.0, average=0.15)
+        model,
+        vae,
+        torch.device("cpu"),
+        SimpleNamespace(out=tmp_path, muon=0.0, average=0.15, lr=1e-2),
     )
     name, weight = next(iter(run.weights.items()))
     mean = weight.detach().clone()
@@ -469,7 +472,7 @@ def test_averaged_weights_are_a_running_mean_and_leave_the_others_alone(tmp_path
 
 
 def test_two_ranks_train_as_one(alone, pair):
-    """The same global batch gives the same losses and, after ten steps, weights; only rounding differs."""
+    """The same global batch gives the same losses and weights after ten steps, but for rounding."""
     assert len(log(alone)) == 10 and losses_differ_by(log(pair), log(alone)) < 1e-5
     assert distance(trained(pair), trained(alone)) < 1e-4
 
@@ -537,7 +540,7 @@ def test_four_ranks_train_as_one_and_any_number_goes_on(alone, pair, start, tmp_
 
 
 def during(monkeypatch, step, action):
-    """Run an action within a step (from 1) of a run in this process; it may replace the step's result."""
+    """Run `action` in a step (from 1) of a run in this process; it may replace the result."""
     training_step, calls = train.training_step, []
 
     def step_with_action(*arguments):
@@ -570,8 +573,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint(start, tmp_path, monkeypatch, k
 
 
 def test_a_worker_does_not_outlive_an_error(start, tmp_path):
-    """Workers do not heed the signal by which Python ends them, so it would wait for them for ever."""
-    program = f"import train; train.Run.update = None; train.main({options(start, tmp_path)} + ['--workers', '1'])"
+    """Workers ignore the signal by which Python ends them, so it would wait for them for ever."""
+    arguments = options(start, tmp_path, "--workers", 1)
+    program = f"import train; train.Run.update = None; train.main({arguments})"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=120
     )
@@ -581,7 +585,7 @@ def test_a_worker_does_not_outlive_an_error(start, tmp_path):
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     start, tmp_path, monkeypatch, capsys
 ):
-    """Played by the limit that the operating system puts on the length of a file; then the run goes on."""
+    """Played by the operating system's limit on the length of a file; then the run goes on."""
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     arguments = options(start, tmp_path, "--steps", 3, "--batch", 1, "--save-every", 1)
 
@@ -611,7 +615,7 @@ def poison(result):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(start, tmp_path, monkeypatch, capsys):
-    """It is skipped and logged; ten in a row end the run with exit code 1 and its last good checkpoints."""
+    """It is skipped and logged; ten in a row end the run with exit code 1, and checkpoints stay."""
     during(monkeypatch, 4, poison)
     with pytest.raises(SystemExit) as stop:
         train.main(
@@ -654,7 +658,7 @@ def write_triplets(folder, good, bad):
 
 
 def test_a_broken_clip_is_replaced_and_listed(start, tmp_path):
-    """With the paper's recipe: one epoch by default, activations recomputed, read by a worker process."""
+    """With the paper's recipe: one epoch by default, recomputed activations, a worker process."""
     file = write_triplets(tmp_path / "data", good=3, bad=1)
     train.main(options(start, tmp_path / "run", "--data", file, "--batch", 2, "--workers", 1))
     lines = log(tmp_path / "run")
@@ -735,7 +739,7 @@ def spawn(*arguments, **environment):
 
 @pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_run_that_resumes(start, tmp_path):
-    """Ten times SIGKILL, with a checkpoint at every step; then the run ends, as if nothing had happened."""
+    """SIGKILL ten times, with a checkpoint at every step; then the run ends as if uninterrupted."""
     arguments = options(
         start, tmp_path / "run", "--steps", 400, "--batch", 1, "--save-every", 1, "--keep", 2
     )
@@ -788,7 +792,7 @@ def test_compiled_blocks_train_alike(start, alone, tmp_path):
 
 @pytest.mark.slow
 def test_the_toy_preset_trains_from_random_weights(tmp_path):
-    """Without a checkpoint: the preset's own settings, the built-in VAE, and an editor drawn anew."""
+    """Without a checkpoint: the preset's settings, the built-in VAE, and an editor drawn anew."""
     arguments = [
         "--steps",
         "2",
