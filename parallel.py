@@ -101,6 +101,13 @@ def make_mesh(device: torch.device) -> DeviceMesh | None:
     return init_device_mesh(device.type, (ranks,))
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on at least one rank."""
+    count = torch.tensor(int(flag), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
+
+
 # --- The model ------------------------------------------------------------------------------------
 
 

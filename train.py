@@ -159,7 +159,7 @@ def training_step(
 
 
 def compute_gradients(
-    run: Run, batches: Iterator[data.Batch], args: argparse.Namespace, signals: Signals
+    run: Run, batches: Iterator[data.Batch], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Algorithm 1, lines 3-19, for one optimiser step: the gradients of all its samples.
 
@@ -192,13 +192,11 @@ def compute_gradients(
         flow_by_t += flow.double() @ one_hot
         count_by_t += one_hot.sum(0)
 
-    # One collective for all sums. It also tells every rank if another one was asked to stop.
-    num_stopped = torch.full_like(num_broken, signals.stop)
-    scalars = torch.stack((flow_mean, align_mean, num_broken, num_stopped))
-    sums = torch.cat((scalars, flow_by_t, count_by_t))
+    # One collective for all sums.
+    sums = torch.cat((torch.stack((flow_mean, align_mean, num_broken)), flow_by_t, count_by_t))
     dist.all_reduce(sums)
-    flow_mean, align_mean, num_broken, num_stopped = sums[:4].tolist()
-    flow_by_t, count_by_t = sums[4:].view(2, NUM_T_BINS).tolist()
+    flow_mean, align_mean, num_broken = sums[:3].tolist()
+    flow_by_t, count_by_t = sums[3:].view(2, NUM_T_BINS).tolist()
     return dict(
         step=run.step + 1,
         loss=flow_mean + config.align_weight * align_mean,
@@ -207,7 +205,6 @@ def compute_gradients(
         flow_by_t=[x / n if n else None for x, n in zip(flow_by_t, count_by_t, strict=True)],
         depth=depth,
         broken=int(num_broken),
-        stopped=num_stopped > 0,
         tokens=batch.noise[0, 0].numel() // math.prod(config.dit.patch_size),  # of one sample
     )
 
@@ -254,8 +251,7 @@ def train(
             start = time.perf_counter()
 
             # Lines 3-19: the gradients of the loss.
-            report = compute_gradients(run, batches, args, signals)
-            stopped = report.pop("stopped")
+            report = compute_gradients(run, batches, args)
             tokens = report.pop("tokens")
 
             # Line 20: update θ and φ. A step with a number that is not finite is skipped; the loss
@@ -288,7 +284,8 @@ def train(
                     f"error: the loss or its gradient was not finite in {bad_steps} steps in a row"
                 )
 
-            # Save, and leave if a signal asked for it.
+            # Save, and leave if a signal asked any rank for it.
+            stopped = parallel.any_rank(signals.stop, run.device)
             if stopped or run.step % args.save_every == 0 or run.step == args.steps:
                 run.save(args.keep)
             if stopped:

@@ -336,7 +336,7 @@ def rank_step(
     batch = plan.random_batch(model, vae, options.size, options.batch, "cpu")
 
     def step() -> None:
-        train.compute_gradients(run, iter([batch] * options.accumulate), options, [])
+        train.compute_gradients(run, iter([batch] * options.accumulate), options)
         torch.nn.utils.clip_grad_norm_(run.weights.values(), 1.0, foreach=True)
         run.update(options.lr)
         run.optimizer.zero_grad()

@@ -275,6 +275,7 @@ def options(**changes):
         "recompute": False,
         "compile": False,
         "muon": 0.0,
+        "lr": 1e-3,
         "out": Path("/nowhere"),
     }
     return SimpleNamespace(**defaults | changes)
