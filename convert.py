@@ -6,6 +6,7 @@ shapes are read here; `rvedit.load` fills them into a model.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -212,11 +213,11 @@ def dit_config(file: Path, tensors: dict[str, Stored]) -> DiTConfig:
     config = weights.read_json(file)
     heads = config.get("num_heads", config.get("num_attention_heads"))
     blocks = config.get("num_layers")
-    if not isinstance(heads, int) or not isinstance(blocks, int):
+    if heads is None or blocks is None:
         raise ValueError(f"{file} does not say how many heads and layers the transformer has")
     dim, in_channels, *patch = shape_of(tensors, "dit.patch_embedding.weight", file.parent)
     head_rows = shape_of(tensors, "dit.head.head.weight", file.parent)[0]
-    return DiTConfig(
+    fields = dict(
         dim=dim,
         ffn_dim=shape_of(tensors, "dit.blocks.0.ffn.0.weight", file.parent)[0],
         num_heads=heads,
@@ -227,6 +228,7 @@ def dit_config(file: Path, tensors: dict[str, Stored]) -> DiTConfig:
         freq_dim=shape_of(tensors, "dit.time_embedding.0.weight", file.parent)[1],
         eps=config.get("eps", 1e-6),
     )
+    return weights.build_config(DiTConfig, fields, file, "dit.")
 
 
 def vae_config(file: Path | None, tensors: dict[str, Stored], source: Path) -> VAEConfig:
@@ -234,25 +236,40 @@ def vae_config(file: Path | None, tensors: dict[str, Stored], source: Path) -> V
     config = {} if file is None else weights.read_json(file)
     base = WAN2_2_VAE
     downsample = config.get("temperal_downsample", base.temporal_downsample)  # their spelling
-    return VAEConfig(
+    fields = dict(
         dim=shape_of(tensors, "vae.encoder.conv1.weight", source)[0],
         dec_dim=shape_of(tensors, "vae.decoder.head.0.gamma", source)[0],
         z_dim=shape_of(tensors, "vae.conv2.weight", source)[0],
-        dim_mult=tuple(config.get("dim_mult", base.dim_mult)),
+        dim_mult=config.get("dim_mult", base.dim_mult),
         num_res_blocks=config.get("num_res_blocks", base.num_res_blocks),
-        temporal_downsample=tuple(downsample),
-        latents_mean=tuple(config.get("latents_mean", base.latents_mean)),
-        latents_std=tuple(config.get("latents_std", base.latents_std)),
+        temporal_downsample=downsample,
+        latents_mean=config.get("latents_mean", base.latents_mean),
+        latents_std=config.get("latents_std", base.latents_std),
         patch_size=config.get("patch_size", base.patch_size),
     )
+    return weights.build_config(VAEConfig, fields, file or source, "vae.")
 
 
 def qwen_config(file: Path, tokenizer: Tokenizer) -> QwenConfig:
-    query_token_id = tokenizer.token_to_id("<|object_ref_start|>")
+    config = without_nulls(weights.read_json(file))
+    # transformers 4.52 to 4.56 save the ids of these tokens as null.
+    config.setdefault("video_token_id", tokenizer.token_to_id("<|video_pad|>"))
     try:
-        return QwenConfig.from_hub(weights.read_json(file), query_token_id)
-    except ValueError as error:
+        config = QwenConfig.from_hub(config, tokenizer.token_to_id("<|object_ref_start|>"))
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
+    return weights.build_config(QwenConfig, dataclasses.asdict(config), file, "qwen.")
+
+
+def without_nulls(config: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object without the fields that are null, in the objects in it as well."""
+    kept = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            kept[name] = without_nulls(value)
+        elif value is not None:
+            kept[name] = value
+    return kept
 
 
 def shape_of(tensors: dict[str, Stored], key: str, source: Path) -> tuple[int, ...]:
@@ -262,6 +279,10 @@ def shape_of(tensors: dict[str, Stored], key: str, source: Path) -> tuple[int, .
 
 
 # --- Whole checkpoints ----------------------------------------------------------------------------
+
+
+# Fields of Kiwi-Edit's mllm_encoder/config.json that we use, and our names for them.
+KIWI_LIMITS = {"max_frames": "max_mllm_frames", "max_pixels_per_frame": "max_mllm_pixels"}
 
 
 def open_kiwi_release(folder: Path) -> Opened:
@@ -276,12 +297,12 @@ def open_kiwi_release(folder: Path) -> Opened:
         routing_depth=dit.num_blocks,
         num_editing_tokens=shape_of(tensors, "encoder.queries", folder)[0],
     )
-    encoder = weights.read_json(folder / "mllm_encoder" / "config.json")
-    if "max_frames" in encoder:
-        fields["max_mllm_frames"] = encoder["max_frames"]
-    if "max_pixels_per_frame" in encoder:
-        fields["max_mllm_pixels"] = encoder["max_pixels_per_frame"]
-    return Opened(fields, tokenizer, with_native_connectors(tensors), NEW_TO_KIWI)
+    file = folder / "mllm_encoder" / "config.json"
+    encoder = weights.read_json(file)
+    for theirs, ours in KIWI_LIMITS.items():
+        if theirs in encoder:
+            fields[ours] = weights.checked(encoder[theirs], int, file, ours)
+    return Opened(fields, folder, tokenizer, with_native_connectors(tensors), NEW_TO_KIWI)
 
 
 def open_wan_and_qwen(wan: Path, qwen: Path) -> Opened:
@@ -300,7 +321,7 @@ def open_wan_and_qwen(wan: Path, qwen: Path) -> Opened:
         qwen=qwen_config(qwen / "config.json", tokenizer),
         routing_depth=dit.num_blocks // 2,
     )
-    return Opened(fields, tokenizer, tensors, NEW_TO_WAN_AND_QWEN)
+    return Opened(fields, wan, tokenizer, tensors, NEW_TO_WAN_AND_QWEN)
 
 
 def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
@@ -313,4 +334,4 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
         num_editing_tokens=shape_of(tensors, "encoder.queries", file)[0],
         lora_rank=shape_of(tensors, lora, file)[0],
     )
-    return Opened(fields, base.tokenizer, with_native_connectors(tensors))
+    return Opened(fields, file, base.tokenizer, with_native_connectors(tensors))

@@ -293,8 +293,8 @@ class Qwen2_5_VL(nn.Module):
         super().__init__()
         self.config = config
         self.visual = VisionTower(config.vision, config.hidden_size)
-        # Not nn.Embedding(...), whose `normal_` on the meta device imports torch._dynamo: seconds.
-        words = torch.randn(config.vocab_size, config.hidden_size)
+        # Not nn.Embedding(...): drawing its words on the meta device imports sympy, half a second.
+        words = torch.zeros(config.vocab_size, config.hidden_size)
         layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.model = nn.ModuleDict()
         self.model["embed_tokens"] = nn.Embedding.from_pretrained(words, freeze=False)

@@ -287,6 +287,7 @@ def load(
     path, wan, qwen = _as_path(path), _as_path(wan), _as_path(qwen)
     opened = _open(path, wan, qwen)
     config = RVEDiTConfig(**opened.fields)
+    weights.check_sizes(config, opened.config_file)
     with torch.device("meta"):
         model = RVEDiT(config, opened.tokenizer)
         vae = WanVAE(config.vae)
@@ -330,12 +331,9 @@ def _open_ours(folder: Path) -> weights.Opened:
     file = folder / "config.json"
     fields = weights.read_json(file)
     fields.pop("model_type")
-    try:
-        RVEDiTConfig(**fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not describe this model: {error}") from None
+    config = weights.build_config(RVEDiTConfig, fields, file)
     tokenizer = weights.read_tokenizer(folder)
-    return weights.Opened(fields, tokenizer, weights.open_folder(folder, "model"))
+    return weights.Opened(vars(config), file, tokenizer, weights.open_folder(folder, "model"))
 
 
 def layout(path: str | Path) -> str:
@@ -405,6 +403,6 @@ def scratch(
         model = RVEDiT(config, built_in.encoder.tokenizer)
     if shard is not None:
         shard(model)
-    model.to_empty(device=device)
+    weights.allocate(model, device, torch.float32)
     initialise(model, seed)
     return model.eval(), vae

@@ -9,9 +9,11 @@ second copy. Nothing is unpickled, and nothing is fetched from the network. `rve
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,12 +36,14 @@ class Stored(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    is_float: bool = True  # integers are weights that somebody quantised
 
 
 class Opened(NamedTuple):
     """A checkpoint of any layout, opened and brought to our names."""
 
     fields: dict[str, Any]  # of an RVEDiTConfig
+    config_file: Path  # where they stand: config.json, or a folder with several files
     tokenizer: Tokenizer
     tensors: dict[str, Stored]  # the model's, and the VAE's under "vae."
     may_lack: str | None = None  # parameters that it may lack, as a regular expression
@@ -50,22 +54,28 @@ class Opened(NamedTuple):
 
 def open_file(path: Path) -> dict[str, Stored]:
     """The tensors of a .safetensors file, or of a PyTorch state dict."""
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    return _open_state_dict(path)
+    tensors = _open_safetensors(path) if path.suffix == ".safetensors" else _open_state_dict(path)
+    return {_without_wrappers(key): tensor for key, tensor in tensors.items()}
+
+
+def _without_wrappers(key: str) -> str:
+    """A name without what DistributedDataParallel and torch.compile add to it."""
+    return key.removeprefix("module.").replace("_orig_mod.", "")
 
 
 def _open_safetensors(path: Path) -> dict[str, Stored]:
     try:
         file = safe_open(path, framework="pt")
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        slices = {key: file.get_slice(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         message = _first_line(error)
         raise ValueError(f"{path} is damaged or not a safetensors file: {message}") from None
-    return {
-        key: Stored(path, shape, lambda key=key: file.get_tensor(key))
-        for key, shape in shapes.items()
-    }
+    tensors = {}
+    for key, part in slices.items():
+        shape = tuple(part.get_shape())
+        is_float = part.get_dtype().startswith(("F", "BF"))  # such as F32 or BF16
+        tensors[key] = Stored(path, shape, lambda key=key: file.get_tensor(key), is_float)
+    return tensors
 
 
 def _open_state_dict(path: Path) -> dict[str, Stored]:
@@ -78,10 +88,12 @@ def _open_state_dict(path: Path) -> dict[str, Stored]:
         raise ValueError(
             f"{path} is not a plain state dict of tensors (by PyTorch 1.6 or newer), or is damaged"
         )
-    return {
-        key: Stored(path, tuple(value.shape), lambda value=value: value)
-        for key, value in state.items()
-    }
+    tensors = {}
+    for key, value in state.items():
+        shape = tuple(value.shape)
+        is_float = value.is_floating_point()
+        tensors[key] = Stored(path, shape, lambda value=value: value, is_float)
+    return tensors
 
 
 def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
@@ -89,7 +101,21 @@ def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
     single = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        return _open_shards(index)
+        weight_map = _read_index(index)
+        shards = sorted({folder / name for name in weight_map.values()})
+        absent = [shard for shard in shards if not shard.is_file()]
+        if single.is_file() and single not in shards:
+            if not absent:
+                raise ValueError(
+                    f"{folder} has weights twice, in {single.name} and in the shards of "
+                    f"{index.name}: move the old ones away"
+                )
+            return open_file(single)  # the index is of former shards
+        if absent:
+            raise ValueError(
+                f"{index} lists {absent[0].name}, which is not there: download it again"
+            )
+        return _open_shards(index, shards, weight_map)
     if single.is_file():
         return open_file(single)
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".ckpt"))
@@ -97,15 +123,17 @@ def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
     raise ValueError(f"{folder} has neither {single.name} nor {index.name}{hint}")
 
 
-def _open_shards(index: Path) -> dict[str, Stored]:
+def _read_index(index: Path) -> dict[str, str]:
+    """The file of each key."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of names and files: download it again")
+    return {_without_wrappers(key): name for key, name in weight_map.items()}
+
+
+def _open_shards(index: Path, shards: list[Path], weight_map: dict[str, str]) -> dict[str, Stored]:
     tensors = {}
-    for name in sorted(set(weight_map.values())):
-        shard = index.parent / name
-        if not shard.is_file():
-            raise ValueError(f"{index} lists {name}, which is not there: download it again")
+    for shard in shards:
         tensors |= open_file(shard)
     found = {key: tensor.file.name for key, tensor in tensors.items()}
     keys = found.keys() | weight_map.keys()
@@ -132,9 +160,188 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if not file.is_file():
         raise ValueError(f"{folder} has no tokenizer.json: download it again")
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{file} is not a tokenizer: {error}") from None
+        raise ValueError(f"{file} is not a tokenizer: {_first_line(error)}") from None
+    # Some files keep these settings of a former use: with truncation, long prompts would be cut.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+# --- Configurations -------------------------------------------------------------------------------
+
+# The smallest and the largest value of each number. The bounds are wide: they keep a damaged file
+# from building for ever, filling the memory or dividing by zero. Whether sizes fit the weights is
+# found by `match`.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "dit.dim": (1, 65_536),
+    "dit.ffn_dim": (1, 262_144),
+    "dit.num_heads": (1, 1024),
+    "dit.num_blocks": (1, 256),
+    "dit.in_channels": (1, 1024),
+    "dit.out_channels": (1, 1024),
+    "dit.patch_size": (1, 16),
+    "dit.freq_dim": (2, 65_536),
+    "dit.eps": (1e-12, 0.1),
+    "vae.dim": (1, 4096),
+    "vae.dec_dim": (1, 4096),
+    "vae.z_dim": (1, 1024),
+    "vae.dim_mult": (1, 64),
+    "vae.num_res_blocks": (1, 32),
+    "vae.latents_mean": (-1e4, 1e4),
+    "vae.latents_std": (1e-4, 1e4),
+    "vae.patch_size": (1, 16),
+    "qwen.vision.depth": (1, 256),
+    "qwen.vision.hidden_size": (1, 65_536),
+    "qwen.vision.intermediate_size": (1, 262_144),
+    "qwen.vision.num_heads": (1, 1024),
+    "qwen.vision.patch_size": (1, 256),
+    "qwen.vision.temporal_patch_size": (1, 16),
+    "qwen.vision.spatial_merge_size": (1, 16),
+    "qwen.vision.window_size": (1, 65_536),
+    "qwen.vision.fullatt_block_indexes": (0, 255),
+    "qwen.vision.tokens_per_second": (1, 1000),
+    "qwen.vocab_size": (1, 2**24),
+    "qwen.hidden_size": (1, 65_536),
+    "qwen.intermediate_size": (1, 262_144),
+    "qwen.num_hidden_layers": (1, 256),
+    "qwen.num_attention_heads": (1, 1024),
+    "qwen.num_key_value_heads": (1, 1024),
+    "qwen.max_position_embeddings": (1, 2**24),
+    "qwen.rms_norm_eps": (1e-12, 0.1),
+    "qwen.rope_theta": (1, 1e12),
+    "qwen.mrope_section": (0, 65_536),
+    "qwen.image_token_id": (0, 2**24),
+    "qwen.video_token_id": (0, 2**24),
+    "qwen.query_token_id": (0, 2**24),
+    "routing_depth": (0, 256),
+    "num_editing_tokens": (1, 65_536),
+    "num_image_tokens": (1, 65_536),
+    "align_weight": (0, 1e6),
+    "temperature": (1e-4, 1e4),
+    "lora_rank": (0, 65_536),
+    "max_mllm_frames": (1, 4096),
+    "min_mllm_pixels": (1, 2**24),
+    "max_mllm_pixels": (1, 2**24),
+    "max_pixels": (1, 2**26),
+    "max_frames": (1, 10_001),
+    "sampling_steps": (1, 1000),
+}
+
+ADDED_LATER = {  # fields that older checkpoints of ours lack
+    "dit.bf16_timestep",
+    "qwen.image_token_id",
+    "num_image_tokens",
+    "sampling_steps",
+}
+
+
+def build_config(kind: type, fields: Any, file: Path, prefix: str = "") -> Any:
+    """A dataclass of configuration from what `file` says, with every value checked first.
+
+    fields: a JSON object. prefix: where it is in the whole configuration, such as "dit.". Raises
+    ValueError, which names the file and the field, for a value of another type or out of its
+    bounds, and for a field that is missing or unknown.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: {prefix.rstrip('.')} is {_short(fields)}, not an object")
+    types = typing.get_type_hints(kind)
+    for name in sorted(fields.keys() - types.keys()):
+        raise ValueError(f"{file}: this model has no field {_short(prefix + name)}")
+    values = {}
+    for name, expected in types.items():
+        path = prefix + name
+        if name in fields:
+            values[name] = checked(fields[name], expected, file, path)
+        elif path not in ADDED_LATER:
+            raise ValueError(f"{file}: the field {path} is missing")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def checked(value: Any, expected: Any, file: Path, path: str) -> Any:
+    """The value of the field `path`, if it has the type `expected` and is within its bounds."""
+    if dataclasses.is_dataclass(expected):
+        return build_config(expected, value, file, f"{path}.")
+    if expected is bool:
+        if type(value) is not bool:
+            raise ValueError(f"{file}: {path} is {_short(value)}, not true or false")
+        return value
+    if typing.get_origin(expected) is tuple:  # a list in JSON
+        return _checked_tuple(value, typing.get_args(expected), file, path)
+    kinds, name = ((int,), "a whole number") if expected is int else ((int, float), "a number")
+    low, high = BOUNDS[path]
+    if type(value) not in kinds or not low <= value <= high:  # true is no number; nan is refused
+        raise ValueError(f"{file}: {path} is {_short(value)}, not {name} from {low:,} to {high:,}")
+    return value
+
+
+def _checked_tuple(value: Any, kinds: tuple[Any, ...], file: Path, path: str) -> tuple[Any, ...]:
+    """kinds: of tuple[int, int, int] or, for any length, of tuple[int, ...]."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{file}: {path} is {_short(value)}, not a list")
+    length = len(value) if kinds[-1] is Ellipsis else len(kinds)
+    if len(value) != length or length > 4096:
+        raise ValueError(f"{file}: {path} has {len(value)} values, not {min(length, 4096)}")
+    return tuple(checked(item, kinds[0], file, path) for item in value)
+
+
+def check_sizes(config: Any, file: Path) -> None:
+    """Raise ValueError if the numbers of an RVEDiTConfig are right one by one, but not together."""
+    dit, vae, qwen = config.dit, config.vae, config.qwen
+    vision = qwen.vision
+    token_side = vision.patch_size * vision.spatial_merge_size
+    head_dim = qwen.hidden_size // qwen.num_attention_heads
+    token_ids = (qwen.video_token_id, qwen.query_token_id)
+    rules = {
+        "dit.in_channels and dit.out_channels must be vae.z_dim": (
+            dit.in_channels == dit.out_channels == vae.z_dim
+        ),
+        "dit.patch_size must be 1 in time, and as high as wide": (
+            dit.patch_size[0] == 1 and dit.patch_size[1] == dit.patch_size[2]
+        ),
+        "dit.freq_dim must be even": dit.freq_dim % 2 == 0,
+        "vae.dim_mult must have 2 to 8 values": 2 <= len(vae.dim_mult) <= 8,
+        "vae.latents_mean must have vae.z_dim values, or none": (
+            len(vae.latents_mean) in (0, vae.z_dim)
+        ),
+        "vae.latents_std must have vae.z_dim values, or none": (
+            len(vae.latents_std) in (0, vae.z_dim)
+        ),
+        "qwen.vision.hidden_size must divide into qwen.vision.num_heads heads of 4n channels": (
+            vision.hidden_size % (4 * vision.num_heads) == 0
+        ),
+        "qwen.vision.fullatt_block_indexes must be below qwen.vision.depth": (
+            all(index < vision.depth for index in vision.fullatt_block_indexes)
+        ),
+        "qwen.vision.window_size must hold a visual token": vision.window_size >= token_side,
+        "qwen.hidden_size must divide into qwen.num_attention_heads heads": (
+            qwen.hidden_size % qwen.num_attention_heads == 0
+        ),
+        "qwen.num_attention_heads must be a multiple of qwen.num_key_value_heads": (
+            qwen.num_attention_heads % qwen.num_key_value_heads == 0
+        ),
+        "qwen.mrope_section must be three numbers with half of a head's channels as their sum": (
+            len(qwen.mrope_section) == 3 and 2 * sum(qwen.mrope_section) == head_dim
+        ),
+        "qwen.video_token_id and qwen.query_token_id must differ and be below qwen.vocab_size": (
+            len(set(token_ids)) == 2 and max(token_ids) < qwen.vocab_size
+        ),
+        "min_mllm_pixels must not exceed max_mllm_pixels": (
+            config.min_mllm_pixels <= config.max_mllm_pixels
+        ),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise ValueError(f"{file}: {rule}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # --- Filling a model ------------------------------------------------------------------------------
@@ -160,6 +367,12 @@ def match(
     unexpected or misshapen key raises ValueError, which names `source`.
     """
     parameters = dict(module.named_parameters())
+    integers = [key for key, tensor in tensors.items() if not tensor.is_float]
+    if integers:
+        raise ValueError(
+            f"{source} is quantised, which is not supported: {len(integers)} of its tensors are "
+            f"integers ({_few(integers)}). Take the float32 or bfloat16 weights"
+        )
     absent = [key for key in parameters if key not in tensors]
     fresh = [key for key in absent if may_lack is not None and re.search(may_lack, key)]
     misshapen = [
@@ -193,11 +406,45 @@ def fill(
     arguments, the result and the errors are those of `match`.
     """
     fresh = match(module, tensors, source, may_lack)
-    module.to(dtype).to_empty(device=device)
+    allocate(module, device, dtype)
     parameters = dict(module.named_parameters())
     for key in tqdm(tensors, desc="loading", unit="tensor", disable=None, leave=False):
-        assign(parameters[key], tensors[key].read())
+        assign(parameters[key], read_finite(key, tensors[key]))  # no name holds on to the tensor
     return fresh
+
+
+def read_finite(key: str, tensor: Stored) -> Tensor:
+    """The values of a stored tensor. Raises ValueError, which names its file, for NaN or infinity."""
+    value = tensor.read()
+    if not is_finite(value):
+        raise ValueError(
+            f"{tensor.file}: {key} has values that are not finite, so every edit would be black: "
+            f"the file is damaged, or its training has diverged"
+        )
+    return value
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity."""
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # float8 has no sum
+    # A sum takes half as long as copying the tensor, isfinite ten times as long. If the sum is
+    # finite, so is each value; a sum that is not may be an overflow.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def allocate(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Give a module on the meta device memory for its parameters, without values."""
+    parameters = dict(module.named_parameters())
+    if any(hasattr(parameter, "device_mesh") for parameter in parameters.values()):
+        module.to(dtype).to_empty(device=device)  # FSDP's
+        return
+    # What to_empty does, but it imports sympy for meta tensors: half a second.
+    for name, parameter in parameters.items():
+        parent, _, leaf = name.rpartition(".")
+        empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+        value = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        setattr(module.get_submodule(parent), leaf, value)
 
 
 @torch.no_grad()

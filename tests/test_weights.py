@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 import os
 import pickle
 import re
@@ -285,7 +286,7 @@ def write_kiwi(folder, model, vae, reference=None):
     )
     write_json(
         folder / "mllm_encoder" / "config.json",
-        {"max_frames": 4, "max_pixels_per_frame": 32**2, "dit_dim": 24},
+        {"max_frames": 4, "max_pixels_per_frame": 400**2, "dit_dim": 24},
     )
     write_json(folder / "ref_embedder" / "config.json", {"_class_name": "ConditionalEmbedder"})
     if reference:
@@ -545,7 +546,7 @@ def test_kiwi_edits_release_loads(tmp_path, reference):
     assert_same((model, vae), merged(), depth=3)
     assert model.config.routing_depth == model.config.dit.num_blocks == 3
     assert (model.config.num_editing_tokens, model.config.lora_rank) == (5, 64)
-    assert (model.config.max_mllm_frames, model.config.max_mllm_pixels) == (4, 32**2)
+    assert (model.config.max_mllm_frames, model.config.max_mllm_pixels) == (4, 400**2)
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
     unmerged = share_connector(copy.deepcopy(original()[0])), vae
     for actual, expected in zip(outputs(model, vae, 3), outputs(*unmerged, 3), strict=True):
@@ -1038,10 +1039,7 @@ OURS, WAN = "ours/model-00001-of-00001.safetensors", f"wan/{STEM}-00002-of-00003
 INDEX, KIWI = f"wan/{STEM}.safetensors.index.json", f"kiwi/transformer/{STEM}.safetensors"
 TRAINING, VAE, CONFIG = "training.safetensors", "wan/Wan2.2_VAE.pth", "ours/config.json"
 DAMAGED, NOT_JSON = "is damaged or not a safetensors file: ", "cannot be read as JSON: "
-MISFIT, NEITHER = (
-    "does not describe this model: ",
-    "is neither a checkpoint of ours nor Kiwi-Edit's release: it holds ",
-)
+NEITHER = "is neither a checkpoint of ours nor Kiwi-Edit's release: it holds "
 # The layout that is loaded, what is damaged, how, and the message, which begins with a path.
 DAMAGES = [
     ("ours", OURS, truncate, f"{OURS} {DAMAGED}"),
@@ -1113,24 +1111,29 @@ DAMAGES = [
     ("ours", CONFIG, becomes(b"[1]"), f"{CONFIG} holds no JSON object"),
     ("ours", CONFIG, becomes(b'{"model_type": "qwen2_5_vl"}'), f"ours {NEITHER}config.json, "),
     ("ours", CONFIG, remove, f"ours {NEITHER}model-00001-of-00001.safetensors, "),
-    ("ours", CONFIG, edited(lambda config: config.pop("dit")), f"{CONFIG} {MISFIT}.*'dit'"),
+    (
+        "ours",
+        CONFIG,
+        edited(lambda config: config.pop("dit")),
+        f"{CONFIG}: the field dit is missing",
+    ),
     (
         "ours",
         CONFIG,
         edited(lambda config: config["vae"].update(colour=1)),
-        f"{CONFIG} {MISFIT}.*'colour'",
+        f"{CONFIG}: this model has no field 'vae.colour'",
     ),
     (
         "ours",
         CONFIG,
         edited(lambda config: config["qwen"]["vision"].clear()),
-        f"{CONFIG} {MISFIT}.*'fullatt_block",
+        f"{CONFIG}: the field qwen.vision.depth is missing",
     ),
     (
         "ours",
         CONFIG,
         edited(lambda config: config.update(routing_depth=4)),
-        f"{CONFIG} {MISFIT}routing depth 4 is not",
+        f"{CONFIG}: routing depth 4 is not",
     ),
     (
         "ours",
@@ -1177,6 +1180,136 @@ def test_a_damaged_checkpoint_is_refused_by_its_file_and_its_fault(
 ):
     damage(copied / file)
     refused(f"{re.escape(str(copied))}/{message}", **places(copied, layout))
+
+
+# --- Weights as people have them ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.float32, math.nan), (torch.bfloat16, math.inf), (torch.float16, -math.inf)],
+)
+def test_weights_that_are_not_finite_are_refused_by_file_and_name(copied, dtype, value):
+    """One value of one tensor, in the model or in the VAE."""
+    file = copied / OURS
+    whole = load_file(file)
+    for key in ("dit.blocks.1.ffn.2.weight", "vae.decoder.conv1.weight"):
+        state = {name: tensor.to(dtype) for name, tensor in whole.items()}
+        state[key].view(-1)[-1] = value
+        save_file(state, file)
+        with pytest.raises(ValueError) as error:
+            rvedit.load(copied / "ours")
+        name = key.removeprefix("vae.")
+        assert str(error.value).startswith(f"{file}: {name} has values that are not finite")
+        assert "\n" not in str(error.value)
+
+
+def test_a_sum_that_overflows_is_no_mistake():
+    assert weights.is_finite(torch.full((100,), 60_000.0, dtype=torch.float16))
+    assert weights.is_finite(torch.full((100,), 1e38))
+    assert not weights.is_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2))
+
+
+def test_integers_are_called_quantised(copied):
+    """int8 without its scales has the right shapes, so that it would load as noise."""
+
+    def quantise(state):
+        for key in state:
+            if key.endswith("ffn.0.weight"):
+                state[key] = (100 * state[key]).to(torch.int8)
+
+    change_tensors(copied / OURS, quantise)
+    refused("ours is quantised, .* 3 of its tensors are integers", path=copied / "ours")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("layout", ["wan", "training"])
+def test_names_of_wrappers_are_taken_off(copied, prefix, layout):
+    """Those of DistributedDataParallel and torch.compile, in files and in an index."""
+    expected = rvedit.load(**places(copied, layout))[0].state_dict()
+    file = copied / (TRAINING if layout == "training" else WAN)
+
+    def wrap(state):
+        for key in list(state):
+            state[prefix + key] = state.pop(key)
+
+    change_tensors(file, wrap)
+    state = rvedit.load(**places(copied, layout))[0].state_dict()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_compiled_blocks_leave_their_name_in_the_middle(copied):
+    def wrap(state):
+        for key in list(state):
+            state[re.sub(r"(blocks\.\d+\.)", r"\1_orig_mod.", key)] = state.pop(key)
+
+    change_tensors(copied / OURS, wrap)
+    assert_same(rvedit.load(copied / "ours"), original())
+
+
+def test_an_index_of_former_shards_does_not_count(copied):
+    """A new model.safetensors lies beside an index whose shards are gone: it is taken."""
+    expected = rvedit.load(**places(copied, "qwen"))[0].state_dict()
+    shards = sorted((copied / "qwen").glob("model-*.safetensors"))
+    whole = {}
+    for shard in shards:
+        whole |= load_file(shard)
+    save_file(whole, copied / "qwen" / "model.safetensors")
+    refused("qwen has weights twice, in model.safetensors and in", **places(copied, "qwen"))
+    for shard in shards:
+        shard.unlink()
+    state = rvedit.load(**places(copied, "qwen"))[0].state_dict()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_a_tokenizer_neither_truncates_nor_pads(copied):
+    """Left in the file by a former use, it would give two long prompts the same tokens."""
+    file = copied / "ours" / "tokenizer.json"
+    tokenizer = weights.read_tokenizer(file.parent)
+    tokenizer.enable_truncation(max_length=4)
+    tokenizer.enable_padding(length=20)
+    tokenizer.save(str(file))
+    loaded = rvedit.load(copied / "ours")[0].encoder.tokenizer
+    assert loaded.to_str() == original()[0].encoder.tokenizer.to_str()
+    assert len(loaded.encode("make it snow").ids) == len("make it snow")
+
+
+@pytest.mark.parametrize("where", ["top", "text_config"])
+def test_a_qwen_configuration_with_null_ids_is_read(copied, where):
+    """transformers 4.52 to 4.56 write such: the tokenizer knows the id."""
+    expected = rvedit.load(**places(copied, "qwen"))[0].config
+    content = qwen_json(original()[0].config.qwen, nested=where == "text_config")
+    if where == "top":
+        content["video_token_id"] = None
+    else:
+        content["text_config"]["video_token_id"] = None
+    write_json(copied / "qwen" / "config.json", content)
+    assert rvedit.load(**places(copied, "qwen"))[0].config == expected
+
+
+WRONG_CONFIGS = [  # a file, what is changed in it, and the field that the line names
+    ("wan/config.json", lambda c: c.update(num_heads="2"), "dit.num_heads is '2', not a whole"),
+    ("wan/config.json", lambda c: c.update(num_layers=10**9), "dit.num_blocks is 1000000000, not"),
+    ("wan/config.json", lambda c: c.update(eps=None), "dit.eps is None, not a number"),
+    ("qwen/config.json", lambda c: c.update(hidden_size=24.5), "qwen.hidden_size is 24.5, not"),
+    ("qwen/config.json", lambda c: c.update(vision_config=None), ""),
+    ("qwen/config.json", lambda c: c["vision_config"].update(depth=True), "qwen.vision.depth is"),
+    ("qwen/config.json", lambda c: c["rope_scaling"].update(mrope_section=7), ""),
+    ("kiwi/vae/config.json", lambda c: c.update(latents_std=[0] * 48), "vae.latents_std is 0, not"),
+    ("kiwi/vae/config.json", lambda c: c.update(dim_mult="1224"), "vae.dim_mult is '1224', not"),
+    (
+        "kiwi/mllm_encoder/config.json",
+        lambda c: c.update(max_frames=0),
+        "max_mllm_frames is 0, not a whole number from 1 to",
+    ),
+]
+
+
+@pytest.mark.parametrize(("file", "change", "message"), WRONG_CONFIGS)
+def test_configurations_of_public_layouts_are_checked_too(copied, file, change, message):
+    edited(change)(copied / file)
+    layout = file.split("/")[0]
+    refused(f"^{re.escape(str(copied / file))}: {message}", **places(copied, layout))
 
 
 def test_another_models_config_is_refused(copied):
