@@ -43,6 +43,7 @@ PATH_COLUMNS = {"src_video", "tgt_video", "original_video", "vace_video", "video
 
 MAX_CHARACTERS = 10_000  # of an instruction or a caption: a longer text is a mistake in the data
 MIN_FRAMES = 5  # of a clip that is not a still: two frames of latents
+MAX_ASPECT = 200  # of a frame's sides: Qwen's preprocessing takes no more
 MAX_BROKEN = 20  # so many broken triplets, one after the other, end a run
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def _json_row(place: str, line: str) -> Row:
 def _object_row(place: str, entry: object) -> Row:
     if isinstance(entry, dict):
         return Row(place, entry)
-    return Row(place, {}, f"it is a {type(entry).__name__}, not an object with named columns")
+    return Row(place, {}, one_line(f"it is not an object with named columns: {entry!r}"))
 
 
 def _csv_rows(path: Path, lines: list[str]) -> Iterator[Row]:
@@ -117,12 +118,7 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[Row]:
     """
     if not lines:
         return
-    delimiter = ";" if lines[0].count(";") > lines[0].count(",") else ","
-    try:
-        header = next(csv.reader(lines[:1], delimiter=delimiter))
-    except csv.Error as error:
-        raise ValueError(f"{path}: its first line does not name columns: {error}") from None
-    names = [name.strip() for name in header]
+    names, delimiter = _csv_header(path, lines[0])
     only_text_is_prompt = {*names} - PATH_COLUMNS - {"category", "dataset"} == {"prompt"}
     mended = 0
     start = 1  # the index of the first line that has not been read
@@ -152,6 +148,16 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[Row]:
     if mended:
         note = f"{mended} prompts whose commas lacked quotes were put together"
         print(f"note: {path}: {note}", file=sys.stderr)
+
+
+def _csv_header(path: Path, line: str) -> tuple[list[str], str]:
+    """The names of the columns, and the delimiter."""
+    delimiter = ";" if line.count(";") > line.count(",") else ","
+    try:
+        fields = next(csv.reader([line], delimiter=delimiter))
+    except csv.Error as error:
+        raise ValueError(f"{path}: its first line does not name columns: {error}") from None
+    return [field.strip() for field in fields], delimiter
 
 
 def _join_prompt(parts: list[str], names: list[str], delimiter: str) -> list[str] | None:
@@ -200,7 +206,9 @@ def _checked_texts(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, 
         if name in PATH_COLUMNS and "\0" in text:
             raise ValueError(f"its {name} is not a path: it holds a NUL")
     for name in OPTIONAL_COLUMNS:
-        text = fields.get(name) or ""
+        text = fields.get(name)
+        if text is None:
+            text = ""
         texts[name] = _checked_text(name, text)
         # Nothing means that there is no caption. A blank one was meant to be one, and got lost.
         if text and not texts[name]:
@@ -210,7 +218,7 @@ def _checked_texts(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, 
 
 def _checked_text(name: str, text: object) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"its {name} is a {type(text).__name__}, not a text: {text!r}")
+        raise ValueError(f"its {name} is not a text: {text!r}")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -428,6 +436,8 @@ def fit_pair(
             height, width = training_size(H, W, height * width, factor)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"{name}: one side is more than {MAX_ASPECT} times the other")
     source = fit_clip(source, frames, height, width)
     target = fit_clip(target, frames, height, width)
     if not keep_aspect and len(source) < frames:
@@ -656,16 +666,11 @@ class Batches(Dataset):
         item = triplets[index]
         instruction = item["instruction"]
         caption = item["caption"] or instruction
-        self.check_context(instruction)
-        self.check_context(caption)
-        source, target = fit_pair(item, size, self.config.spatial_factor, self.keep_aspect)
-        return Triplet(source, instruction, target, caption)
-
-    def check_context(self, text: str) -> None:
-        """Raise ValueError for a text that the MLLM's context does not hold beside a clip."""
-        tokens = count_tokens(self.encoder.tokenizer, text)
+        tokens = max(count_tokens(self.encoder.tokenizer, text) for text in (instruction, caption))
         if tokens > self.max_text_tokens:
             raise ValueError(
-                f"an instruction or caption of {tokens} tokens is too long: the model has room for "
-                f"{self.max_text_tokens} beside a clip"
+                f"{item.get('path', 'a clip')}: its instruction or caption makes {tokens} tokens, "
+                f"the model has room for {self.max_text_tokens} beside a clip"
             )
+        source, target = fit_pair(item, size, self.config.spatial_factor, self.keep_aspect)
+        return Triplet(source, instruction, target, caption)

@@ -464,7 +464,7 @@ def test_check_reports_what_training_would_meet(tmp_path: Path, capsys):
     assert output[-1] == (
         "8 triplets: 1 bad rows, 6 without a caption; 7 decoded, 57.1% of them bad"
     )
-    assert output[0] == f"bad: triplet 8: {table}, line 8: its caption is a int, not a text: 3"
+    assert output[0] == f"bad: triplet 8: {table}, line 8: its caption is not a text: 3"
     found = sorted(" ".join(line.split()) for line in output[1:-1])
     for line, expected in zip(
         found,
@@ -595,7 +595,7 @@ def test_a_row_in_a_hundred_may_stay_without(tmp_path: Path, monkeypatch, capsys
     assert len(TripletDataset(out)) == 99 and server.asked == {10: 1}
     error = capsys.readouterr().err
     assert f"note: no caption for {tmp_path}/missing.mkv" in error
-    assert "line 101: its prompt is a int" in error
+    assert "line 101: its prompt is not a text: 7" in error
 
 
 def test_after_a_kill_no_finished_clip_is_asked_for_again(tmp_path: Path):
