@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -26,15 +27,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+import cli
 import video
 from mllm import CHAT_START, EditEncoder
 from rvedit import RVEDiTConfig
 from sample import model_size
 from shapes import ShapesDataset
+from vae import WanVAE
 
 COLUMNS = ("src_video", "tgt_video", "prompt")  # which every table of triplets has
 OPTIONAL_COLUMNS = ("caption", "category", "dataset")
@@ -251,7 +256,8 @@ class TripletDataset(Dataset):
     Relative paths start at `root`, by default the folder of the file. An item is a dict:
     - source, target: uint8 (T, H, W, 3), each of its own size; the same first frames of both, at
       most `max_frames` of them; T is 1 for stills;
-    - instruction; caption and category, "" where there is none; path: of the target.
+    - instruction; caption and category, "" where there is none;
+    - source_path, target_path: of the clips.
 
     Raises ValueError, in one line that names the file, for a file that has no good row. A bad row
     is an item that raises ValueError; so are clips that are too short or not in step, and clips
@@ -311,7 +317,8 @@ class TripletDataset(Dataset):
             instruction=row["prompt"],
             caption=row["caption"],
             category=row["category"],
-            path=row["tgt_video"],
+            source_path=row["src_video"],
+            target_path=row["tgt_video"],
         )
 
     def check_in_step(self, source: video.Video, target: video.Video, length: int) -> None:
@@ -421,7 +428,7 @@ def fit_pair(
     get the `training_size` of the source; without, it is the size itself.
     Raises ValueError for a triplet that nothing can be learned from.
     """
-    name = item.get("path", "a clip")
+    name = item.get("target_path", "a clip")
     source, target = item["source"], item["target"]
     frames, height, width = size
     for clip in (source, target):
@@ -450,6 +457,60 @@ def fit_pair(
     return source, target
 
 
+# --- Latents that were encoded before -------------------------------------------------------------
+
+
+class Latents:
+    """A folder with the VAE latents of triplets, for runs that would encode the same clips again.
+
+    `python -m experiments.datasets encode` writes it. It holds latents.json, with a hash of the
+    VAE, and a safetensors file for each triplet and size (T, H, W), with the float32 latents
+    (C, T', H', W') of `source` and `target` as `fit_pair` gives these, with their aspect kept. A
+    file's name is a hash of the paths of both clips, their sizes in bytes, and (T, H, W).
+    Raises ValueError for a folder that is none of that VAE's; `create` makes a new one.
+    """
+
+    def __init__(self, folder: Path, vae: WanVAE, create: bool = False) -> None:
+        self.folder = folder
+        weight = vae.conv1.weight.detach().cpu().contiguous()
+        wanted = {"vae": hashlib.sha256(weight.numpy().tobytes()).hexdigest()}
+        description = folder / "latents.json"
+        if create and not description.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            cli.write_text(description, json.dumps(wanted))
+        if not description.is_file():
+            raise ValueError(f"{folder} is not a folder of latents: it has no latents.json")
+        if json.loads(description.read_text()) != wanted:
+            raise ValueError(f"{folder} holds latents of another VAE, or in another precision")
+
+    def file(self, source_path: str, target_path: str, size: tuple[int, int, int]) -> Path:
+        """Where the latents of a triplet are. OSError if one of its clips is not there."""
+        clips = [(path, os.path.getsize(path)) for path in (source_path, target_path)]
+        name = hashlib.sha256(repr((clips, *size)).encode()).hexdigest()
+        return self.folder / name[:2] / f"{name[2:]}.safetensors"
+
+    def read(self, item: dict[str, Any], size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """The latents of a triplet's source and target. ValueError if they are not there."""
+        file = self.file(item["source_path"], item["target_path"], size)
+        if not file.is_file():
+            raise ValueError(
+                f"{item['target_path']}: {self.folder} lacks its latents at this --size; make them "
+                f"with `python -m experiments.datasets encode`"
+            )
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged, remove it: {one_line(error)}") from None
+        return tensors["source"], tensors["target"]
+
+
+def latents_of(vae: WanVAE, clips: Tensor) -> Tensor:
+    """VAE(clips), float32 (B, C, T', H', W'), for what a `Batch` has as its source or target."""
+    if clips.is_floating_point():
+        return clips  # they were encoded before
+    return vae.encode(video.to_float(clips))
+
+
 # --- Minibatches (Alg. 1, line 3) -----------------------------------------------------------------
 
 
@@ -460,12 +521,13 @@ class Triplet(NamedTuple):
     instruction: str  # ℓ
     target: Tensor  # v*, uint8 (T, H, W, 3)
     caption: str  # ℓ*; the instruction if the triplet has none
+    latents: tuple[Tensor, Tensor] | None  # VAE(v), VAE(v*), if they were encoded before
 
 
 class Batch(NamedTuple):
     """Algorithm 1, line 3: a minibatch (v, ℓ, v*, ℓ*) with t and ε."""
 
-    source: Tensor  # v, uint8 (B, T, H, W, 3)
+    source: Tensor  # v, uint8 (B, T, H, W, 3); or VAE(v), (B, C, T', H', W'): see `latents_of`
     target: Tensor  # v*, likewise
     t: Tensor  # (B,)
     noise: Tensor  # ε, of the latents' shape, (B, C, T', H', W')
@@ -533,6 +595,7 @@ class Batches(Dataset):
       A clip that has fewer frames is broken; T = 1 takes stills and the first frames of clips.
     - Synthetic clips are painted at the size.
 
+    With `latents` a batch holds latents in place of clips, which are then read for the MLLM only.
     A triplet that is broken is listed in `broken_file`, and the next one takes its place.
     Raises ValueError for sizes that do not fit the model and, if the reference branch runs (λ > 0),
     for a table without captions, unless `caption_fallback` lets it read instructions instead.
@@ -555,6 +618,7 @@ class Batches(Dataset):
         first_step: int = 0,
         first_sample: int = 0,
         caption_fallback: bool = False,
+        latents: Latents | None = None,
     ) -> None:
         for T, H, W in sizes:
             factor = config.spatial_factor
@@ -579,6 +643,9 @@ class Batches(Dataset):
         self.first_step = first_step
         self.first_sample = first_sample
         self.keep_aspect = batch == 1 and not isinstance(triplets, ShapesDataset)
+        self.latents = latents
+        if latents and not self.keep_aspect:
+            raise ValueError("--latents works with --data and a --batch of 1")
         self.max_text_tokens = max_text_tokens(config, encoder.tokenizer)
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
@@ -606,6 +673,9 @@ class Batches(Dataset):
         ref_inputs = None
         if self.config.align_weight > 0:
             ref_inputs = self.encoder.prepare(targets, [sample.caption for sample in samples])
+        if self.latents:
+            sources = [sample.latents[0] for sample in samples]
+            targets = [sample.latents[1] for sample in samples]
         return Batch(
             source=torch.stack(sources),
             target=torch.stack(targets),
@@ -668,9 +738,11 @@ class Batches(Dataset):
         caption = item["caption"] or instruction
         tokens = max(count_tokens(self.encoder.tokenizer, text) for text in (instruction, caption))
         if tokens > self.max_text_tokens:
+            name = item.get("target_path", "a clip")
             raise ValueError(
-                f"{item.get('path', 'a clip')}: its instruction or caption makes {tokens} tokens, "
-                f"the model has room for {self.max_text_tokens} beside a clip"
+                f"{name}: its instruction or caption makes {tokens} tokens, the model has room for "
+                f"{self.max_text_tokens} beside a clip"
             )
         source, target = fit_pair(item, size, self.config.spatial_factor, self.keep_aspect)
-        return Triplet(source, instruction, target, caption)
+        latents = self.latents.read(item, size) if self.latents else None
+        return Triplet(source, instruction, target, caption, latents)

@@ -305,6 +305,24 @@ def load(
     return model.eval(), vae.eval().requires_grad_(False)
 
 
+def load_vae(
+    path: str | Path | None = None,
+    wan: str | Path | None = None,
+    qwen: str | Path | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[RVEDiTConfig, WanVAE]:
+    """Only the configuration and the VAE, in float32, of what `load` takes."""
+    if path is None and wan is None and qwen is None:
+        path = TOY
+    opened = _open(_as_path(path), _as_path(wan), _as_path(qwen))
+    config = RVEDiTConfig(**opened.fields)
+    with torch.device("meta"):
+        vae = WanVAE(config.vae)
+    _, vae_tensors = weights.split(opened.tensors, "vae.")
+    weights.fill(vae, vae_tensors, f"the VAE of {path or wan}", device)
+    return config, vae.eval().requires_grad_(False)
+
+
 def _as_path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
 

@@ -6,6 +6,8 @@
     python -m experiments.datasets check triplets.jsonl
     # have every target described by a model on a server: the captions ℓ* of the reference branch
     python -m experiments.datasets caption triplets.jsonl --url URL --out captioned.jsonl
+    # encode all clips once, for train.py --latents: for more than one epoch, or more than one run
+    python -m experiments.datasets encode captioned.jsonl --checkpoint DIR --out latents
 
 §5 draws 10,000 clips "per category from each dataset", 120,000 in all: four categories from each of
 the three sets. The paper does not say which categories of a set those are. We take those that are
@@ -27,6 +29,7 @@ import json
 import os
 import re
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
@@ -42,13 +45,25 @@ if __name__ == "__main__":
     cli.begin()
 
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import rvedit
 import video
-from data import COLUMNS, TripletDataset, fit_pair, one_line, read_rows, read_table, triplets
+from data import (
+    COLUMNS,
+    Latents,
+    TripletDataset,
+    fit_pair,
+    latents_of,
+    one_line,
+    read_rows,
+    read_table,
+    triplets,
+)
 from experiments import chat
 from shapes import CATEGORIES
+from vae import WanVAE
 
 # --- The public sets as they lie on disk ----------------------------------------------------------
 
@@ -438,10 +453,48 @@ def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: i
     return [json.dumps(row | captions[row["tgt_video"]]) for row in captioned]
 
 
+# --- Latents --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode(
+    dataset: TripletDataset,
+    latents: Latents,
+    vae: WanVAE,
+    sizes: list[tuple[int, int, int]],
+    factor: int,
+) -> None:
+    """Write the latents of all triplets at all sizes (T, H, W), but for those that are there.
+
+    Broken triplets are left out with a note. Of the processes of torchrun each takes its share.
+    """
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    written = 0
+    for index in tqdm(range(rank, len(dataset), ranks), unit=" triplets", disable=None):
+        try:
+            row = dataset.row(index)
+            for size in sizes:
+                file = latents.file(row["src_video"], row["tgt_video"], size)
+                if file.is_file():
+                    continue
+                source, target = fit_pair(dataset[index], size, factor, keep_aspect=True)
+                tensors = {
+                    "source": latents_of(vae, source[None])[0].cpu(),
+                    "target": latents_of(vae, target[None])[0].cpu(),
+                }
+                file.parent.mkdir(exist_ok=True)
+                with cli.replacing(file) as temporary:
+                    save_file(tensors, temporary)
+                written += 1
+        except (ValueError, OSError) as error:
+            note(f"left out: triplet {index + 1}: {one_line(error)}")
+    print(f"{latents.folder}: {written} files written for {len(dataset)} triplets")
+
+
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str] | None) -> Any:
+def parse_arguments(argv: list[str] | None) -> Namespace:
     parser = cli.Parser(description="Triplets to train on: draw them, check them, caption them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     natural = cli.number(int, 1)
@@ -482,15 +535,31 @@ def parse_arguments(argv: list[str] | None) -> Any:
         "--model", default="Qwen/Qwen3-VL-8B-Instruct", help="default %(default)s, as in App. D.1"
     )
 
+    code = commands.add_parser("encode", help="write the VAE latents of every triplet, once")
+    code.add_argument("--checkpoint", type=Path, help="the model to train; default: the toy")
+    code.add_argument("--wan", type=Path, help="or a start for training: the folder of Wan2.2")
+    code.add_argument("--qwen", type=Path, help="the folder of Qwen2.5-VL, likewise")
+    code.add_argument(
+        "--size",
+        nargs=3,
+        type=natural,
+        action="append",
+        metavar=("T", "H", "W"),
+        help="as of train.py, may be given several times (default 81 704 1280)",
+    )
+    code.add_argument("--device", type=cli.device_of, help="default: a GPU if there is one")
+    code.add_argument("--out", type=Path, required=True, help="the folder to write, or go on with")
+
     for command in (sample, ask):
         command.add_argument(
             "--out", type=Path, required=True, help="the .jsonl file to write, for train.py --data"
         )
-    for command in (look, ask):
+    for command in (look, ask, code):
         command.add_argument("file", type=Path, metavar="FILE", help="triplets, .csv or .jsonl")
         command.add_argument(
             "--root", type=Path, metavar="DIR", help="where relative paths start; default: at FILE"
         )
+    for command in (look, ask):
         command.add_argument(
             "--frames", type=natural, default=81, help="frames of a clip to read (default 81)"
         )
@@ -500,12 +569,24 @@ def parse_arguments(argv: list[str] | None) -> Any:
     return parser.parse_args(argv)
 
 
+def encode_table(args: Namespace) -> None:
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    sizes = [tuple(size) for size in args.size or [(81, *TRAINING_PIXELS)]]
+    dataset = TripletDataset(args.file, args.root, max(size[0] for size in sizes))
+    config, vae = rvedit.load_vae(args.checkpoint, args.wan, args.qwen, device)
+    encode(dataset, Latents(args.out, vae, create=True), vae, sizes, config.spatial_factor)
+
+
 @cli.guarded
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.command == "check":
         dataset = TripletDataset(args.file, args.root, args.frames)
         return check(dataset, args.clips, args.workers, args.frames)
+    if args.command == "encode":
+        return encode_table(args)
     if args.out.suffix != ".jsonl" or not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: name a .jsonl file in a folder that exists")
     if args.command == "caption":

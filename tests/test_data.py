@@ -13,14 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make_clip, tiny_model, write_clip
+from helpers import make_clip, randomise, tiny_model, write_clip
 from torch.utils.data import ConcatDataset, DataLoader
 
 import data
+import rvedit
 import sample
 import video
 from data import TripletDataset, fit_clip
+from experiments import datasets
 from shapes import ShapesDataset
+from vae import WanVAE
 
 # --- Tables ---------------------------------------------------------------------------------------
 
@@ -62,7 +65,7 @@ def test_triplets_are_read_by_header(clips: Path, name: str):
     expected = ("seen", "Local Add") if name == "order.csv" else ("", "")
     assert (item["caption"], item["category"]) == expected and "mask" not in item
     assert item["instruction"] == ('go, "then"\nstop' if name == "quoted.csv" else "go")
-    assert item["path"] == str(clips / "videos/b.mkv")
+    assert item["target_path"] == str(clips / "videos/b.mkv")
 
 
 def test_paths_are_relative_to_the_root_or_absolute(clips: Path):
@@ -448,7 +451,7 @@ def edited(frames: int, height: int, width: int) -> dict:
     source = make_clip(1, height, width).repeat(frames, 1, 1, 1)
     target = source.clone()
     target[:, : height // 5] = 255 - target[:, : height // 5]
-    return dict(source=source, target=target, path="edited.mp4")
+    return dict(source=source, target=target, target_path="edited.mp4")
 
 
 @pytest.mark.parametrize(
@@ -598,6 +601,41 @@ def test_every_step_takes_one_of_the_sizes_on_all_ranks(model, tmp_path: Path):
         for step in range(3):
             source, _ = one.read(0, step)
             assert tuple(source.source.shape[:3]) == drawn[step]
+
+
+def test_latents_that_were_encoded_before_are_those_of_the_clips(tmp_path: Path):
+    """Bit for bit, at each triplet's own size; none is written twice; other sizes are refused."""
+    model, vae = tiny_model()
+    rvedit.save(tmp_path / "start", model, vae)
+    file = write_table(tmp_path, (9, 96, 32), (1, 64, 64), (6, 32, 96))
+    folder = tmp_path / "latents"
+    options = ["encode", file, "--checkpoint", tmp_path / "start", "--size", 9, 64, 64]
+    datasets.main([str(option) for option in [*options, "--out", folder]])
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert len(written) == 3
+    datasets.main([str(option) for option in [*options, "--out", folder]])
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+    table = TripletDataset(file, max_frames=9)
+    latents = data.Latents(folder, vae)
+    for step in range(3):
+        plain = batches(model, table, tmp_path)[step, 0]
+        ready = batches(model, table, tmp_path, latents=latents)[step, 0]
+        assert torch.equal(ready.source, data.latents_of(vae, plain.source))
+        assert torch.equal(ready.target, data.latents_of(vae, plain.target))
+        assert torch.equal(data.latents_of(vae, ready.target), ready.target)
+        assert torch.equal(ready.noise, plain.noise)
+        assert torch.equal(ready.edit_inputs[1], plain.edit_inputs[1])
+
+    with pytest.raises(ValueError, match="20 triplets, one after the other, are broken"):
+        batches(model, table, tmp_path, latents=latents, sizes=[(5, 64, 64)])[0, 0]
+    assert "lacks its latents at this --size" in (tmp_path / "broken.txt").read_text()
+    with pytest.raises(ValueError, match="--latents works with --data and a --batch of 1"):
+        batches(model, table, tmp_path, latents=latents, batch=2)
+    with pytest.raises(ValueError, match="nowhere is not a folder of latents"):
+        data.Latents(tmp_path / "nowhere", vae)
+    with pytest.raises(ValueError, match="holds latents of another VAE"):
+        data.Latents(folder, randomise(WanVAE(model.config.vae), seed=1))
 
 
 @pytest.mark.parametrize("size", ((8, 64, 64), (9, 60, 64), (9, 64, 72)))
