@@ -502,6 +502,9 @@ class Captioner(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def handle_error(self, *_: object) -> None:
+        """A client that was killed no longer listens: nothing to report."""
+
 
 class Answer(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
