@@ -5,17 +5,31 @@ Needs Pillow, which turns frames into JPEG.
 
 from __future__ import annotations
 
+import contextlib
+import email.utils
 import io
 import json
 import os
+import re
+import socket
+import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable
-from http.client import HTTPException
+from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPResponse, HTTPSConnection
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.parse import quote, urlsplit
+from urllib.request import (
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    Request,
+    build_opener,
+)
 
 import torch
 from tqdm import tqdm
@@ -23,12 +37,231 @@ from tqdm import tqdm
 import cli
 
 PAUSES = (2, 4, 8, 16, 32, 0)  # seconds of waiting after each failed try
-TIMEOUT = 300  # seconds of one try
+LONGEST_PAUSE = 60  # seconds, whatever a server's Retry-After says
+TIMEOUT = 300  # seconds of one try, from the first byte sent to the last byte read
+LONGEST_REPLY = 2**23  # bytes
 LONGEST_SIDE, QUALITY = 512, 85  # of the frames that are sent, in pixels and of JPEG (App. D.3)
+CUT_OFF = ("length", "max_tokens", "content_filter")  # finish_reason of an answer that is not whole
+# What servers say of an account that will not get an answer to any question.
+HOPELESS = ("insufficient_quota", "billing", "api key not valid")
+HOPELESS += ("invalid_api_key", "invalid api key", "incorrect api key")
 
 
 class Refused(cli.Stop):
     """The server will not answer other questions either."""
+
+
+class CutOff(ValueError):
+    """The server ended the answer before its end; `answer` is what there is of it."""
+
+    def __init__(self, answer: str, reason: str) -> None:
+        super().__init__(f"the server cut the answer off (finish_reason: {reason})")
+        self.answer, self.reason = answer, reason
+
+
+# --- The exchange with the server -----------------------------------------------------------------
+
+
+class _Watchdog:
+    """Closes the connection when the time is up.
+
+    The timeout of a socket starts again with each operation: a server that sends a byte now and
+    then, or "100 Continue" for ever, would never meet it.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.sockets: list[socket.socket] = []
+        self.expired = False
+        self.timer = threading.Timer(seconds, self.close)
+        self.timer.daemon = True
+
+    def watch(self, connection: socket.socket) -> None:
+        self.sockets.append(connection.dup())  # stays valid when TLS takes the first one over
+        if self.expired:
+            self.close()
+
+    def close(self) -> None:
+        self.expired = True
+        for connection in self.sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> _Watchdog:
+        self.timer.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.timer.cancel()
+        self.timer.join()  # so that it closes nothing below, where the number may be another file's
+        for connection in self.sockets:
+            connection.close()
+
+
+class _Connection(HTTPConnection):
+    watchdog: _Watchdog
+
+    def connect(self) -> None:
+        super().connect()
+        self.watchdog.watch(self.sock)
+
+
+class _TLSConnection(HTTPSConnection, _Connection):
+    """HTTPSConnection.connect calls that of _Connection, and then starts TLS."""
+
+
+def _watched(
+    kind: type[_Connection], watchdog: _Watchdog, *args: Any, **kwargs: Any
+) -> _Connection:
+    connection = kind(*args, **kwargs)
+    connection.watchdog = watchdog
+    return connection
+
+
+class _HTTPHandler(HTTPHandler):
+    def http_open(self, request: Request) -> HTTPResponse:
+        return self.do_open(partial(_watched, _Connection, request.watchdog), request)
+
+
+class _HTTPSHandler(HTTPSHandler):
+    def https_open(self, request: Request) -> HTTPResponse:
+        return self.do_open(partial(_watched, _TLSConnection, request.watchdog), request)
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """The key would follow a redirect to another host. 301 and the like become HTTPErrors."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+def _exchange(request: Request) -> tuple[int, HTTPMessage, bytes]:
+    """Send a request; returns status, headers and body of the reply, whatever its status is.
+
+    Raises OSError or HTTPException if there is no whole reply, or none within TIMEOUT.
+    """
+    opener = build_opener(_HTTPHandler, _HTTPSHandler, _NoRedirects)
+    with _Watchdog(TIMEOUT) as request.watchdog:
+        try:
+            try:
+                reply = opener.open(request, timeout=TIMEOUT)
+            except HTTPError as error:
+                reply = error  # which is a reply, too
+            with reply:
+                body = reply.read(LONGEST_REPLY + 1)
+        except Exception:
+            if request.watchdog.expired:
+                raise TimeoutError(f"no whole answer within {TIMEOUT} s") from None
+            raise
+        if request.watchdog.expired:
+            raise TimeoutError(f"no whole answer within {TIMEOUT} s")
+    if len(body) > LONGEST_REPLY:
+        raise OSError(f"the reply is longer than {LONGEST_REPLY} bytes")
+    return reply.status, reply.headers, body
+
+
+# --- What a reply says ----------------------------------------------------------------------------
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+
+
+def _text(content: object) -> str:
+    """The text of a message's content: nothing, a text, or a list of parts."""
+    if content is None:
+        return ""
+    if isinstance(content, list):
+        # Parts of other types, such as thoughts, are no part of the answer.
+        parts = [part for part in content if part.get("type", "text") in ("text", "output_text")]
+        return "".join(part["text"] for part in parts)
+    if not isinstance(content, str):
+        raise TypeError("its content is no text")
+    return content
+
+
+def _error(body: bytes) -> str:
+    """What the server says about a failure, or "" if it says nothing in the usual form."""
+    try:
+        reply = _parse(body)
+        reply = reply[0] if isinstance(reply, list) else reply
+        return json.dumps(reply["error"], ensure_ascii=False)
+    except (ValueError, LookupError, TypeError):
+        return ""
+
+
+def _answer(body: bytes) -> tuple[str, str | None]:
+    """The text of the answer in a reply, and its finish_reason; ValueError if it holds none."""
+    try:
+        choice = _parse(body)["choices"][0]
+        return _text(choice["message"]["content"]), choice.get("finish_reason")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        said = _error(body) or body.decode("utf-8", "replace")
+        raise ValueError(f"the reply is no answer ({error!r}): {said}") from None
+
+
+def _retry_after(headers: HTTPMessage) -> float:
+    """The seconds that the server asks us to wait, at most LONGEST_PAUSE; 0 if it does not ask."""
+    value = headers.get("Retry-After", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0
+    return min(seconds, LONGEST_PAUSE) if seconds > 0 else 0
+
+
+# --- Address and key ------------------------------------------------------------------------------
+
+
+def _check_url(url: str) -> None:
+    """Refuse what is no address, and what may hold a secret. It is not repeated in messages."""
+    problem = "--url is not the address of a server, such as http://localhost:8000/v1"
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        raise Refused(problem) from None
+    if "@" in url:
+        raise Refused(
+            "--url holds a user name or password: put the key into an environment variable"
+        )
+    if not valid or not re.fullmatch("[!-~]+", url):
+        raise Refused(problem)
+    if parts.query or parts.fragment:
+        raise Refused("--url has text behind ? or #: put a key into an environment variable")
+
+
+def _read_key(name: str) -> str:
+    """The API key in the environment variable `name`; "none" if the default one is not set."""
+    if name not in os.environ and name != "OPENAI_API_KEY":
+        # `name` may be the key itself, given by mistake: it is not repeated.
+        raise Refused("--key is not the name of an environment variable that is set")
+    key = os.environ.get(name) or "none"
+    if not re.fullmatch("[!-~]+", key):
+        raise Refused(
+            f"the API key in {name} holds a space, a line end or a letter that is not ASCII"
+        )
+    return key
+
+
+def _hide(text: str, key: str) -> str:
+    """The text without the key, however it is escaped. Words such as "EMPTY" are no secrets."""
+    if len(key) < 6:
+        return text
+    for form in {key, json.dumps(key)[1:-1], repr(key)[1:-1], quote(key, safe="")}:
+        text = re.sub(re.escape(form), "[key]", text, flags=re.IGNORECASE)
+    return text
+
+
+def _one_line(text: str) -> str:
+    """The start of a text in one line that a terminal can show."""
+    line = " ".join(text.split())[:400]
+    return "".join(c for c in line if c.isprintable())
 
 
 # --- One question ---------------------------------------------------------------------------------
@@ -57,45 +290,81 @@ def image_parts(frames: torch.Tensor, number: int) -> list[dict]:
     return parts
 
 
+class _Again(Exception):
+    """There is no answer yet; another try may help, after some seconds."""
+
+    def __init__(self, message: str, seconds: float = 0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+def _ask_once(request: Request) -> str:
+    """One try: raises _Again, ValueError if another does not help, Refused if none ever does."""
+    try:
+        status, headers, body = _exchange(request)
+    except (OSError, HTTPException) as error:  # unreachable, too slow, too long or cut off
+        raise _Again(str(error) or repr(error)) from error
+    said = f"{status}: {_error(body) or body.decode('utf-8', 'replace')}"
+    if 300 <= status < 400:
+        place = headers.get("Location", "nowhere")
+        raise Refused(f"{status}: not followed to {place}, which would get the key")
+    if status in (401, 402, 403, 404) or any(words in _error(body).lower() for words in HOPELESS):
+        raise Refused(said)
+    if status >= 500 or status in (408, 429):
+        raise _Again(said, _retry_after(headers))
+    if status != 200:
+        raise ValueError(said)
+    try:
+        answer, reason = _answer(body)
+    except ValueError as error:
+        raise _Again(str(error)) from None
+    if reason in CUT_OFF:
+        raise CutOff(answer, reason)
+    return answer
+
+
 def ask(
     url: str, model: str, content: str | list, system: str = "", key: str = "OPENAI_API_KEY"
 ) -> str:
     """Ask one question, in one turn of a chat, and return the text of the answer.
 
     url: of the server, such as http://localhost:8000/v1. content: the question, a text or a list of
-    parts. system: the system prompt, if there is one. key: the environment variable with the key.
-    Raises ValueError if there is no answer to this question, Refused if there is none to any.
+    parts. system: the system prompt, if there is one. key: the environment variable with the key,
+    which is in no message and no answer.
+    Raises ValueError if there is no answer to this question, CutOff if it is not whole, and Refused
+    if there is none to any question.
     """
+    _check_url(url)
+    secret = _read_key(key)
+    url = f"{url.rstrip('/')}/chat/completions"
     messages = [{"role": "user", "content": content}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
     body = json.dumps({"model": model, "messages": messages}).encode()
-    headers = {
-        "Content-Type": "application/json",
-        "Authorization": f"Bearer {os.environ.get(key, 'none')}",
-    }
-    url = f"{url.rstrip('/')}/chat/completions"
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {secret}"}
+
+    def told(error: Exception) -> str:
+        return _one_line(_hide(f"{url}: {error}", secret))
+
+    def refusal(error: Exception) -> Refused:
+        hint = f"check the server, its address, the model's name and {key}"
+        return Refused(f"{told(error)}; {hint}")
+
     for tries, pause in enumerate(PAUSES, 1):
         try:
-            with urlopen(Request(url, body, headers), timeout=TIMEOUT) as reply:
-                answer = json.load(reply)["choices"][0]["message"]["content"]
-            return "" + (answer or "")  # a TypeError if it is no text
-        except HTTPError as error:
-            failure = f"{url}: {error!r} {error.read(300)!r}"
-            refused = error.code in (401, 403, 404)
-            hopeless = error.code < 500 and error.code not in (408, 429)
-        except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-            # The server cannot be reached, its reply is cut off, or it is no answer.
-            failure = f"{url}: {error!r}"
-            refused = type(error) is URLError and tries == 3
-            hopeless = False
-        if refused:
-            raise Refused(
-                f"{failure}; check the server, its address, the model's name and {key}"
-            ) from None
-        if hopeless:
-            break
-        time.sleep(pause)
+            return _hide(_ask_once(Request(url, body, headers)), secret)
+        except _Again as again:
+            if tries == 3 and isinstance(again.__cause__, URLError):
+                raise refusal(again) from None  # the server is not there
+            failure = told(again)
+            if tries < len(PAUSES):
+                time.sleep(max(pause, again.seconds))
+        except CutOff as error:
+            raise CutOff(_hide(error.answer, secret), error.reason) from None
+        except ValueError as error:
+            raise ValueError(told(error)) from None
+        except Refused as error:
+            raise refusal(error) from None
     raise ValueError(failure)
 
 
@@ -109,12 +378,14 @@ def results(path: Path) -> dict[str, dict]:
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     rows = {}
-    try:
-        for line in lines:
-            row = json.loads(line)
+    for number, line in enumerate(lines, 1):
+        try:
+            row = _parse(line)
             rows[row.pop("key")] = row
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} has a line that is damaged, remove it: {error}") from None
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{path} has a line that is damaged, remove line {number}: {error}"
+            ) from None
     return rows
 
 
@@ -135,8 +406,14 @@ def run(
         except (ValueError, OSError) as error:
             failed[key] = str(error)
             return
+        line = (json.dumps({"key": key, **result}) + "\n").encode()
         # One unbuffered write for each line: lines of several threads do not mix.
-        file.write((json.dumps({"key": key, **result}) + "\n").encode())
+        try:
+            written = file.write(line)
+        except OSError as error:
+            raise cli.Stop(f"{path} cannot be written: {error.strerror}") from None
+        if written < len(line):
+            raise cli.Stop(f"{path} cannot be written: no space is left")
 
     todo = sorted(jobs.keys() - results(path).keys())
     # The pool's threads are daemons: Ctrl-C does not wait for their answers.

@@ -213,9 +213,13 @@ def ask_judge(rubric: str, source: Path, edit: Path, url: str, model: str, key: 
         content.append({"type": "text", "text": header})
         content += chat.image_parts(video.read_video(path).frames, FRAMES)
     content.append({"type": "text", "text": TASK})
+    scores = None
     for _ in range(TRIES):
-        answer = chat.ask(url, model, content, rubric, key)
-        scores = parse_scores(answer)
+        try:
+            answer = chat.ask(url, model, content, rubric, key)
+            scores = parse_scores(answer)
+        except chat.CutOff as error:
+            answer = error.answer  # "8" may be the start of "80": nothing of it is read
         if scores:
             break
     return {"scores": scores, "answer": answer}

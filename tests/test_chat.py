@@ -2,12 +2,14 @@
 
 import base64
 import contextlib
+import email.utils
 import io
 import json
 import signal
 import socket
 import threading
 import time
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -19,11 +21,17 @@ from experiments import chat
 CUT = object()  # a body that ends in the middle
 
 
+def reply_of(content, **choice):
+    """A reply whose message has this content."""
+    return json.dumps({"choices": [{"message": {"content": content}, **choice}]}).encode()
+
+
 @contextlib.contextmanager
 def loopback(reply):
     """A server on this machine: its address, and (path, headers, body) of each request.
 
-    reply(body) -> the text of an answer, a status of HTTP, the bytes of a reply, or CUT.
+    reply(body) -> the text of an answer, a status of HTTP, the bytes of a reply, CUT, or
+    (status, headers) and perhaps the bytes of the body.
     """
     asked = []
 
@@ -35,14 +43,18 @@ def loopback(reply):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append((self.path, self.headers, body))
             answer = reply(body)
-            text = answer if isinstance(answer, str) else "an answer that does not arrive"
-            data = json.dumps(
-                {"choices": [{"message": {"role": "assistant", "content": text}}]}
-            ).encode()
-            if isinstance(answer, int):
-                data = b'{"error": "reason of the server"}'
-            self.send_response(answer if isinstance(answer, int) else 200)
-            data = answer if isinstance(answer, bytes) else data
+            status, headers, data = 200, {}, reply_of("an answer that does not arrive")
+            if isinstance(answer, str):
+                data = reply_of(answer)
+            elif isinstance(answer, bytes):
+                data = answer
+            elif isinstance(answer, int):
+                status, data = answer, b'{"error": "reason of the server"}'
+            elif isinstance(answer, tuple):
+                status, headers, data = (*answer, b"{}")[:3]
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", len(data))
             self.end_headers()
             self.wfile.write(data[:20] if answer is CUT else data)
@@ -205,6 +217,267 @@ def test_a_slow_server_is_asked_again(monkeypatch):
         assert chat.ask(url, "m", "?") == "awake"
         assert len(asked) >= 2
         end.set()
+
+
+# --- Answers in other forms -----------------------------------------------------------------------
+
+
+def test_content_in_parts_is_joined():
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    parts = [thought, {"type": "text", "text": "yes"}, {"type": "text", "text": " and no"}]
+    with loopback(in_turn(reply_of(parts), reply_of([]))) as (url, _):
+        assert chat.ask(url, "m", "?") == "yes and no"
+        assert chat.ask(url, "m", "?") == ""
+
+
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+def test_an_answer_that_was_cut_off_is_told_apart(reason):
+    replies = in_turn(reply_of("Score: 8", finish_reason=reason))
+    with loopback(replies) as (url, asked), pytest.raises(chat.CutOff, match=reason) as error:
+        chat.ask(url, "m", "?")
+    assert error.value.answer == "Score: 8" and len(asked) == 1
+
+
+@pytest.mark.parametrize("reason", ["stop", None, "eos"])
+def test_an_answer_that_is_whole_is_returned(reason):
+    with loopback(in_turn(reply_of("Score: 80", finish_reason=reason))) as (url, _):
+        assert chat.ask(url, "m", "?") == "Score: 80"
+
+
+@pytest.mark.parametrize("bomb", [b"[" * 200_000, b'{"choices":' * 50_000])
+def test_deeply_nested_json_is_no_answer(bomb):
+    with loopback(lambda body: bomb) as (url, _), pytest.raises(ValueError, match="nested"):
+        chat.ask(url, "m", "?")
+
+
+# --- When to try again ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value, seconds", [("7", 7), ("0", 0), ("1e9", 60), ("-3", 0), ("soon", 0), ("nan", 0)]
+)
+def test_retry_after_is_honoured_up_to_a_minute(value, seconds, monkeypatch):
+    slept = []
+    monkeypatch.setattr(chat.time, "sleep", slept.append)
+    replies = in_turn((429, {"Retry-After": value}), "at last")
+    with loopback(replies) as (url, _):
+        assert chat.ask(url, "m", "?") == "at last"
+    assert slept == [seconds]
+
+
+def test_retry_after_may_be_a_date(monkeypatch):
+    slept = []
+    monkeypatch.setattr(chat.time, "sleep", slept.append)
+    date = email.utils.formatdate(time.time() + 30, usegmt=True)
+    with loopback(in_turn((503, {"Retry-After": date}), "at last")) as (url, _):
+        assert chat.ask(url, "m", "?") == "at last"
+    assert 20 < slept[0] <= 30
+
+
+ACCOUNTS = [
+    (429, {"error": {"code": "insufficient_quota", "message": "You exceeded your quota"}}),
+    (429, {"error": {"type": "insufficient_quota"}}),
+    (400, [{"error": {"message": "API key not valid. Please pass a valid API key."}}]),
+    (400, {"error": {"code": "invalid_api_key"}}),
+    (200, {"error": {"message": "Incorrect API key provided", "code": 401}}),
+    (402, {"error": "payment required"}),
+]
+
+
+@pytest.mark.parametrize("status, body", ACCOUNTS)
+def test_an_account_without_answers_stops_at_once(status, body):
+    reply = (status, {}, json.dumps(body).encode())
+    with loopback(lambda _: reply) as (url, asked), pytest.raises(chat.Refused, match=f"{status}"):
+        chat.ask(url, "m", "?")
+    assert len(asked) == 1
+
+
+def test_a_rate_limit_is_waited_for():
+    limit = (429, {}, b'{"error": {"code": "rate_limit_exceeded", "message": "quota per minute"}}')
+    with loopback(in_turn(limit, limit, "at last")) as (url, _):
+        assert chat.ask(url, "m", "?") == "at last"
+
+
+# --- The key --------------------------------------------------------------------------------------
+
+KEY = 'sk-7Q/x"9\\zÄ'[:-1] + "~end"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_does_not_follow_a_redirect(status, monkeypatch):
+    monkeypatch.setenv("MY_KEY", KEY)
+    with loopback(lambda body: "stolen") as (other, asked_there):
+        reply = (status, {"Location": f"{other}/chat/completions?{KEY}"})
+        with loopback(lambda body: reply) as (url, asked):
+            with pytest.raises(chat.Refused, match=f"{status}: not followed to {other}") as error:
+                chat.ask(url, "m", "?", key="MY_KEY")
+    assert len(asked) == 1 and not asked_there and KEY not in str(error.value)
+
+
+def echoes(text):
+    """Replies in which a server repeats a text, in all the ways in which it is shown."""
+    quoted = json.dumps({"error": {"message": f"bad key {text}"}}).encode()
+    padded = json.dumps({"error": {"message": "x" * 370 + text}}).encode()
+    return {
+        "an error": (400, {}, quoted),
+        "a refusal": (401, {}, quoted),
+        "plain text": (403, {}, f"Authorization: Bearer {text}".encode()),
+        "an answer that is none": (200, {}, text.encode()),
+        "a long error": (400, {}, padded),
+        "another case": (400, {}, quoted.lower()),
+    }
+
+
+@pytest.mark.parametrize("form", echoes(""))
+def test_a_server_that_repeats_the_key_does_not_get_it_printed(form, monkeypatch):
+    monkeypatch.setenv("MY_KEY", KEY)
+    reply = echoes(KEY)[form]
+    with loopback(lambda body: reply) as (url, _):
+        with pytest.raises((ValueError, chat.Refused)) as error:
+            chat.ask(url, "m", "?", key="MY_KEY")
+    shown = "".join(traceback.format_exception(error.value))
+    assert "sk-7q" not in str(error.value).lower() and "sk-7q" not in shown.lower()
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_model_that_repeats_the_key_does_not_get_it_written(reason, monkeypatch):
+    monkeypatch.setenv("MY_KEY", KEY)
+    reply = reply_of(f"Your key is {KEY}. {KEY}", finish_reason=reason)
+    with loopback(lambda body: reply) as (url, _):
+        try:
+            answer = chat.ask(url, "m", "?", key="MY_KEY")
+        except chat.CutOff as error:
+            answer = error.answer
+    assert answer == "Your key is [key]. [key]"
+
+
+@pytest.mark.parametrize(
+    "key", ["sk-secret\n", "sk-secret\r\nX: y", "sk-secret-☃", "sk- secret", "\t"]
+)
+def test_a_bad_key_is_refused_before_any_request(key, monkeypatch):
+    monkeypatch.setenv("MY_KEY", key)
+    with loopback(lambda body: "yes") as (url, asked):
+        with pytest.raises(chat.Refused, match="the API key in MY_KEY holds") as error:
+            chat.ask(url, "m", "?", key="MY_KEY")
+    assert not asked and "secret" not in str(error.value)
+
+
+def test_a_key_in_the_place_of_its_name_is_not_repeated():
+    with loopback(lambda body: "yes") as (url, asked):
+        with pytest.raises(chat.Refused, match="not the name of an environment variable") as error:
+            chat.ask(url, "m", "?", key="sk-secret")
+    assert not asked and "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "http://user:password@{}/v1",
+        "http://password@{}/v1",
+        "user:password@{}/v1",
+        "http://{}/v1?key=password",
+        "http://{}/v1#password",
+        "http://{}:password/v1",
+        "password://{}/v1",
+        "http://{}/password ☃",
+        "http:///password",
+        "",
+    ],
+)
+def test_an_address_with_a_secret_is_refused_and_not_repeated(form):
+    with loopback(lambda body: "yes") as (url, asked):
+        host = url.removeprefix("http://").removesuffix("/v1")
+        with pytest.raises(chat.Refused, match="--url") as error:
+            chat.ask(form.format(host), "m", "?")
+    assert not asked and "password@" not in str(error.value) and "\n" not in str(error.value)
+    assert "password" not in str(error.value).replace("name or password", "")
+
+
+# --- Servers without an end -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hostile(*parts, then=b""):
+    """A server that sends the parts, and then the bytes `then` again and again, for ever."""
+    server = socket.create_server(("127.0.0.1", 0))
+    over = threading.Event()
+
+    def serve(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(100_000)
+            for part in parts:
+                connection.sendall(part)
+            while not over.wait(0.01):
+                connection.sendall(then)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+    finally:
+        over.set()
+        server.close()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+WHOLE = b"2\r\n{}\r\n0\r\n"
+ENDLESS = {
+    "silence": ([], b""),
+    "100 Continue": ([], b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "a line of status": ([b"HTTP/1.1 200 "], b"O"),
+    "one header": ([OK, b"X: "], b"x"),
+    "a dripping body": ([OK, b"Content-Length: 100000\r\n\r\n"], b" "),
+    "a body without length": ([OK, b"\r\n"], b" "),
+    "chunks": ([OK, CHUNKED], b"1\r\n \r\n"),
+    "a chunk's length": ([OK, CHUNKED], b"0"),
+    "trailers": ([OK, CHUNKED, WHOLE], b"X: y\r\n"),
+    "the body of an error": ([b"HTTP/1.1 500 No\r\n\r\n"], b"x"),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_one_deadline_bounds_the_whole_exchange(kind, monkeypatch):
+    monkeypatch.setattr(chat, "TIMEOUT", 0.2)
+    monkeypatch.setattr(chat, "PAUSES", (0, 0))
+    parts, then = ENDLESS[kind]
+    with (
+        hostile(*parts, then=then) as url,
+        pytest.raises(ValueError, match="within 0.2 s|100 head"),
+    ):
+        chat.ask(url, "m", "?")
+
+
+def test_a_handshake_without_an_end_is_bounded_too(monkeypatch):
+    monkeypatch.setattr(chat, "TIMEOUT", 0.2)
+    monkeypatch.setattr(chat, "PAUSES", (0, 0))
+    # A TLS record of 16 kB that arrives byte by byte.
+    with hostile(b"\x16\x03\x03\x40\x00", then=b"\x02") as url:
+        with pytest.raises(ValueError, match="within 0.2 s"):
+            chat.ask(url.replace("http", "https", 1), "m", "?")
+
+
+def test_no_watchdog_stays_behind():
+    before = set(threading.enumerate())
+    with loopback(in_turn("yes", 400)) as (url, _):
+        assert chat.ask(url, "m", "?") == "yes"
+        with pytest.raises(ValueError):
+            chat.ask(url, "m", "?")
+    rest = set(threading.enumerate()) - before
+    assert not [thread for thread in rest if isinstance(thread, threading.Timer)]
+
+
+@pytest.mark.parametrize("head", [b"\r\n", b"Content-Length: 99999999999\r\n\r\n"])
+def test_a_reply_has_a_largest_size(head, monkeypatch):
+    monkeypatch.setattr(chat, "LONGEST_REPLY", 10_000)
+    with hostile(OK, head, then=b" " * 5_000) as url:
+        with pytest.raises(ValueError, match="longer than 10000 bytes"):
+            chat.ask(url, "m", "?")
 
 
 # --- Many questions -------------------------------------------------------------------------------
