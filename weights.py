@@ -414,7 +414,7 @@ def fill(
 
 
 def read_finite(key: str, tensor: Stored) -> Tensor:
-    """The values of a stored tensor. Raises ValueError, which names its file, for NaN or infinity."""
+    """The values of a stored tensor. NaN or infinity raises ValueError, which names the file."""
     value = tensor.read()
     if not is_finite(value):
         raise ValueError(
