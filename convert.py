@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,32 +69,37 @@ QWEN: Rules = [  # from the names of transformers 4.52 and later
 ]
 
 KIWI_TRAINING: Rules = [  # dit.* has our names already
+    (r"^pipe\.", ""),  # some files keep the name of the whole pipeline, some lack that of the DiT
+    (r"^(blocks|patch_embedding|(?:text|time)_embedding|time_projection|head)\.", r"dit.\1."),
     (r"^vae_condition\.patch_embedding\.", "dit.source_embedding."),
     (r"^ref_vae_condition\.patch_embedding\.", "kiwi.ref_embedder."),
-    (r"^mllm\.model\.(.*lora_[AB])\.default\.weight$", r"encoder.qwen.\1"),
+    (r"^mllm\.model\.(.*lora_[AB])(\.default)?\.weight$", r"encoder.qwen.\1"),
     (r"^encoder\.qwen\.model\.language_model\.", "encoder.qwen.model."),
     (r"^mllm\.video_queries\.q$", "encoder.queries"),
     (r"^mllm\.connetor\.", "encoder.editing_connector."),  # their spelling
-    (r"^mllm\.(image|ref)_queries\.q$", r"kiwi.\1_queries"),
+    (r"^mllm\.image_queries\.q$", "encoder.image_queries"),
+    (r"^mllm\.ref_queries\.q$", "kiwi.ref_queries"),
     (r"^mllm\.ref_connector\.", "kiwi.ref_connector."),
 ]
 
 KIWI_ENCODER: Rules = [  # mllm_encoder/ of the release
     (r"^video_queries$", "encoder.queries"),
     (r"^connector\.", "encoder.editing_connector."),
-    (r"^(image_queries|ref_queries|ref_connector\..*)$", r"kiwi.\1"),
+    (r"^image_queries$", "encoder.image_queries"),
+    (r"^(ref_queries$|ref_connector\.)", r"kiwi.\1"),
     (r"^(model|visual|lm_head)\.", r"encoder.qwen.\1."),
     (r"^encoder\.qwen\.(model\.visual|visual)\.", "encoder.qwen.visual."),
     (r"^encoder\.qwen\.model\.language_model\.", "encoder.qwen.model."),
 ]
 
 # Tensors that we know and do not use: umT5's projection, Qwen's output head (tied to its words, but
-# sometimes stored all the same), and Kiwi-Edit's paths for images and reference images.
+# sometimes stored all the same), and Kiwi-Edit's path for reference images.
 UNUSED = re.compile(r"dit\.text_embedding\.|encoder\.qwen\.lm_head\.|kiwi\.")
 
 # Parameters that a source may lack and that are then initialised, as regular expressions.
-NEW_TO_WAN_AND_QWEN = r"^encoder\.(queries|\w+_connector\.)|lora_[AB]$|^dit\.source_embedding\."
-NEW_TO_KIWI = r"lora_[AB]$"
+LORA = r"lora_[AB]$"
+SOURCE_EMBEDDING = r"^dit\.source_embedding\."
+NEW_TO_WAN_AND_QWEN = rf"^encoder\.(\w*queries|\w+_connector\.)|{LORA}|{SOURCE_EMBEDDING}"
 
 
 def rename(key: str, rules: Rules) -> str:
@@ -178,12 +185,13 @@ def open_qwen(folder: Path) -> dict[str, Stored]:
 
 def open_kiwi(folder: Path) -> dict[str, Stored]:
     """Kiwi-Edit's release: all but the native connectors and the LoRA, which are new in ours."""
-    mllm_encoder = folder / "mllm_encoder"  # its own tensors, and Qwen's with the LoRA merged in
+    own = weights.open_folder(folder / "mllm_encoder", STEM)
+    note_references(own, folder)
+    qwen = weights.open_folder(folder / "mllm_encoder", "model")  # with the LoRA merged in
     tensors = kiwi_release_names(
         transformer=weights.open_folder(folder / "transformer", STEM),
         source_embedder=weights.open_folder(folder / "source_embedder", STEM),
-        mllm_encoder=weights.open_folder(mllm_encoder, STEM)
-        | weights.open_folder(mllm_encoder, "model"),
+        mllm_encoder=own | qwen,
     )
     return tensors | renamed(weights.open_folder(folder / "vae", STEM), str, "vae.")
 
@@ -215,17 +223,17 @@ def dit_config(file: Path, tensors: dict[str, Stored]) -> DiTConfig:
     blocks = config.get("num_layers")
     if heads is None or blocks is None:
         raise ValueError(f"{file} does not say how many heads and layers the transformer has")
-    dim, in_channels, *patch = shape_of(tensors, "dit.patch_embedding.weight", file.parent)
-    head_rows = shape_of(tensors, "dit.head.head.weight", file.parent)[0]
+    dim, in_channels, *patch = shape_of(tensors, "dit.patch_embedding.weight", 5, file.parent)
+    head_rows = shape_of(tensors, "dit.head.head.weight", 2, file.parent)[0]
     fields = dict(
         dim=dim,
-        ffn_dim=shape_of(tensors, "dit.blocks.0.ffn.0.weight", file.parent)[0],
+        ffn_dim=shape_of(tensors, "dit.blocks.0.ffn.0.weight", 2, file.parent)[0],
         num_heads=heads,
         num_blocks=blocks,
         in_channels=in_channels,
         out_channels=head_rows // math.prod(patch),
         patch_size=tuple(patch),
-        freq_dim=shape_of(tensors, "dit.time_embedding.0.weight", file.parent)[1],
+        freq_dim=shape_of(tensors, "dit.time_embedding.0.weight", 2, file.parent)[1],
         eps=config.get("eps", 1e-6),
     )
     return weights.build_config(DiTConfig, fields, file, "dit.")
@@ -237,9 +245,9 @@ def vae_config(file: Path | None, tensors: dict[str, Stored], source: Path) -> V
     base = WAN2_2_VAE
     downsample = config.get("temperal_downsample", base.temporal_downsample)  # their spelling
     fields = dict(
-        dim=shape_of(tensors, "vae.encoder.conv1.weight", source)[0],
-        dec_dim=shape_of(tensors, "vae.decoder.head.0.gamma", source)[0],
-        z_dim=shape_of(tensors, "vae.conv2.weight", source)[0],
+        dim=shape_of(tensors, "vae.encoder.conv1.weight", 5, source)[0],
+        dec_dim=shape_of(tensors, "vae.decoder.head.0.gamma", 4, source)[0],
+        z_dim=shape_of(tensors, "vae.conv2.weight", 5, source)[0],
         dim_mult=config.get("dim_mult", base.dim_mult),
         num_res_blocks=config.get("num_res_blocks", base.num_res_blocks),
         temporal_downsample=downsample,
@@ -272,10 +280,17 @@ def without_nulls(config: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def shape_of(tensors: dict[str, Stored], key: str, source: Path) -> tuple[int, ...]:
+def shape_of(
+    tensors: dict[str, Stored], key: str, dimensions: int, source: Path
+) -> tuple[int, ...]:
+    """The shape of a tensor that tells sizes. Raises ValueError if it is absent or misshapen."""
     if key not in tensors:
         raise ValueError(f"{source} has no {key}: it is another model, or was cut short")
-    return tensors[key].shape
+    shape = tensors[key].shape
+    if len(shape) != dimensions or 0 in shape:
+        file = tensors[key].file
+        raise ValueError(f"{file}: {key} has the shape {list(shape)}, not {dimensions} dimensions")
+    return shape
 
 
 # --- Whole checkpoints ----------------------------------------------------------------------------
@@ -291,18 +306,19 @@ def open_kiwi_release(folder: Path) -> Opened:
     tokenizer = weights.read_tokenizer(folder / "processor")
     dit = dit_config(folder / "transformer" / "config.json", tensors)
     fields = dict(
-        dit=dit,
+        dit=dataclasses.replace(dit, bf16_timestep=True),
         vae=vae_config(folder / "vae" / "config.json", tensors, folder),
         qwen=qwen_config(folder / "processor" / "qwen_config.json", tokenizer),
         routing_depth=dit.num_blocks,
-        num_editing_tokens=shape_of(tensors, "encoder.queries", folder)[0],
+        num_editing_tokens=shape_of(tensors, "encoder.queries", 2, folder)[0],
+        num_image_tokens=shape_of(tensors, "encoder.image_queries", 2, folder)[0],
     )
     file = folder / "mllm_encoder" / "config.json"
     encoder = weights.read_json(file)
     for theirs, ours in KIWI_LIMITS.items():
         if theirs in encoder:
             fields[ours] = weights.checked(encoder[theirs], int, file, ours)
-    return Opened(fields, folder, tokenizer, with_native_connectors(tensors), NEW_TO_KIWI)
+    return Opened(fields, folder, tokenizer, with_native_connectors(tensors), LORA)
 
 
 def open_wan_and_qwen(wan: Path, qwen: Path) -> Opened:
@@ -325,13 +341,46 @@ def open_wan_and_qwen(wan: Path, qwen: Path) -> Opened:
 
 
 def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
-    """Kiwi-Edit's training state: what it changed and added, laid over Wan and Qwen."""
+    """Kiwi-Edit's training state: what it changed and added, laid over Wan and Qwen.
+
+    Its first stage trains the connector and the queries for stills alone, and LoRA if there is one.
+    Then clips begin with the queries for stills, and the source embedding is new.
+    """
     base = open_wan_and_qwen(wan, qwen)
-    tensors = base.tensors | renamed(weights.open_file(file), kiwi_training_key)
-    lora = "encoder.qwen.model.layers.0.self_attn.q_proj.lora_A"
+    stored = weights.open_file(file)
+    note_references(stored, file)
+    trained = renamed(stored, kiwi_training_key)
+    may_lack = []
+
+    dit = dataclasses.replace(base.fields["dit"], bf16_timestep=True)
+    if not any(key.startswith("dit.") for key in trained):
+        note(f"{file} is of Kiwi-Edit's first stage, which trains no DiT: train it before editing")
+        may_lack.append(SOURCE_EMBEDDING)
+    image_queries = shape_of(trained, "encoder.image_queries", 2, file)
+    if "encoder.queries" not in trained and SOURCE_EMBEDDING in may_lack:
+        trained["encoder.queries"] = trained["encoder.image_queries"]
     fields = base.fields | dict(
-        routing_depth=base.fields["dit"].num_blocks,  # it never saw native tokens
-        num_editing_tokens=shape_of(tensors, "encoder.queries", file)[0],
-        lora_rank=shape_of(tensors, lora, file)[0],
+        dit=dit,
+        routing_depth=dit.num_blocks,  # it never saw native tokens
+        num_editing_tokens=shape_of(trained, "encoder.queries", 2, file)[0],
+        num_image_tokens=image_queries[0],
     )
-    return Opened(fields, file, base.tokenizer, with_native_connectors(tensors))
+    if any(re.search(LORA, key) for key in trained):
+        lora = "encoder.qwen.model.layers.0.self_attn.q_proj.lora_A"
+        fields["lora_rank"] = shape_of(trained, lora, 2, file)[0]
+    else:
+        may_lack.append(LORA)
+    tensors = with_native_connectors(base.tensors | trained)
+    return Opened(fields, file, base.tokenizer, tensors, "|".join(may_lack) or None)
+
+
+def note_references(names: Iterable[str], source: Path) -> None:
+    """Say so if a checkpoint of Kiwi-Edit's was trained with reference images."""
+    if any("ref_queries" in name for name in names):
+        note(f"{source} was trained with reference images, which are not used here")
+
+
+def note(text: str) -> None:
+    """Print a line on stderr, once for all processes of torchrun."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)

@@ -230,6 +230,8 @@ class EditEncoder(nn.Module):
         in_dim, dim = qwen.config.hidden_size, config.dit.dim
         queries = torch.empty(config.num_editing_tokens, in_dim)
         self.queries = nn.Parameter(nn.init.trunc_normal_(queries, std=0.02))
+        image_queries = torch.empty(config.num_image_tokens, in_dim)  # for stills
+        self.image_queries = nn.Parameter(nn.init.trunc_normal_(image_queries, std=0.02))
         self.editing_connector = connector(in_dim, dim)
         self.visual_connector = connector(in_dim, dim)
         self.textual_connector = connector(in_dim, dim)

@@ -97,7 +97,8 @@ class RVEDiTConfig:
     vae: VAEConfig
     qwen: QwenConfig
     routing_depth: int  # L_s of Eq. 3: blocks 1 ... L_s read only the editing tokens
-    num_editing_tokens: int = 512  # K
+    num_editing_tokens: int = 512  # K for clips
+    num_image_tokens: int = 512  # K for stills, which have queries of their own; Kiwi-Edit has 256
     align_weight: float = 0.75  # λ_align of Eq. 6
     temperature: float = 0.07  # τ of Eq. 5
     # LoRA on q, k, v, o of the language tower (§5). Its alpha is the rank, so that its scale is 1.
@@ -121,6 +122,14 @@ class RVEDiTConfig:
                 f"routing depth {self.routing_depth} is not between 0 and the "
                 f"{self.dit.num_blocks} blocks"
             )
+
+    @property
+    def native_trained(self) -> bool:
+        """Whether some block reads X_v and X_ℓ, so that their connectors get gradients.
+
+        Not with L_s = L, as in Kiwi-Edit: a model so trained knows editing tokens alone.
+        """
+        return self.routing_depth < self.dit.num_blocks
 
     @property
     def spatial_factor(self) -> int:
@@ -192,6 +201,7 @@ def preset(name: str) -> RVEDiTConfig:
             ),
             routing_depth=3,
             num_editing_tokens=16,
+            num_image_tokens=16,
             align_weight=0.005,  # with more, it edits fewer clips: RESULTS.md
             lora_rank=0,  # there is no pretrained Qwen to adapt: the MLLM trains whole
             max_mllm_frames=4,
@@ -225,6 +235,7 @@ def initialise(module: nn.Module, seed: int = 0, names: Iterable[str] | None = N
 
 def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
     """Standard normal noise from (seed, name). It is drawn on the CPU, the same for all devices."""
+    name = name.replace("image_queries", "queries")  # those for stills begin as those for clips
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randn(shape, generator=generator)
@@ -349,9 +360,13 @@ def _open_ours(folder: Path) -> weights.Opened:
     file = folder / "config.json"
     fields = weights.read_json(file)
     fields.pop("model_type")
+    tensors = weights.open_folder(folder, "model")
+    if "num_image_tokens" not in fields and "encoder.queries" in tensors:
+        # An older checkpoint, of clips alone: stills begin with the queries for clips.
+        fields["num_image_tokens"] = fields.get("num_editing_tokens")
+        tensors["encoder.image_queries"] = tensors["encoder.queries"]
     config = weights.build_config(RVEDiTConfig, fields, file)
-    tokenizer = weights.read_tokenizer(folder)
-    return weights.Opened(vars(config), file, tokenizer, weights.open_folder(folder, "model"))
+    return weights.Opened(vars(config), file, weights.read_tokenizer(folder), tensors)
 
 
 def layout(path: str | Path) -> str:

@@ -171,6 +171,7 @@ def tiny_config(**changes):
         ),
         routing_depth=1,
         num_editing_tokens=5,
+        num_image_tokens=3,
         lora_rank=2,
         max_mllm_frames=4,
         min_mllm_pixels=4 * 8**2,

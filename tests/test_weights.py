@@ -276,7 +276,10 @@ def write_kiwi(folder, model, vae, reference=None):
         vae_json(vae.config) | {"_class_name": "VAE", "dim": vae.config.dim},
     )
     write(folder / "source_embedder", STEM, source := embedder_tensors(model))
-    custom = {"image_queries": torch.rand(3, 24), "video_queries": model.encoder.queries.detach()}
+    custom = {
+        "image_queries": model.encoder.image_queries.detach(),
+        "video_queries": model.encoder.queries.detach(),
+    }
     custom |= kiwi_connector(model, "connector")
     if reference == "trained":
         custom |= {"ref_queries": torch.rand(7, 24)} | kiwi_connector(model, "ref_connector")
@@ -313,7 +316,7 @@ def kiwi_training_tensors(model, reference=False):
         if "lora_" in key:
             state[f"mllm.model.model.language_model.{key}.default.weight"] = value
     state |= {
-        "mllm.image_queries.q": torch.rand(3, 24),
+        "mllm.image_queries.q": model.encoder.image_queries.detach(),
         "mllm.video_queries.q": model.encoder.queries.detach(),
     }
     state |= kiwi_connector(model, "mllm.connetor")
@@ -577,6 +580,114 @@ def test_kiwi_edits_training_state_lies_over_wan_and_qwen(folders, tmp_path, wan
             parameter.data = parameter.data.to(dtype).float()
     assert_same(loaded, (model, vae), depth=3)
     assert_same(loaded, (model, vae))
+
+
+def over_wan_and_qwen(folders, path, state):
+    """The model and the VAE of a training state that is written to `path`."""
+    save_file(state, path)
+    return rvedit.load(path, folders / "wan", folders / "qwen")
+
+
+FORMS = {  # how a key may stand in a training state, from how Kiwi-Edit's script writes it
+    "the whole pipeline's": lambda key: f"pipe.{key}",
+    "without the DiT's name": lambda key: key.removeprefix("dit."),
+    "the pipeline's, without the DiT's": lambda key: f"pipe.{key}".removeprefix("pipe.dit."),
+    "LoRA without an adapter": lambda key: key.replace(".default.weight", ".weight"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training_states_have_their_keys_in_many_forms(folders, tmp_path, form):
+    state = kiwi_training_tensors(original()[0])
+    renamed = {FORMS[form](key): value for key, value in state.items()}
+    assert renamed.keys() != state.keys()
+    expected = over_wan_and_qwen(folders, tmp_path / "usual.safetensors", state)
+    loaded = over_wan_and_qwen(folders, tmp_path / "other.safetensors", renamed)
+    assert loaded[0].config == expected[0].config
+    assert_same(loaded, expected, depth=3)
+
+
+def test_a_training_state_without_lora_gets_a_new_one(folders, tmp_path):
+    """Which has no effect yet."""
+    state = kiwi_training_tensors(original()[0])
+    without = {key: value for key, value in state.items() if "lora_" not in key}
+    model, _ = over_wan_and_qwen(folders, tmp_path / "state.safetensors", without)
+    assert model.config.lora_rank == 64
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
+    assert torch.equal(model.encoder.queries, original()[0].encoder.queries)
+
+
+def test_half_a_lora_is_refused(folders, tmp_path):
+    state = kiwi_training_tensors(original()[0])
+    half = {key: value for key, value in state.items() if "layers.1.self_attn.o_proj" not in key}
+    save_file(half, tmp_path / "half.safetensors")
+    arguments = dict(wan=folders / "wan", qwen=folders / "qwen")
+    refused(
+        "2 missing .*layers.1.self_attn.o_proj", path=tmp_path / "half.safetensors", **arguments
+    )
+
+
+@pytest.mark.parametrize("with_lora", [True, False])
+def test_kiwi_edits_first_stage_is_a_start_for_training(folders, tmp_path, capsys, with_lora):
+    """Connector and queries for stills alone: clips begin with these, and the DiT is Wan's."""
+    model = original()[0]
+    state = {
+        key: value
+        for key, value in kiwi_training_tensors(model).items()
+        if not key.startswith(("dit.", "vae_condition.", "mllm.video_queries"))
+        and (with_lora or "lora_" not in key)
+    }
+    loaded, _ = over_wan_and_qwen(folders, tmp_path / "stage1.safetensors", state)
+    assert torch.equal(loaded.encoder.queries, model.encoder.image_queries)
+    assert torch.equal(loaded.encoder.image_queries, model.encoder.image_queries)
+    assert loaded.config.num_editing_tokens == 3
+    assert torch.equal(loaded.dit.blocks[0].ffn[0].weight, model.dit.blocks[0].ffn[0].weight)
+    assert not loaded.dit.source_embedding.weight.any()
+    err = capsys.readouterr().err
+    assert err.startswith("note: ") and "stage1.safetensors is of Kiwi-Edit's first stage" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", ["release", "training state"])
+def test_references_are_not_used_and_a_note_says_so(folders, tmp_path, capsys, what):
+    if what == "release":
+        write_kiwi(tmp_path / "kiwi", *merged(), reference="zeros")
+        rvedit.load(tmp_path / "kiwi")
+        assert capsys.readouterr().err == ""  # it was not trained with any
+        write_kiwi(tmp_path / "kiwi", *merged(), reference="trained")
+        rvedit.load(tmp_path / "kiwi")
+    else:
+        state = kiwi_training_tensors(original()[0], reference=True)
+        over_wan_and_qwen(folders, tmp_path / "kiwi.safetensors", state)
+    err = capsys.readouterr().err
+    assert re.fullmatch(
+        r"note: .*kiwi.* was trained with reference images, which are not used here\n", err
+    )
+
+
+def test_timesteps_are_rounded_as_those_weights_saw_them(folders, tmp_path):
+    """1000·t in bf16 for what comes from Kiwi-Edit, also after saving as ours; not for others."""
+    kiwi = rvedit.load(folders / "kiwi")
+    state = rvedit.load(folders / "training.safetensors", folders / "wan", folders / "qwen")
+    start = rvedit.load(wan=folders / "wan", qwen=folders / "qwen")
+    assert kiwi[0].config.dit.bf16_timestep
+    assert state[0].config.dit.bf16_timestep
+    assert not start[0].config.dit.bf16_timestep
+    assert not rvedit.load()[0].config.dit.bf16_timestep
+    rvedit.save(tmp_path / "ours", *kiwi)
+    assert rvedit.load(tmp_path / "ours")[0].config.dit.bf16_timestep
+
+
+def test_stills_have_queries_of_their_own(folders, tmp_path):
+    """Kiwi-Edit's are loaded; where a source has none, they begin as those for clips."""
+    kiwi = rvedit.load(folders / "kiwi")[0]
+    assert kiwi.config.num_image_tokens == 3
+    assert torch.equal(kiwi.encoder.image_queries, original()[0].encoder.image_queries)
+    start = rvedit.load(wan=folders / "wan", qwen=folders / "qwen")[0]
+    toy = rvedit.load()[0]  # was saved before there were such
+    for model in (start, toy):
+        assert model.encoder.queries.any()
+        assert torch.equal(model.encoder.image_queries, model.encoder.queries)
 
 
 # --- How it is loaded -----------------------------------------------------------------------------
