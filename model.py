@@ -167,8 +167,11 @@ class Attention(nn.Module):
         if mask is not None:
             mask = mask[:, None, None, :]  # (B, 1, 1, N): the same for every head and query
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n, S or N, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, n, S, D)
+        out = self.attend(q, k, v, mask)  # (B, n, S, D)
         return self.o(out.transpose(1, 2).flatten(2))  # (B, S, d)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Block(nn.Module):

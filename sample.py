@@ -17,11 +17,13 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cli
 
@@ -37,8 +39,17 @@ from tqdm import tqdm
 import rvedit
 import video
 from model import Context
-from rvedit import RVEDiT
+from rvedit import RVEDiT, RVEDiTConfig
 from vae import WanVAE
+
+if TYPE_CHECKING:  # its import takes as long as half of PyTorch, and most edits run on one GPU
+    from sequence import Spread
+
+RANK = int(os.environ.get("RANK", 0))  # of torchrun's processes, which share one edit
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+# Bars, for terminals only, and of one process only.
+progress = functools.partial(tqdm, disable=True if RANK else None, leave=False)
 
 # --- Algorithm 2 ----------------------------------------------------------------------------------
 
@@ -67,7 +78,7 @@ def denoise(
     """
     z = noise
     times = timesteps(steps, shift).to(noise.device)
-    for k in tqdm(range(steps), desc="denoising", unit="step", disable=None, leave=False):
+    for k in progress(range(steps), desc="denoising", unit="step"):
         t, t_next = times[k], times[k + 1]
         z = z + (t_next - t) * velocity(z, t.view(1))
     return z
@@ -88,20 +99,26 @@ def windows(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in starts]
 
 
-def blend(parts: list[Tensor], slices: list[slice], length: int) -> Tensor:
-    """Average windows (1, C, t, h, w) to (1, C, length, h, w), with linear ramps at their ends."""
-    if len(parts) == 1:
-        return parts[0]
-    batch, channels, size, height, width = parts[0].shape
-    from_start = torch.arange(1, size + 1, device=parts[0].device)
+def window_weights(slices: list[slice], length: int) -> list[Tensor]:
+    """How much each window counts at each of its frames, (t, 1, 1): linear ramps at its ends.
+
+    The weights of all windows at a frame sum to 1.
+    """
+    size = slices[0].stop - slices[0].start
+    from_start = torch.arange(1, size + 1)
     to_nearer_end = torch.minimum(from_start, from_start.flip(0))
-    ramp = to_nearer_end.clamp(max=size // 4 + 1).float().view(-1, 1, 1)  # (t, 1, 1)
-    total = parts[0].new_zeros(batch, channels, length, height, width)
-    weight = total.new_zeros(length, 1, 1)
-    for part, where in zip(parts, slices, strict=True):
-        total[:, :, where] += ramp * part
-        weight[where] += ramp
-    return total / weight
+    ramp = to_nearer_end.clamp(max=size // 4 + 1).float().view(-1, 1, 1)
+    total = torch.zeros(length, 1, 1)
+    for window in slices:
+        total[window] += ramp
+    return [ramp / total[window] for window in slices]
+
+
+def clip_windows(num_frames: int, config: RVEDiTConfig) -> tuple[int, list[slice]]:
+    """The length of a clip in latent frames, and its windows of at most `max_frames` frames."""
+    factor = config.vae.temporal_factor
+    length = math.ceil((num_frames - 1) / factor) + 1
+    return length, windows(length, (config.max_frames - 1) // factor + 1)
 
 
 # --- Sizes ----------------------------------------------------------------------------------------
@@ -130,7 +147,6 @@ def model_size(height: int, width: int, max_pixels: int, factor: int) -> tuple[i
 
 # Each call reads the clip anew, and gives its frames one by one: uint8 (H, W, 3).
 Frames = Callable[[], Iterator[Tensor]]
-progress = functools.partial(tqdm, disable=None, leave=False)  # bars, for terminals only
 
 
 def window_frames(window: slice, num_frames: int, factor: int, limit: int) -> list[int]:
@@ -285,11 +301,13 @@ def edit_frames(
     device: torch.device | None = None,
     keep_source: bool = False,
     times: dict[str, float] | None = None,
+    spread: Spread | None = None,
 ) -> Iterator[Tensor]:
     """`edit_video` for a clip that is read when needed, and whose edit is yielded block by block.
 
     frames is called for each pass over the clip; shape is the clip's (T, H, W). Yields uint8
     (n, H, W, 3) blocks, T frames in all. Memory grows with the latents, not with the frames.
+    spread: how several processes share the work; each of them then yields the whole edit.
     """
     times = {} if times is None else times
     offload = device is not None
@@ -298,12 +316,13 @@ def edit_frames(
     factor = vae.config.temporal_factor
     num_frames, full_height, full_width = shape
     size = model_size(full_height, full_width, config.max_pixels, config.spatial_factor)
-    length = math.ceil((num_frames - 1) / factor) + 1  # in latent frames
-    slices = windows(length, (config.max_frames - 1) // factor + 1)
+    length, slices = clip_windows(num_frames, config)  # in latent frames
+    weights = window_weights(slices, length)
+    mine = slice(None) if spread is None else spread.windows  # those that this process computes
 
     with stage("understand", times, device, model.encoder, offload=offload):
         limit = config.max_mllm_frames
-        seen = [window_frames(window, num_frames, factor, limit) for window in slices]
+        seen = [window_frames(window, num_frames, factor, limit) for window in slices[mine]]
         clips = (video.resize(clip, *size) for clip in pick(frames(), seen))
         contexts = understand(model, clips, instruction)  # Alg. 2, lines 2-3
 
@@ -313,10 +332,11 @@ def edit_frames(
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
         """û_θ(z_t, t | C), each window on its own, with positions that start at 0."""
-        parts = []
-        for window, context in zip(slices, contexts, strict=True):
-            parts.append(model.dit(z[:, :, window], t, context, source[:, :, window]))
-        return blend(parts, slices, length)
+        total = torch.zeros_like(z)
+        for window, weight, context in zip(slices[mine], weights[mine], contexts, strict=True):
+            part = model.dit(z[:, :, window], t, context, source[:, :, window])
+            total[:, :, window] += weight.to(z.device) * part
+        return total if spread is None else spread.add_up(total)
 
     with stage("denoise", times, device, model.dit, offload=offload):
         noise = initial_noise(source.shape, seed).to(device)  # Alg. 2, line 4
@@ -381,7 +401,10 @@ def with_defaults(args: Namespace) -> Namespace:
     if args.out is None:
         ending = args.video.suffix.lower() if args.video.suffix.lower() in STILLS else ".mp4"
         args.out = Path(f"{args.video.stem}_edited{ending}")
-    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device is None:
+        args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if RANKS > 1 and args.device.type == "cuda":
+        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     return args
 
@@ -431,6 +454,8 @@ def note_foreign_clip(args: Namespace, model: RVEDiT, vae: WanVAE, frame: Tensor
     """
     if args.checkpoint is not None and args.checkpoint.resolve() != rvedit.TOY.resolve():
         return
+    if RANK > 0:
+        return
     sides = frame.shape[:2]
     size = model_size(*sides, model.config.max_pixels, model.config.spatial_factor)
     picture = video.to_float(video.resize(frame.unsqueeze(0), *size)).unsqueeze(
@@ -467,6 +492,21 @@ def side_by_side(source: Iterator[Tensor], edited: Iterator[Tensor]) -> Iterator
         yield torch.cat((left[:height, :width], right), dim=1).unsqueeze(0)
 
 
+def share_out(
+    args: Namespace, model: RVEDiT, vae: WanVAE, shape: tuple[int, int, int]
+) -> Spread | None:
+    """Share the edit of a clip (T, H, W) out over torchrun's processes, if there are several."""
+    if RANKS == 1:
+        return None
+    import sequence
+
+    sequence.start(args.device)
+    num_frames, *sides = shape
+    _, slices = clip_windows(num_frames, model.config)
+    height, _ = model_size(*sides, model.config.max_pixels, model.config.spatial_factor)
+    return sequence.Spread(model, vae, len(slices), height // vae.config.spatial_factor)
+
+
 @cli.guarded
 def edit(args: Namespace) -> None:
     """Run the command with its parsed options."""
@@ -474,25 +514,32 @@ def edit(args: Namespace) -> None:
     compare = check_outputs(args)
     with stage("read", times, args.device):
         clip = video.read_video(args.video)
+    shape = tuple(clip.frames.shape[:3])
     with stage("load", times, args.device):
         model, vae = load_model(args)
     note_foreign_clip(args, model, vae, clip.frames[0])
+    spread = share_out(args, model, vae, shape)
 
+    # Frames are decoded, scaled and written as they come: no clip is held in memory.
+    blocks = edit_frames(
+        model,
+        vae,
+        lambda: iter(clip.frames),
+        shape,
+        args.prompt,
+        args.steps,
+        args.shift,
+        args.seed,
+        device=args.device if args.offload else None,
+        keep_source=args.keep_source,
+        times=times,
+        spread=spread,
+    )
     try:
-        # Frames are decoded, scaled and written as they come: no clip is held in memory.
-        blocks = edit_frames(
-            model,
-            vae,
-            lambda: iter(clip.frames),
-            tuple(clip.frames.shape[:3]),
-            args.prompt,
-            args.steps,
-            args.shift,
-            args.seed,
-            device=args.device if args.offload else None,
-            keep_source=args.keep_source,
-            times=times,
-        )
+        if RANK > 0:
+            for _ in blocks:  # its share of the work; the first process writes
+                pass
+            return
         height, width = video.write_video(args.out, blocks, like=clip)
     except torch.OutOfMemoryError:
         raise cli.Stop(
@@ -504,7 +551,7 @@ def edit(args: Namespace) -> None:
             pairs = side_by_side(iter(clip.frames), iter(edited.frames))
             video.write_video(compare, pairs, like=clip)
 
-    num_frames, full_height, full_width, _ = clip.frames.shape
+    num_frames, full_height, full_width = shape
     if (height, width) != (full_height, full_width):
         print(
             f"note: H.264 has no odd sides, {full_width}x{full_height} became {width}x{height}",
