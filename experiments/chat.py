@@ -389,6 +389,14 @@ def results(path: Path) -> dict[str, dict]:
     return rows
 
 
+def forget(path: Path, keys: set[str]) -> None:
+    """Remove the results of these keys, so that the next `run` does their jobs again."""
+    rows = results(path)
+    lines = [json.dumps({"key": key, **row}) for key, row in rows.items() if key not in keys]
+    if len(lines) < len(rows):
+        cli.write_text(path, "".join(f"{line}\n" for line in lines))
+
+
 def run(
     path: Path, jobs: dict[str, object], work: Callable[[object], dict], workers: int = 8
 ) -> dict[str, str]:

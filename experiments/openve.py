@@ -105,13 +105,28 @@ def read_table(path: Path, bench: Path, categories: list[str]) -> dict[str, dict
 
 
 def write_results(path: Path, rows: dict[str, dict], edits: dict[str, Path]) -> None:
-    """Write the table that says which clip is the edit of which row."""
+    """Write which clip is the edit of which row; rows that the table has already stay in it."""
+    merged = {key: row | {RESULT: str(edits[key])} for key, row in rows.items()}
+    if path.exists():
+        merged = read_table(path, path.parent, [*CATEGORIES, *OTHERS]) | merged
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*COLUMNS, RESULT])
-    for key, row in rows.items():
-        writer.writerow([*(row[name] for name in COLUMNS), edits[key]])
+    for key in sorted(merged):
+        writer.writerow([merged[key].get(name, "") for name in (*COLUMNS, RESULT)])
     cli.write_text(path, file.getvalue())
+
+
+def read_editor(folder: Path) -> dict:
+    """Read what a folder of results says about its editor; {} if it says nothing."""
+    path = folder / "editor.json"
+    try:
+        editor = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(editor, dict):
+        raise ValueError(f'{path}: expected an object such as {{"params": "14B"}}')
+    return editor
 
 
 def describe_editor(settings: Namespace, model: RVEDiT) -> dict[str, str]:
@@ -159,14 +174,14 @@ def run(args: Namespace) -> None:
     model, vae = sample.load_model(settings)
 
     editor = describe_editor(settings, model)
-    about = args.out / "editor.json"
-    if about.exists() and json.loads(about.read_text("utf-8")) != editor:
+    if read_editor(args.out) not in ({}, editor):
         raise ValueError(
-            f"{about}: the clips there are from another checkpoint or options; choose another --out"
+            f"{args.out / 'editor.json'}: the clips there are from another checkpoint or options; "
+            "choose another --out"
         )
     args.out.mkdir(parents=True, exist_ok=True)
     edits = {key: args.out / f"{key}_edited.mp4" for key in rows}
-    cli.write_text(about, json.dumps(editor, indent=1))
+    cli.write_text(args.out / "editor.json", json.dumps(editor, indent=1))
     write_results(args.out / "results.csv", rows, edits)
 
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -225,41 +240,109 @@ def ask_judge(rubric: str, source: Path, edit: Path, url: str, model: str, key: 
     return {"scores": scores, "answer": answer}
 
 
-def judge_folder(folder: Path, args: Namespace, texts: dict[str, str], used: str) -> list[str]:
-    """Ask for the scores that one folder lacks; returns why edits could not be judged."""
-    table = folder / "results.csv"
-    if not table.exists():
-        table = args.bench / "benchmark_videos.csv"
-    rows = read_table(table, args.bench, [*CATEGORIES])
+def fingerprint(path: Path) -> str | None:
+    """Size and hash of a file, or None if it is not there."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{path.stat().st_size}-{digest[:16]}"
+
+
+def edits_to_judge(folder: Path, bench: Path) -> tuple[dict[str, dict], int]:
+    """The rows of a folder of results, with `edit`, and how many clips there should be in all."""
+    original = bench / "benchmark_videos.csv"
+    # new_result.csv is what the benchmark's own instructions call the table.
+    tables = [folder / "results.csv", folder / "new_result.csv", original]
+    table = next((table for table in tables if table.exists()), original)
+    rows = read_table(table, bench, [*CATEGORIES])
+    names = set(rows)
+    if original.exists():
+        names |= read_table(original, bench, [*CATEGORIES]).keys()
+    for key, row in rows.items():
+        row["edit"] = locate(row.get(RESULT) or f"{key}_edited.mp4", folder, Path())
+    return rows, len(names)
+
+
+def outdated(former: dict, seen: dict) -> bool:
+    """Whether a former result is about another instruction or other clips than those seen now.
+
+    A clip that was deleted after it had been judged keeps its scores.
+    """
+    known = [name for name in seen if name in former and seen[name] is not None]
+    return any(former[name] != seen[name] for name in known)
+
+
+def judge_folder(
+    folder: Path, args: Namespace, texts: dict[str, str], used: str
+) -> tuple[list[bool], list[str]]:
+    """Ask for the scores that one folder lacks.
+
+    Returns, for each answer, whether scores were read from it, and why other edits have no answer.
+    """
+    rows, total = edits_to_judge(folder, args.bench)
+    seen = {}  # what is judged, to find out later whether it has changed
+    for key, row in rows.items():
+        seen[key] = {
+            "instruction": row["prompt"],
+            "source": fingerprint(row["source"]),
+            "edit": fingerprint(row["edit"]),
+        }
 
     def work(key: str) -> dict:
         row = rows[key]
         rubric = texts[row["edited_type"]].replace(PLACEHOLDER, row["prompt"])
-        edit = locate(row.get(RESULT) or f"{key}_edited.mp4", folder, Path())
+        found = ask_judge(rubric, row["source"], row["edit"], args.url, args.model, args.key)
         about = {"category": CATEGORIES[row["edited_type"]], "judge": args.model, "rubrics": used}
-        return about | ask_judge(rubric, row["source"], edit, args.url, args.model, args.key)
+        return about | found | seen[key] | {"benchmark": total}
 
     model_name = re.sub("[^A-Za-z0-9.-]+", "-", args.model)
     path = folder / f"scores_{model_name}_{used}.jsonl"
+    former = chat.results(path)
+    again = {key for key in former.keys() & rows.keys() if outdated(former[key], seen[key])}
+    if args.again:
+        again |= {key for key, row in former.items() if row.get("scores") is None}
+    chat.forget(path, again)
     failed = chat.run(path, {key: key for key in rows}, work, args.workers)
-    scored = [row["scores"] is not None for row in chat.results(path).values()]
+
+    found = chat.results(path)
+    scored = {key: row.get("scores") is not None for key, row in found.items()}
+    answers = list(scored.values())
     print(
-        f"{path}: {sum(scored)} scored, {scored.count(False)} dropped, {len(failed)} failed",
+        f"{path}: {answers.count(True)} scored, {answers.count(False)} dropped, "
+        f"{len(failed)} failed",
         flush=True,
     )
-    return list(failed.values())
+    new = found.keys() - (former.keys() - again)
+    return [scored[key] for key in new], list(failed.values())
 
 
 def judge(args: Namespace) -> None:
     """Ask the judge about those edits in each folder that it was not asked about before."""
     texts, used = read_rubrics(args.rubrics)
-    failed = []
+    answers: list[bool] = []
+    failed: list[str] = []
     for folder in args.results:
-        failed += judge_folder(folder, args, texts, used)
+        new_answers, new_failures = judge_folder(folder, args, texts, used)
+        answers += new_answers
+        failed += new_failures
+    if args.rubrics.resolve() == RUBRICS:
+        print(
+            "note: scores by our own rubrics are not comparable with Table 1. For the paper's run "
+            "`python -m experiments.openve rubrics PAPER.txt --out paper`, then `judge` with "
+            "`--rubrics paper`"
+        )
     if failed:
         raise ValueError(
             f"no scores for {len(failed)} edits, run the command again; the first: {failed[0]}"
         )
+    if answers and not any(answers):
+        print(
+            f"error: no scores could be read from the answers about {len(answers)} edits, which "
+            "are kept beside the scores; --again asks about dropped edits again",
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
 
 
 def rubrics(args: Namespace) -> None:
@@ -321,41 +404,73 @@ def average_judges(means: dict[tuple[str, str, str], np.ndarray]) -> dict:
         given = [means[used, name, method] for name in judges if (used, name, method) in means]
         if len(given) == len(judges) > 1:
             mean = np.mean(given, axis=0)
-            mean[-2:] *= len(given)  # edits that were scored and dropped are counts, not means
+            mean[17:] *= len(given)  # edits that were scored and dropped are counts, not means
             averaged[used, "average", method] = mean
     return averaged
 
 
+def by_column(mean: np.ndarray) -> dict[str, float]:
+    """The numbers of `summarize` by the names of their columns, and each category's mean."""
+    values = {"Overall": mean[0], "Overall (all scores)": mean[1]}
+    for axis, value in zip(AXES, mean[2:5], strict=True):
+        values[f"Overall {axis}"] = value
+    for name, triple in zip(NAMES, mean[5:17].reshape(len(NAMES), len(AXES)), strict=True):
+        values[name] = triple.mean()
+        for axis, value in zip(AXES, triple, strict=True):
+            values[f"{name} {axis}"] = value
+    return values
+
+
+CELLS = [f"{name} {axis}" for name in NAMES for axis in AXES]
+LAYOUTS = {  # the columns of means in Tables 1, 2 and 3
+    1: ["Overall", "Overall (all scores)", *CELLS],
+    2: ["Overall", *NAMES],
+    3: ["Overall", "Overall (all scores)", *(f"Overall {axis}" for axis in AXES), *CELLS],
+}
+EDITOR = {"#Params.": "params", "#Reso.": "resolution"}  # columns of Table 1 from editor.json
+
+
+def lacking(rows: list[dict]) -> dict[str, str]:
+    """What to write behind the names of methods that lack clips, neither scored nor dropped.
+
+    Only scores that say how many clips the benchmark has can tell.
+    """
+    groups: dict[tuple[str, str, str], list] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["rubrics"], row["judge"]), []).append(row)
+    marks: dict[str, str] = {}
+    for (method, _, _), group in groups.items():
+        expected = max(row.get("benchmark", 0) for row in group)
+        missing = expected - len(group)
+        if missing > 0:
+            marks[method] = f" (lacks {missing} of {expected} clips)"
+    return marks
+
+
 def make_table(rows: list[dict], layout: int) -> list[list[str]]:
-    """Make the header and the lines of Table 1 or 3 from scores with their `method`."""
+    """Make the header and the lines of Table 1, 2 or 3 from scores with their `method`."""
     groups: dict[tuple[str, str, str], list] = {}
     for row in rows:
         groups.setdefault((row["rubrics"], row["judge"], row["method"]), []).append(row)
     means = average_judges({key: summarize(group) for key, group in groups.items()})
     editors = {row["method"]: row for row in rows}
-
-    names = ["Overall", "Overall (all scores)", *(f"Overall {axis}" for axis in AXES)]
-    names += [f"{name} {axis}" for name in NAMES for axis in AXES]
-    names += ["Scored", "Dropped"]
-    if layout == 1:
-        about = {"#Params.": "params", "#Reso.": "resolution"}
-        shown = [0, 1, *range(5, 19)]
-    else:
-        about = {}
-        shown = [*range(19)]
+    marks = lacking(rows)
 
     def order(key: tuple[str, str, str]) -> tuple:
         used, name, _ = key
         return used, name == "average", name  # the average comes behind its judges
 
     title = "Method" if layout == 1 else "Variant"
-    lines = [["Rubrics", "Judge", title, *about, *(names[i] for i in shown)]]
-    for key in sorted(means, key=order):
-        mean = means[key]
-        texts = ["-" if np.isnan(x) else f"{x:.2f}" for x in mean[:-2]]
-        texts += [f"{x:.0f}" for x in mean[-2:]]
-        editor = [editors[key[2]].get(name, "-") for name in about.values()]
-        lines.append([*key, *editor, *(texts[i] for i in shown)])
+    about = EDITOR if layout == 1 else {}
+    lines = [["Rubrics", "Judge", title, *about, *LAYOUTS[layout], "Scored", "Dropped"]]
+    for used, name, method in sorted(means, key=order):
+        mean = means[used, name, method]
+        values = by_column(mean)
+        cells = [values[column] for column in LAYOUTS[layout]]
+        texts = ["-" if np.isnan(x) else f"{x:.2f}" for x in cells]
+        counts = [f"{count:.0f}" for count in mean[17:19]]
+        editor = [str(editors[method].get(key, "-")) for key in about.values()]
+        lines.append([used, name, method + marks.get(method, ""), *editor, *texts, *counts])
     return lines
 
 
@@ -366,8 +481,27 @@ def print_table(lines: list[list[str]]) -> None:
         print(f"| {' | '.join(line)} |")
 
 
+def read_scores(folder: Path) -> list[dict]:
+    """Read all scores in a folder of results; ValueError names what is none of `judge`'s lines."""
+    rows = []
+    for path in sorted(folder.glob("scores_*.jsonl")):
+        for key, row in chat.results(path).items():
+            texts = [row.get(name) for name in ("category", "judge", "rubrics")]
+            valid = all(isinstance(text, str) for text in texts) and texts[0] in NAMES
+            scores = row.get("scores", "none at all")
+            if scores is not None:
+                valid = valid and isinstance(scores, list) and len(scores) == len(AXES)
+                valid = valid and all(type(score) in (int, float) for score in scores)
+            if not valid or not isinstance(row.get("benchmark", 0), int):
+                raise ValueError(
+                    f"{path}: the line of {key!r} is none that `judge` writes; remove it"
+                )
+            rows.append(row)
+    return rows
+
+
 def table(args: Namespace) -> None:
-    """Print Table 1 or 3 of all scores in some folders."""
+    """Print Table 1, 2 or 3 of all scores in some folders."""
     methods = {folder.resolve().name for folder in args.results}
     if len(methods) < len(args.results):
         raise ValueError(
@@ -375,16 +509,14 @@ def table(args: Namespace) -> None:
         )
     rows: list[dict] = []
     for folder in args.results:
-        found = []
-        for path in sorted(folder.glob("scores_*.jsonl")):
-            found += chat.results(path).values()
+        found = read_scores(folder)
         if not found:
             raise ValueError(
                 f"{folder}: no scores; `python -m experiments.openve judge` asks for them"
             )
-        about = folder / "editor.json"
-        editor = json.loads(about.read_text("utf-8")) if about.exists() else {}
-        rows += [row | editor | {"method": folder.resolve().name} for row in found]
+        editor = read_editor(folder)
+        about = {name: editor[name] for name in EDITOR.values() if name in editor}
+        rows += [row | about | {"method": folder.resolve().name} for row in found]
     lines = make_table(rows, args.layout)
     if args.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
@@ -431,7 +563,7 @@ def make_parser() -> cli.Parser:
 
     edit = command("run", "edit the clips of the benchmark; takes options of sample.py")
     ask = command("judge", "ask a model on a server to score edits")
-    show = command("table", "print Table 1 or 3 from folders of results with scores")
+    show = command("table", "print Table 1, 2 or 3 from folders of results with scores")
     extract = command("rubrics", "extract the judges' prompts from the text of the paper")
     known = command("shapes", "score edits of synthetic clips by their exact targets")
 
@@ -457,6 +589,11 @@ def make_parser() -> cli.Parser:
         required=True,
         help="address of an OpenAI-compatible server, such as http://localhost:8000/v1",
     )
+    ask.add_argument(
+        "--again",
+        action="store_true",
+        help="ask again about edits whose answers had no scores, and were dropped",
+    )
     ask.add_argument("--model", required=True, help="name of the judge on that server")
     ask.add_argument(
         "--key",
@@ -476,9 +613,9 @@ def make_parser() -> cli.Parser:
     show.add_argument(
         "--layout",
         type=int,
-        choices=(1, 3),
+        choices=LAYOUTS,
         default=1,
-        help="print the columns of Table 1 (default) or of Table 3",
+        help="of the paper's Table 1 (default), 2 or 3",
     )
     show.add_argument("--csv", action="store_true", help="print CSV instead of Markdown")
     extract.add_argument("paper", type=Path, help="the text of arXiv 2605.24674")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import make_clip, tiny_model
 from test_answers import CF, IC, VQ, form
-from test_chat import CUT, lines, loopback, no_pauses  # noqa: F401
+from test_chat import CUT, in_turn, lines, loopback, no_pauses, opened, reply_of  # noqa: F401
 
 import rvedit
 import sample
@@ -206,6 +206,48 @@ def test_the_table_is_that_computed_by_hand():
         "ours average a 56.25 52.92 52.00 56.88 59.88 "
         "35.00 35.00 35.00 50.00 55.00 60.00 70.00 75.00 80.00 53.00 62.50 64.50 10 2",
     ]
+
+
+def test_table_2_has_a_categorys_mean_over_the_axes():
+    """The first row of the paper's Table 3, whose Table 2 is 74.13 86.48 67.95 63.50 78.61."""
+    cells = [float(word) for word in TABLE_3[0].split()[4:]]
+    rows = scores(
+        "L_s = 8",
+        "Qwen3.5-VL-35B",
+        local_change=[cells[:3]],
+        local_remove=[cells[3:6]],
+        local_add=[cells[6:9]],
+        global_style=[cells[9:], None],
+    )
+    header, line = openve.make_table(rows, layout=2)
+    assert header[2:] == ["Variant", "Overall", *openve.NAMES, "Scored", "Dropped"]
+    assert line[2] == "L_s = 8" and line[-2:] == ["4", "1"]
+    printed = [74.13, 86.48, 67.95, 63.50, 78.61]
+    assert [float(cell) for cell in line[3:-2]] == pytest.approx(printed, abs=0.0101)
+
+
+BOMB = "[" * 100_000
+ROW = '{"key": "a", "category": "Local Add", "judge": "j", "rubrics": "r", "scores": %s}\n'
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("scores_x.jsonl", f"{BOMB}\n{ROW % '[1, 2, 3]'}", "scores_x.jsonl has a line"),
+        ("scores_x.jsonl", '{"key": "a", "scores": [1, 2, 3]}\n', "the line of 'a' is none"),
+        ("scores_x.jsonl", ROW % "[1, 2]", "the line of 'a' is none"),
+        ("scores_x.jsonl", ROW % '[1, 2, "3"]', "the line of 'a' is none"),
+        ("scores_x.jsonl", ROW % "7", "the line of 'a' is none"),
+        ("scores_x.jsonl", ROW.replace("Local Add", "Other") % "null", "the line of 'a' is none"),
+        ("editor.json", BOMB, "editor.json is no JSON"),
+        ("editor.json", "{", "editor.json is no JSON"),
+        ("editor.json", "[1]", "editor.json: expected an object"),
+    ],
+)
+def test_damaged_scores_are_named_in_one_line(name, text, message, tmp_path, capsys):
+    (tmp_path / "scores_ok.jsonl").write_text(ROW % "[1, 2, 3]")
+    (tmp_path / name).write_text(text)
+    assert message in fails(capsys, "table", tmp_path)
 
 
 def test_judges_with_other_rubrics_are_not_averaged():
@@ -400,11 +442,18 @@ def test_what_a_judge_is_shown(tmp_path):
     )
     row = chat.results(results / name[0])["0001_local_remove_Do"]
     label = row.pop("rubrics")
+    clip = openve.fingerprint(bench / "clip.mp4")
+    size = (bench / "clip.mp4").stat().st_size
+    assert re.fullmatch(rf"{size}-[0-9a-f]{{16}}", clip)
     expected = {
         "category": "Local Remove",
         "judge": "Qwen/judge-1",
         "scores": [85, 70, 80],
         "answer": form(85),
+        "instruction": 'Do "{it}", clip 1, ☃',
+        "source": clip,
+        "edit": clip,
+        "benchmark": 4,
     }
     assert row == expected and name[0] == f"scores_Qwen-judge-1_{label}.jsonl"
 
@@ -445,7 +494,7 @@ def test_good_failing_and_lying_judges_are_counted(tmp_path, capsys):
         tries.clear(), broken.clear()
         judged(bench, results, url=url, model="m")
         assert tries == {13: 1}
-    assert capsys.readouterr().out.strip() == f"{path}: 14 scored, 2 dropped, 0 failed"
+    assert capsys.readouterr().out.splitlines()[-2] == f"{path}: 14 scored, 2 dropped, 0 failed"
     openve.main(["table", str(results), "--csv"])
     line = as_dicts(list(csv.reader(capsys.readouterr().out.splitlines())))[0]
     assert (line["Method"], line["Judge"], line["Scored"], line["Dropped"]) == (
@@ -498,6 +547,122 @@ def test_after_a_kill_nothing_is_judged_twice(tmp_path):
     assert 0 < len(finished) < len(everything)
     assert sorted(asked_by_run[1]) == sorted(everything - finished)
     assert sorted(int(row["key"][:4]) for row in lines(path)) == sorted(everything)
+
+
+def test_a_clip_that_was_replaced_is_judged_again(tmp_path):
+    """So is one with another source or instruction; one that was deleted keeps its scores."""
+    bench = make_bench(tmp_path / "bench", 9)
+    results = make_results(bench, tmp_path / "ours")
+    other = tmp_path / "other.mp4"
+    write_video(other, make_clip(5, 48, 64, seed=1), fps=8)
+    with loopback(lambda body: form(85 - number_of(body))) as (url, asked):
+        judged(bench, results, url=url)
+        before = chat.results(next(results.glob("*.jsonl")))
+        judged(bench, results, url=url)
+        assert len(asked) == len(before) == 8
+        shutil.copy(other, results / "0001_local_remove_Do_edited.mp4")
+        shutil.copy(other, bench / "videos" / "0002_local_add_Do.mp4")
+        (results / "0003_global_style_Do_edited.mp4").unlink()
+        table = bench / "benchmark_videos.csv"
+        table.write_text(
+            table.read_text("utf-8-sig").replace("clip 5, ☃", "clip 5, ☃ now"), "utf-8"
+        )
+        asked.clear()
+        judged(bench, results, url=url)
+        assert sorted(number_of(body) for _, _, body in asked) == [1, 2, 5]
+        after = chat.results(next(results.glob("*.jsonl")))
+        judged(bench, results, url=url)
+        assert len(asked) == 3
+    assert after.keys() == before.keys()
+    changed = sorted(int(key[:4]) for key in before if before[key] != after[key])
+    assert changed == [1, 2, 5]
+
+
+def test_a_run_without_any_scores_fails_and_again_asks_what_was_dropped(tmp_path, capsys):
+    bench = make_bench(tmp_path / "bench", 3)
+    results = make_results(bench, tmp_path / "ours")
+    command = ["judge", results, "--bench", bench, "--model", "m", "--url"]
+    with loopback(lambda body: "I like them all.") as (url, asked):
+        with pytest.raises(SystemExit) as end:
+            openve.main([str(word) for word in (*command, url)])
+    assert end.value.code == 1 and len(asked) == 3 * 3
+    assert "no scores could be read from the answers about 3 edits" in capsys.readouterr().err
+    with loopback(lambda body: form(85)) as (url, asked):
+        openve.main([str(word) for word in (*command, url)])
+        assert not asked
+        openve.main([str(word) for word in (*command, url, "--again")])
+        assert len(asked) == 3
+        openve.main([str(word) for word in (*command, url, "--again")])
+        assert len(asked) == 3
+    rows = chat.results(next(results.glob("*.jsonl")))
+    assert [row["scores"] for row in rows.values()] == [[85, 70, 80]] * 3
+
+
+def test_an_answer_that_was_cut_off_gives_no_scores(tmp_path):
+    """All three lines are there, but its last number may have been 80."""
+    bench = make_bench(tmp_path / "bench", 1)
+    results = make_results(bench, tmp_path / "ours")
+    replies = [reply_of(form(85, 70, 8), finish_reason="length")] * 2 + [form(85)]
+    with loopback(in_turn(*replies)) as (url, _):
+        judged(bench, results, url=url)
+    (row,) = chat.results(next(results.glob("*.jsonl"))).values()
+    assert row["scores"] == [85, 70, 80]
+
+
+def test_a_method_that_lacks_clips_is_marked_in_the_table(tmp_path, capsys):
+    bench = make_bench(tmp_path / "bench", 10)
+    whole = make_results(bench, tmp_path / "whole")
+    part = make_results(bench, tmp_path / "part")
+    (part / "0002_local_add_Do_edited.mp4").unlink()
+    (part / "0007_local_add_Do_edited.mp4").unlink()
+    command = ["judge", whole, part, "--bench", bench, "--model", "m", "--url"]
+    with loopback(lambda body: form(85)) as (url, _):
+        assert "no scores for 2 edits" in fails(capsys, *command, url)
+    openve.main(["table", str(whole), str(part)])
+    methods = [row["Method"] for row in as_dicts(markdown_rows(capsys.readouterr().out))]
+    assert methods == ["whole", "part (lacks 2 of 8 clips)"]
+
+
+def test_scores_by_our_rubrics_are_said_to_be_no_scores_of_table_1(tmp_path, capsys):
+    """With the command that extracts the paper's; scores by these are not commented."""
+    bench = make_bench(tmp_path / "bench", 1)
+    results = make_results(bench, tmp_path / "ours")
+    paper = tmp_path / "paper"
+    paper.mkdir()
+    for category in CATEGORIES:
+        (paper / f"{category}.txt").write_text("{edit_prompt}")
+    with loopback(lambda body: form(85)) as (url, _):
+        judged(bench, results, url=url)
+        note = capsys.readouterr().out.splitlines()[-1]
+        judged(bench, results, url=url, options=["--rubrics", paper])
+    assert "not comparable with Table 1" in note
+    assert "python -m experiments.openve rubrics PAPER.txt --out paper" in note
+    assert "Table 1" not in capsys.readouterr().out
+
+
+def test_the_key_is_nowhere_in_what_is_printed_and_written(tmp_path, capsys, monkeypatch):
+    """Though judge and server repeat it in answers and errors."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret/42")
+    bench = make_bench(tmp_path / "bench", 4)
+    results = make_results(bench, tmp_path / "ours")
+    said = b'{"error": {"message": "sk-secret/42 may not ask this"}}'
+    replies = {0: form("85 for sk-secret/42"), 1: "sk-secret/42", 2: (400, {}, said), 3: form(85)}
+    with loopback(lambda body: replies[number_of(body)]) as (url, asked):
+        error = fails(capsys, "judge", results, "--bench", bench, "--url", url, "--model", "m")
+    assert all(headers["Authorization"] == "Bearer sk-secret/42" for _, headers, _ in asked)
+    path = next(results.glob("*.jsonl"))
+    assert "may not ask this" in error and "85 for [key]" in path.read_text()
+    assert "secret" not in error + capsys.readouterr().out + path.read_text()
+
+
+def test_portrait_clips_are_judged_as_they_are(tmp_path):
+    bench = make_bench(tmp_path / "bench", 1)
+    write_video(bench / "videos" / "0000_local_change_Do.mp4", make_clip(3, 96, 48), fps=8)
+    results = make_results(bench, tmp_path / "ours")
+    with loopback(lambda body: form(85)) as (url, asked):
+        judged(bench, results, url=url)
+    parts = [part for part in asked[0][2]["messages"][1]["content"] if part["type"] != "text"]
+    assert [opened(part).size for part in parts] == [(48, 96)] * 6
 
 
 @pytest.mark.parametrize(
@@ -556,6 +721,22 @@ def test_results_of_other_editors_are_found(tmp_path, monkeypatch):
     assert {key[:4]: row["scores"] for key, row in rows.items()} == {
         f"000{i}": [85, 70, 80] for i in range(3)
     }
+
+
+def test_the_benchmarks_own_name_for_the_table_is_known(tmp_path):
+    """Its instructions ask for new_result.csv with paths of edits anywhere."""
+    bench = make_bench(tmp_path / "bench", 4)
+    results = tmp_path / "icve"
+    (results / "out").mkdir(parents=True)
+    shutil.copy(bench / "clip.mp4", results / "out" / "x.mp4")
+    (results / "new_result.csv").write_text(
+        "edited_type,prompt,original_video,edited_result_path\n"
+        "local_add,Add it,videos/0002_local_add_Do.mp4,out/x.mp4\n"
+    )
+    with loopback(lambda body: form(85)) as (url, asked):
+        judged(bench, results, url=url)
+    (key,) = chat.results(next(results.glob("*.jsonl")))
+    assert key == "0002_local_add_Do" and len(asked) == 1
 
 
 def test_edits_that_lack_are_named_and_the_others_judged(tmp_path, capsys):
@@ -692,6 +873,21 @@ def test_what_is_edited_is_not_edited_again(checkpoint, tmp_path, capsys, monkey
     )
     monkeypatch.setattr(sample, "edit_frames", None)  # nothing is left to do
     edited(bench, out, checkpoint)
+
+
+def test_the_table_of_results_grows_with_the_categories(checkpoint, tmp_path):
+    bench, out = make_bench(tmp_path / "bench", 5), tmp_path / "ours"
+    edited(bench, out, checkpoint, "--categories", "local_add", "background_change")
+    edited(bench, out, checkpoint, "--categories", "local_change")
+    edited(bench, out, checkpoint, "--categories", "local_add")
+    with open(out / "results.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    kinds = [row["edited_type"] for row in rows]
+    assert kinds == ["local_change", "local_add", "background_change"]
+    assert [row["prompt"] for row in rows] == [f'Do "{{it}}", clip {i}, ☃' for i in (0, 2, 4)]
+    paths = [Path(row["edited_result_path"]) for row in rows]
+    assert [path.name[:4] for path in paths] == ["0000", "0002", "0004"]
+    assert all(path.exists() for path in paths)
 
 
 def test_each_process_takes_its_share(checkpoint, tmp_path, monkeypatch):
