@@ -280,6 +280,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     shard: Callable[[RVEDiT], None] | None = None,
+    decoder_dtype: torch.dtype = torch.float32,
 ) -> tuple[RVEDiT, WanVAE]:
     """The model and its VAE from what the user has; the README has a table of the possibilities.
 
@@ -287,8 +288,8 @@ def load(
         file that needs wan and qwen as well. None, with no wan and qwen either: the built-in toy.
     wan, qwen: the folders of Wan2.2-TI2V-5B and of Qwen2.5-VL-3B-Instruct. Without a path they give
         a start for training, with random queries and LoRA and with connectors that are zero.
-    dtype: of the model and of the VAE's decoder. The VAE's encoder is always in float32, because an
-        encoder in bf16 harms the conditioning.
+    dtype: of the model. decoder_dtype: of the VAE's decoder, float32 as in the official code. The
+        VAE's encoder is always in float32, because an encoder in bf16 harms the conditioning.
     shard: called with the model while it is on the meta device, before its weights are read.
 
     Raises ValueError for anything that does not fit, before any weights are read.
@@ -309,8 +310,8 @@ def load(
     tensors, vae_tensors = weights.split(opened.tensors, "vae.")
     weights.match(model, tensors, source, opened.may_lack)  # both fit before either is read
     weights.fill(vae, vae_tensors, f"the VAE of {source}", device)
-    vae.conv2.to(dtype)
-    vae.decoder.to(dtype)
+    vae.conv2.to(decoder_dtype)
+    vae.decoder.to(decoder_dtype)
     fresh = weights.fill(model, tensors, source, device, dtype, opened.may_lack)
     initialise(model, names=fresh)
     return model.eval(), vae.eval().requires_grad_(False)

@@ -419,8 +419,14 @@ def load_model(args: Namespace) -> tuple[RVEDiT, WanVAE]:
             "--wan and --qwen alone cannot edit yet, but start a training: add --checkpoint"
         )
     resting = torch.device("cpu") if args.offload else args.device
-    dtype = getattr(torch, args.dtype)
-    model, vae = rvedit.load(args.checkpoint, args.wan, args.qwen, resting, dtype)
+    model, vae = rvedit.load(
+        args.checkpoint,
+        args.wan,
+        args.qwen,
+        device=resting,
+        dtype=getattr(torch, args.dtype),
+        decoder_dtype=getattr(torch, args.decode_dtype),
+    )
     config = model.config
     args.steps = args.steps or config.sampling_steps
     if args.routing_depth is not None:

@@ -373,6 +373,7 @@ def test_options_reach_the_model(checkpoint, tmp_path):
         ("--max-frames", "1"),
         ("--routing-depth", "0"),
         ("--dtype", "bfloat16"),
+        ("--decode-dtype", "bfloat16"),
     ):
         assert not torch.equal(plain, frames(*options)), options
     assert torch.equal(plain, frames("--offload"))
@@ -578,7 +579,7 @@ def test_a_kiwi_edit_checkpoint_keeps_its_routing_depth(checkpoint, monkeypatch,
     monkeypatch.setattr(rvedit, "layout", lambda path: "kiwi-edit")
     model, vae = tiny_model()
     model.config = dataclasses.replace(model.config, routing_depth=3)
-    monkeypatch.setattr(rvedit, "load", lambda *args: (model, vae))
+    monkeypatch.setattr(rvedit, "load", lambda *args, **options: (model, vae))
     options = [
         "--video",
         tmp_path / "in.mp4",

@@ -695,13 +695,14 @@ def test_stills_have_queries_of_their_own(folders, tmp_path):
 
 @pytest.mark.parametrize("layout", ["ours", "kiwi", "start", "training"])
 @pytest.mark.parametrize("device", ["cpu", "meta"] + ["cuda"] * torch.cuda.is_available())
-def test_weights_come_in_the_wanted_dtype_but_the_vae_encoder_in_float32(folders, layout, device):
+def test_weights_come_in_the_wanted_dtypes_but_the_vae_encoder_in_float32(folders, layout, device):
     """On the wanted device too; in bf16 each weight is the float32 one, rounded."""
     wan, qwen = folders / "wan", folders / "qwen"
     places = {"ours": [folders / "ours"], "kiwi": [folders / "kiwi"], "start": [None, wan, qwen]}
     places["training"] = [folders / "training.safetensors", wan, qwen]
     expected, expected_vae = rvedit.load(*places[layout])
-    model, vae = rvedit.load(*places[layout], device=device, dtype=torch.bfloat16)
+    bf16 = torch.bfloat16
+    model, vae = rvedit.load(*places[layout], device=device, dtype=bf16, decoder_dtype=bf16)
     assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, device)}
     for name, p in vae.named_parameters():
         dtype = torch.float32 if name.startswith(("encoder.", "conv1.")) else torch.bfloat16
@@ -716,7 +717,8 @@ def test_weights_come_in_the_wanted_dtype_but_the_vae_encoder_in_float32(folders
 
 def test_a_model_is_stored_in_its_dtypes(folders, tmp_path):
     """A bf16 model takes half the space, and comes back the same."""
-    model, vae = rvedit.load(folders / "ours", dtype=torch.bfloat16)
+    bf16 = dict(dtype=torch.bfloat16, decoder_dtype=torch.bfloat16)
+    model, vae = rvedit.load(folders / "ours", **bf16)
     rvedit.save(tmp_path / "ours", model, vae)
     with safe_open(tmp_path / "ours/model-00001-of-00001.safetensors", framework="pt") as file:
         dtypes = {
@@ -724,9 +726,7 @@ def test_a_model_is_stored_in_its_dtypes(folders, tmp_path):
             for key in file.keys()
         }
     assert dtypes == {(True, "BF16"), (False, "F32")}
-    for again, part in zip(
-        rvedit.load(tmp_path / "ours", dtype=torch.bfloat16), (model, vae), strict=True
-    ):
+    for again, part in zip(rvedit.load(tmp_path / "ours", **bf16), (model, vae), strict=True):
         assert all(
             torch.equal(a, b) for a, b in zip(again.parameters(), part.parameters(), strict=True)
         )
