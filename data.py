@@ -47,6 +47,7 @@ OPTIONAL_COLUMNS = ("caption", "category", "dataset")
 PATH_COLUMNS = {"src_video", "tgt_video", "original_video", "vace_video", "video"}
 
 MAX_CHARACTERS = 10_000  # of an instruction or a caption: a longer text is a mistake in the data
+MAX_NAME, MAX_PATH = 255, 4095  # bytes of a file's name and of a path, on Linux
 MIN_FRAMES = 5  # of a clip that is not a still: two frames of latents
 MAX_ASPECT = 200  # of a frame's sides: Qwen's preprocessing takes no more
 MAX_BROKEN = 20  # so many broken triplets, one after the other, end a run
@@ -208,8 +209,8 @@ def _checked_texts(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, 
         texts[column] = _checked_text(name, text)
         if not texts[column]:
             raise ValueError(f"its {name} is blank")
-        if name in PATH_COLUMNS and "\0" in text:
-            raise ValueError(f"its {name} is not a path: it holds a NUL")
+        if column != "prompt":
+            _check_path(name, texts[column])
     for name in OPTIONAL_COLUMNS:
         text = fields.get(name)
         if text is None:
@@ -219,6 +220,12 @@ def _checked_texts(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, 
         if text and not texts[name]:
             raise ValueError(f"its {name} is blank")
     return texts
+
+
+def _check_path(name: str, path: str) -> None:
+    longest = max((len(part.encode()) for part in Path(path).parts), default=0)
+    if "\0" in path or longest > MAX_NAME or len(path.encode()) > MAX_PATH:
+        raise ValueError(f"its {name} is not a path that can be opened: {path!r}")
 
 
 def _checked_text(name: str, text: object) -> str:

@@ -8,12 +8,15 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import make_clip, randomise, tiny_model, write_clip
+from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
 import data
@@ -24,6 +27,8 @@ from data import TripletDataset, fit_clip
 from experiments import datasets
 from shapes import ShapesDataset
 from vae import WanVAE
+
+ROOT = Path(__file__).parent.parent
 
 # --- Tables ---------------------------------------------------------------------------------------
 
@@ -163,7 +168,10 @@ def json_row(**changes: object) -> bytes:
         (json_row(prompt="a\ud800b"), "its prompt is not valid UTF-8"),
         (json_row(caption="\udfff"), "its caption is not valid UTF-8"),
         (json_row(src_video="\udcff.mp4"), "its src_video is not valid UTF-8"),
-        (json_row(src_video="a\0.mp4"), "its src_video is not a path: it holds a NUL"),
+        (json_row(src_video="a\0.mp4"), "its src_video is not a path that can be opened"),
+        (json_row(src_video="x" * 256), "its src_video is not a path that can be opened"),
+        (json_row(tgt_video="é" * 128), "its tgt_video is not a path that can be opened"),
+        (json_row(tgt_video="x/" * 2048), "its tgt_video is not a path that can be opened"),
         (
             b'{"src_video": "a", "tgt_video": "b", "prompt": "\xff"}',
             "its prompt is not valid UTF-8",
@@ -297,6 +305,18 @@ def test_both_clips_are_cut_to_the_same_first_frames(tmp_path: Path, source, tar
         assert len(item[side]) == length
         expected = torch.arange(10, 10 + 2 * length, 2)
         assert (item[side][:, 0, 0, 0].int() - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", ("edit.png", "edit.jpg", "edit.webp"))
+def test_a_still_may_be_an_image_file(tmp_path: Path, name: str):
+    pixels = make_clip(2, 40, 64)
+    Image.fromarray(pixels[0].numpy()).save(tmp_path / "source.png")
+    Image.fromarray(pixels[1].numpy()).save(tmp_path / name, quality=95)
+    (tmp_path / "t.csv").write_text(f"{HEADER}source.png,{name},go\n")
+    item = TripletDataset(tmp_path / "t.csv", max_frames=81)[0]
+    assert torch.equal(item["source"], pixels[:1])
+    assert item["target"].shape == (1, 40, 64, 3)
+    assert (item["target"].float() - pixels[1:].float()).abs().mean() < 4
 
 
 def test_no_more_frames_than_needed_are_decoded(tmp_path: Path, monkeypatch):
@@ -657,7 +677,7 @@ def test_a_table_without_captions_is_refused_where_they_are_read(model, tmp_path
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(caption=3), dict(prompt="x" * 5000), dict(caption="x" * 5000), dict(tgt_video="x" * 300)],
+    [dict(caption=3), dict(prompt="x" * 5000), dict(caption="x" * 5000), dict(tgt_video="x.mkv")],
 )
 def test_a_bad_row_is_replaced_and_listed(model, tmp_path: Path, changes: dict):
     """In training and in validation: the next triplet that is not broken takes its place."""
@@ -687,3 +707,28 @@ def test_the_room_for_text_is_what_the_encoder_takes(model):
     encoder.prepare([clip], ["x" * room])
     with pytest.raises(ValueError, match="tokens"):
         encoder.prepare([clip], ["x" * (room + 16)])
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_mixed_table_trains_alike_on_one_and_two_ranks(tmp_path: Path):
+    """50 steps on stills, portrait and landscape clips, with a bad row: losses agree to 1e-5."""
+    shapes = [(9, 96, 64), (1, 64, 64), (9, 64, 96), (1, 96, 64), (13, 64, 64), (9, 180, 320)]
+    table = write_table(tmp_path, *shapes)
+    table.write_text(table.read_text() + "\n" + json.dumps({"prompt": "no clips"}))
+    rvedit.save(tmp_path / "start", *tiny_model())
+    losses = []
+    for ranks in (1, 2):
+        out = tmp_path / f"run{ranks}"
+        options = ["--checkpoint", tmp_path / "start", "--data", table, "--out", out]
+        options += ["--size", 9, 64, 64, "--batch", 1, "--accumulate", 2 // ranks, "--steps", 50]
+        options += ["--max-bad", 1, "--workers", 1, "--validate-every", 50]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks]
+        command += [ROOT / "train.py", *options]
+        subprocess.run([str(part) for part in command], check=True, capture_output=True)
+        log = (out / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in log])
+    assert len(losses[0]) == 50
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
