@@ -228,7 +228,8 @@ def plan(
     with torch.device("meta"):
         model = RVEDiT(config, tokenizer or stand_in_tokenizer(config))
         vae = WanVAE(config.vae).requires_grad_(False)
-    train.prepare(model, args, mesh=None)
+    eager = argparse.Namespace(**(vars(args) | {"compile": False}))  # shapes are the same
+    train.prepare(model, eager, mesh=None)
     model.to(dtype)
     batch = random_batch(model, vae, args.size, args.batch, "meta")
     state = state_bytes(model, vae, batch, args, ranks)

@@ -5,9 +5,11 @@ what a step really shards, saves and allocates.
 """
 
 import collections
+import dataclasses
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import rvedit
 import sample
 import train
-from experiments import bench, plan
+from experiments import bench, plan, runbook, workloads
 from vae import WanVAE
 
 # --- FLOPs ----------------------------------------------------------------------------------------
@@ -30,7 +32,7 @@ from vae import WanVAE
 
 def flops(config, size, *names):
     args = bench.parse_arguments(["--device", "cpu", "--steps", "3", "--peer"])
-    return bench.flops(config, size, names, args)
+    return workloads.flops(config, size, names, args)
 
 
 # By closed formulas over the configuration, which this project used before it counted.
@@ -72,7 +74,7 @@ def test_flops_are_those_of_closed_formulas(config, size, expected):
 def test_flops_of_the_dit_are_those_of_its_products():
     """Counted by hand for S tokens of width d that read N context tokens in every block."""
     config = rvedit.preset("toy")
-    config = bench.dataclasses.replace(config, routing_depth=config.dit.num_blocks)
+    config = dataclasses.replace(config, routing_depth=config.dit.num_blocks)
     S = 3 * 4 * 6  # latents of 9 frames of 32 x 48
     N, d, ffn, L = 16, 256, 768, 6
     patch_embeddings = 2 * (2 * S * 24 * d)  # of z_t and of the source
@@ -90,16 +92,16 @@ def test_flops_of_a_step_are_those_of_its_parts():
     """A backward pass is two forward passes, less the products whose input takes no gradient."""
     config = tiny_config(lora_rank=0)  # so that everything trains
     size = (5, 64, 96)
-    model, vae = bench.meta_networks(config)
+    model, vae = workloads.meta_networks(config)
     counted = flops(config, size, "dit", "step", "info_nce", "encode", "mllm")
     with torch.no_grad():
         batch = plan.random_batch(model, vae, size, 1, "meta")
-        edit = bench.counted(lambda: model.encoder.encode(batch.edit_inputs))
-        ref = bench.counted(lambda: model.encoder.encode(batch.ref_inputs))
+        edit = workloads.counted(lambda: model.encoder.encode(batch.edit_inputs))
+        ref = workloads.counted(lambda: model.encoder.encode(batch.ref_inputs))
         contexts = model.contexts(model.encoder.encode(batch.ref_inputs))
         arguments = (batch.noise, batch.t, contexts, batch.noise)
-        middle = bench.counted(lambda: model.dit.features(*arguments, 2))
-        last = bench.counted(lambda: model.dit(*arguments))
+        middle = workloads.counted(lambda: model.dit.features(*arguments, 2))
+        last = workloads.counted(lambda: model.dit(*arguments))
 
     S = batch.noise[0, 0].numel() // math.prod(config.dit.patch_size)
     patch = config.dit.in_channels * math.prod(config.dit.patch_size)
@@ -127,7 +129,7 @@ def test_the_literal_step_equals_ours(depth):
         return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
     ours, actual = loss_and_gradients(train.training_step(model, vae, batch, depth)[0])
-    literal, expected = loss_and_gradients(bench.literal_step(model, vae, batch, depth))
+    literal, expected = loss_and_gradients(workloads.literal_step(model, vae, batch, depth))
     assert ours == pytest.approx(literal, rel=1e-5)
     largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
@@ -209,7 +211,7 @@ def test_an_offloaded_edit_is_measured(tmp_path, monkeypatch):
         seen.append(options)
         return sample.edit_video(*inputs, **options)
 
-    monkeypatch.setattr(bench, "edit_video", record)
+    monkeypatch.setattr(workloads, "edit_video", record)
     report = run(tmp_path, "--parts", "edit", "--memory-limit", "4", "--size", "5", "32", "32")
     assert [row["part"] for row in report["rows"]] == ["edit"]
     assert seen[0] == {"device": torch.device("cpu")}
@@ -242,6 +244,57 @@ def test_an_impossible_size_is_one_line(size, tmp_path, capsys):
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
     expected = f"--size {' '.join(size)}: take 4k + 1 frames with sides in multiples of 8"
     assert capsys.readouterr().err == f"error: {expected}\n"
+
+
+def test_all_is_measured_in_the_order_of_importance(tmp_path, capsys):
+    """The runbook at small size; what could not be measured says why."""
+    sizes = ["--size", "5", "32", "32", "--size", "1", "32", "32"]
+    report = run(tmp_path, "--all", "60", "--shrink", "4", *sizes)
+    parts = [(row["part"], *row.get("size", ())) for row in report["rows"]]
+    first, small = (5, 32, 32), (1, 32, 32)
+    assert parts == [
+        ("dit", *first),
+        ("rank", *first),
+        ("edit", *first),
+        ("edit in 24 GB", *first),
+        ("encode, float32", *first),
+        ("encode, TF32", *first),
+        ("encode, bfloat16", *first),
+        ("encode, float16", *first),
+        ("encode", *first),
+        ("decode", *first),
+        ("dit as Wan's", *first),
+        ("dit", *small),
+        ("encode", *small),
+        ("decode", *small),
+    ]
+    by_part = {row["part"]: row for row in report["rows"]}
+    assert by_part["rank"]["plan"] > 0
+    assert by_part["encode, bfloat16"]["difference"] > by_part["encode, TF32"]["difference"]
+    assert "diffusers" in by_part["dit as Wan's"]["seconds"]
+    assert "--all" in report["about"]
+
+
+def test_a_chapter_that_fails_or_takes_too_long_leaves_the_rest(tmp_path, monkeypatch):
+    """Its row says why it stopped, and the next chapter has its turn."""
+
+    def fails(config, args):
+        raise torch.OutOfMemoryError("not enough")
+        yield
+
+    def never_ends(config, args):
+        while True:
+            time.sleep(0.01)
+        yield
+
+    chapters = [(fails, 0.0), (never_ends, 0.001), (runbook.dit, 0.999)]
+    monkeypatch.setattr(runbook, "CHAPTERS", chapters)
+    rows = run(tmp_path, "--all", "10", "--size", "5", "32", "32")["rows"]
+    assert rows[:2] == [
+        {"part": "fails", "stopped": "not enough"},
+        {"part": "never_ends", "stopped": "its time is up"},
+    ]
+    assert rows[2]["part"] == "dit" and len(rows[2]["seconds"]["ours"]) == 2
 
 
 @pytest.mark.slow
@@ -386,7 +439,7 @@ def test_every_stage_of_the_offloaded_full_size_edit_fits_in_24_gb():
     its pass makes.
     """
     config = rvedit.preset("wan2.2-ti2v-5b")
-    model, vae = bench.random_networks(config, torch.device("meta"), torch.bfloat16)
+    model, vae = workloads.random_networks(config, torch.device("meta"), torch.bfloat16)
     clip = torch.zeros(81, 704, 1280, 3, dtype=torch.uint8)
     z = torch.zeros(1, 48, 21, 44, 80, device="meta")
     t = torch.zeros(1, device="meta")
