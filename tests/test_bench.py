@@ -213,7 +213,7 @@ def test_an_offloaded_edit_is_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(workloads, "edit_video", record)
     report = run(tmp_path, "--parts", "edit", "--memory-limit", "4", "--size", "5", "32", "32")
-    assert [row["part"] for row in report["rows"]] == ["edit"]
+    assert [row["part"] for row in report["rows"]] == ["edit in 4 GB"]
     assert seen[0] == {"device": torch.device("cpu")}
 
 
