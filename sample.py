@@ -430,7 +430,7 @@ def load_model(args: Namespace) -> tuple[RVEDiT, WanVAE]:
     config = model.config
     args.steps = args.steps or config.sampling_steps
     if args.routing_depth is not None:
-        check_routing_depth(args, config.dit.num_blocks)
+        check_routing_depth(args.routing_depth, config)
         config = dataclasses.replace(config, routing_depth=args.routing_depth)
     if args.max_pixels is not None:
         config = dataclasses.replace(config, max_pixels=args.max_pixels)
@@ -440,15 +440,15 @@ def load_model(args: Namespace) -> tuple[RVEDiT, WanVAE]:
     return model, vae
 
 
-def check_routing_depth(args: Namespace, num_blocks: int) -> None:
+def check_routing_depth(depth: int, config: RVEDiTConfig) -> None:
     """Raise ValueError where --routing-depth does not fit the checkpoint."""
-    depth = args.routing_depth
+    num_blocks = config.dit.num_blocks
     if depth > num_blocks:
         raise ValueError(f"--routing-depth {depth}: the model has only {num_blocks} blocks")
-    if depth < num_blocks and rvedit.layout(args.checkpoint or rvedit.TOY).startswith("kiwi-edit"):
+    if depth < num_blocks and not config.native_trained:
         raise ValueError(
-            f"--routing-depth {depth}: Kiwi-Edit's blocks were never shown visual and textual "
-            "tokens; train it at that depth first, or leave the option out"
+            f"--routing-depth {depth}: this checkpoint's blocks were never shown visual and "
+            "textual tokens; train it at that depth first, or leave the option out"
         )
 
 

@@ -168,8 +168,6 @@ def run(args: Namespace) -> None:
     settings = sample.parse_arguments(["--video", "", "--prompt", "-", *args.options])
     if settings.compare:
         raise ValueError("--compare: `run` writes only edits, judges see them beside their sources")
-    if settings.device == torch.device("cuda"):
-        settings.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     rows = read_table(args.bench / "benchmark_videos.csv", args.bench, args.categories)
     model, vae = sample.load_model(settings)
 

@@ -1,6 +1,5 @@
 """Algorithm 2, the way from clip to clip, and the command line with all that can go wrong in it."""
 
-import dataclasses
 import itertools
 import os
 import subprocess
@@ -573,23 +572,13 @@ def test_the_built_in_checkpoint_edits_the_sample_clip(tmp_path, monkeypatch):
     assert times == source_times(clip) and sizes == {(128, 128)} and rate == 8
 
 
-def test_a_kiwi_edit_checkpoint_keeps_its_routing_depth(checkpoint, monkeypatch, tmp_path, capsys):
-    """Its blocks never saw native tokens: a smaller L_s is refused, L_s = L is fine."""
+def test_untrained_native_connectors_are_not_used(tmp_path, capsys):
+    """With L_s = L, as Kiwi-Edit's, blocks never saw native tokens: a smaller L_s is refused."""
     encode(tmp_path / "in.mp4", images=images(2))
-    monkeypatch.setattr(rvedit, "layout", lambda path: "kiwi-edit")
-    model, vae = tiny_model()
-    model.config = dataclasses.replace(model.config, routing_depth=3)
-    monkeypatch.setattr(rvedit, "load", lambda *args, **options: (model, vae))
-    options = [
-        "--video",
-        tmp_path / "in.mp4",
-        "--prompt",
-        "x",
-        "--checkpoint",
-        checkpoint,
-        "--out",
-        tmp_path / "out.mp4",
-    ]
+    checkpoint = tmp_path / "all editing tokens"
+    rvedit.save(checkpoint, *tiny_model(routing_depth=3))
+    options = ["--video", tmp_path / "in.mp4", "--prompt", "x", "--checkpoint", checkpoint]
+    options += ["--out", tmp_path / "out.mp4"]
     assert "never shown visual and textual tokens" in expect_error(
         capsys, *options, "--routing-depth", "2"
     )
