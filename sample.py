@@ -520,6 +520,7 @@ def edit(args: Namespace) -> None:
     compare = check_outputs(args)
     with stage("read", times, args.device):
         clip = video.read_video(args.video)
+        video.prepare_edit(clip, args.out)
     shape = tuple(clip.frames.shape[:3])
     with stage("load", times, args.device):
         model, vae = load_model(args)

@@ -5,45 +5,66 @@ Beside the frames, `read_video` therefore keeps what `write_video` needs to put 
 their place:
 
 - time: each frame's own timestamp. 29.97 fps stays 30000/1001, a variable rate stays variable.
-- sound: every audio track, copied packet by packet. Codecs that players do not expect in the
-  written file become AAC.
+  Only timestamps that are missing or out of order are replaced.
+- sound: every audio track, copied packet by packet. What players do not expect in the written
+  file, or what cannot be copied, becomes AAC. A track that cannot be saved is left out, with a
+  note: sound never costs the picture.
 - shape: rotation metadata is applied to the frames and not written. Pixel aspect is kept.
-- colour: read by the stream's own matrix and range tags, written as BT.709 in limited range.
+- colour: read by the stream's own tags, written as BT.709 in limited range. HDR (HLG, PQ) and
+  BT.2020 become BT.709 with standard dynamic range.
 
-Frames are uint8 (T, H, W, 3) RGB: T frames, H height, W width. 10-bit and HDR sources are rounded
-to 8 bits without tone mapping. Alpha, interlacing flags, subtitles, chapters and metadata are
-dropped.
+Frames are uint8 (T, H, W, 3) RGB: T frames, H height, W width. Interlaced frames are deinterlaced.
+Transparent pixels are shown on white. Subtitles, chapters and metadata are dropped.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import heapq
+import io
 import itertools
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
+import numpy as np
 import torch
 import torch.nn.functional as F
-from av import Packet, VideoFrame
+from av import AudioFrame, Packet, VideoFrame
+from av.codec.context import CodecContext
 from av.container import InputContainer, OutputContainer
+from av.filter import Graph
 from av.stream import Disposition, Stream
 from av.video import reformatter as sws
 from torch import Tensor
 
 import cli
 
+# Only these containers are read, by the names of FFmpeg's demuxers. Playlists (HLS, DASH), concat
+# scripts and image sequences are not among them: they open other files or addresses and may never
+# end. Nor are text formats, such as ANSI art. The last row is sound: it gets its own error.
+CONTAINERS = (
+    "mov matroska avi mpegts mpeg mpegvideo flv asf ogg gif apng mxf nut rm dv wtv ivf obu "
+    "h264 hevc vvc m4v mjpeg vc1 yuv4mpegpipe dhav "
+    "mp3 wav flac aac"
+).split()
+
 # Audio codecs that players expect in a file with this ending. They are copied, others become AAC.
 COPIED_AUDIO = {
     ".mp4": "aac mp3 ac3 eac3 alac flac opus".split(),
     ".mov": "aac mp3 ac3 eac3 alac pcm_s16le pcm_s16be pcm_s24le pcm_s24be".split(),
 }
+
+# The largest side that x264 encodes, in pixels.
+MAX_SIDE = 16_384
 
 # MPEG-TS and its like are made to be joined and left at any moment: their clock starts anywhere,
 # and they declare no length.
@@ -53,6 +74,19 @@ BROADCAST = av.format.Flags.ts_discont.value
 # and chroma is not interpolated.
 FULL_CHROMA = sws.Interpolation.FULL_CHR_H_INT | sws.Interpolation.FULL_CHR_H_INP
 SCALING = sws.Interpolation.BICUBIC | sws.Interpolation.ACCURATE_RND | FULL_CHROMA
+
+
+@dataclass
+class SoundTrack:
+    """One audio track, ready to be copied.
+
+    It is a whole file in memory. What was written once can be written again, so that nothing
+    about the sound can fail when an edit is written.
+    """
+
+    file: bytes  # an .mp4 or .mov file that holds this track alone
+    language: str | None  # ISO 639-2
+    disposition: Disposition  # whether players choose this track by default, and the like
 
 
 @dataclass
@@ -67,6 +101,7 @@ class Video:
     pixel_aspect: Fraction  # width : height of one pixel
     path: Path  # the file it came from, where the audio still is
     total: int  # number of frames in the file: more than T if only its first were read
+    sound: dict[str, list[SoundTrack]] = field(default_factory=dict)  # by ending: `prepare_sound`
 
     @property
     def rate(self) -> Fraction:
@@ -83,28 +118,102 @@ def _open(path: Path) -> InputContainer:
         raise IsADirectoryError(f"{path}: is a folder, not a video file")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():  # reading it might never end
+        raise ValueError(f"{path}: is a pipe or a device; save the clip as a file first")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
+    # The lists keep FFmpeg from opening anything else, whatever the file says.
+    options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
     # "file:" keeps a name such as "a:b.mp4" from being taken for a protocol. Tags of a file need
     # not be valid UTF-8.
-    return av.open(f"file:{path}", metadata_errors="replace")
+    return av.open(f"file:{path}", options=options, metadata_errors="replace")
+
+
+def _why_unreadable(path: Path, error: av.FFmpegError) -> str:
+    """The one line for a file that FFmpeg fails to open or to decode."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    reason = error.strerror
+    if isinstance(error, av.ArgumentError):  # it is not in the list of containers
+        reason = "its format is not read"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP" and b"ANIM" in head:
+        return f"{path}: is an animated WebP, which FFmpeg cannot decode; convert it first"
+    if b"\0" not in head and not any(byte > 127 for byte in head):
+        reason = "it is a text; playlists and scripts are not followed"
+    return f"{path}: not a video file, or cut short or damaged ({reason})"
 
 
 def _video_stream(container: InputContainer, path: Path) -> Stream:
-    """Find the first video stream that is not a cover picture."""
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    """Choose the video: not a cover picture, marked as default if one is, and then the largest."""
+    not_the_video = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [s for s in container.streams.video if not s.disposition & not_the_video]
     if not streams:
         only_audio = ", only audio" if container.streams.audio else ""
         raise ValueError(f"{path}: has no video{only_audio}")
-    if streams[0].codec_context is None:
+    decodable = [s for s in streams if s.codec_context is not None]
+    if not decodable:
         raise ValueError(f"{path}: FFmpeg cannot decode its video; convert it first")
-    return streams[0]
+    return max(decodable, key=lambda s: (bool(s.disposition & Disposition.default), _area(s)))
 
 
-def _demux(container: InputContainer, *streams: Stream) -> Iterator[Packet]:
+def _area(stream: Stream) -> int:
+    return stream.codec_context.width * stream.codec_context.height
+
+
+def _demux(container: InputContainer) -> Iterator[Packet]:
+    """Yield all packets, on a clock that goes on where recordings were joined.
+
+    At a join the clock of every stream jumps. The first stream that jumps goes on without a gap.
+    The others are moved by the same offset, so that sound and picture stay together.
+    """
+    offsets = [Fraction(0)]  # seconds, one for each recording so far
+    offset = {}  # the one in use, by stream
+    end = {}  # of the last packet, in seconds, by stream
+    heard = {}  # how far the sound of the recording before went, by stream
+    broadcast = bool(container.format.flags & BROADCAST)
+    edited = container.format.name.startswith("mov")  # has an edit list instead of a jumping clock
+    for packet in _all_packets(container):
+        stream = packet.stream
+        if edited or stream.type not in ("video", "audio"):
+            yield packet
+            continue
+        moved = offset.setdefault(stream.index, offsets[-1])
+        if packet.dts is not None:
+            time = packet.dts * packet.time_base
+            expected = end.get(stream.index, time + moved)
+            jump = time + moved - expected
+            # Broadcast formats may also jump ahead. In others, that is a gap in the recording.
+            if jump < -0.5 or (broadcast and jump > 10):
+                known = [o for o in offsets if o != moved and abs(time + o - expected) < 1]
+                moved = known[-1] if known else expected - time
+                offset[stream.index] = moved
+                offsets.append(moved)
+                heard[stream.index] = expected
+            length = (packet.duration or 0) * packet.time_base
+            overlap = heard.get(stream.index, -math.inf) - (time + moved)
+            if stream.type == "audio" and overlap > length / 2:
+                continue  # two sounds at a time
+            end[stream.index] = time + moved + length
+        if moved:
+            ticks = round(moved / packet.time_base)
+            packet.dts = None if packet.dts is None else packet.dts + ticks
+            packet.pts = None if packet.pts is None else packet.pts + ticks
+        yield packet
+
+
+def _all_packets(container: InputContainer) -> Iterator[Packet]:
     # Where a stream shows up midway, PyAV raises an IndexError behind the last packet.
     with contextlib.suppress(IndexError):
-        yield from container.demux(*streams)
+        yield from container.demux()
+
+
+def _is_shown(packet: Packet) -> bool:
+    """Whether a packet holds a picture or sound that is played.
+
+    An edit list hides packets that are only needed for decoding. The packets that PyAV makes up
+    to flush a decoder have neither content nor time; empty ones with a time repeat a frame.
+    """
+    return not packet.is_discard and (packet.size > 0 or packet.pts is not None)
 
 
 # --- Is the file complete? ------------------------------------------------------------------------
@@ -116,7 +225,8 @@ def _end_of_avi(path: Path) -> int:
     """An AVI file is one chunk: "RIFF", then the size of the rest."""
     with path.open("rb") as file:
         header = file.read(8)
-    return 8 + int.from_bytes(header[4:], "little")
+    size = int.from_bytes(header[4:], "little")
+    return 0 if size == 0xFFFFFFFF else 8 + size  # all ones: written to a pipe
 
 
 def _end_of_matroska(path: Path) -> int:
@@ -160,44 +270,243 @@ def _declared_end(path: Path, kind: str) -> int:
     return 0
 
 
-def _count_packets(path: Path) -> int:
-    """Count the video packets, a bound on the frames.
+@dataclass
+class _Contents:
+    """What the packets of a file tell before anything is decoded."""
 
-    Raises ValueError if the end of the file is missing.
-    """
+    packets: int = 0  # of the video, that are shown: about as many as there are frames
+    start: Fraction | None = None  # seconds, when the first picture or sound is played
+
+
+def _scan(path: Path) -> _Contents:
+    """Read the file once. Raises ValueError if its end is missing."""
+    contents = _Contents()
     with _open(path) as container:
         video = _video_stream(container, path)
         kind = container.format
-        count = 0
         partial = _declared_end(path, kind.name) > path.stat().st_size
         for packet in _demux(container):
-            if packet.stream.index == video.index and packet.size > 0:
-                count += 1
             if packet.is_corrupt and not kind.flags & BROADCAST:
                 partial = True
+            if not _is_shown(packet):
+                continue
+            time = packet.dts if packet.pts is None else packet.pts
+            if packet.stream.index == video.index:
+                contents.packets += 1
+            elif packet.stream.type != "audio":
+                continue
+            if time is not None:
+                seconds = time * packet.time_base
+                if contents.start is None or seconds < contents.start:
+                    contents.start = seconds
     if partial:
         raise ValueError(f"{path}: the file is cut short, its last part is missing; copy it again")
-    return count
+    return contents
 
 
 # --- Decoding -------------------------------------------------------------------------------------
 
 
-def _decode(container: InputContainer, stream: Stream) -> Iterator[VideoFrame]:
+class Shown(NamedTuple):
+    """A decoded frame and when it is shown, in units of its stream's time base."""
+
+    frame: VideoFrame
+    pts: int | None  # as the file says
+    dts: int | None  # from the order of its packets, for files whose pts are wrong
+
+
+def _decode(container: InputContainer, stream: Stream) -> Iterator[Shown]:
     """Yield frames in display order.
 
     Before the first frame packets may fail, as in a recording that was joined midway; not after.
     """
     stream.thread_type = "AUTO"
-    started = False
-    for packet in _demux(container, stream):
+    last = None  # the frame before
+    repeats = []  # times of empty packets, which show the frame before once more
+    for packet in _demux(container):
+        if packet.stream.index != stream.index:
+            continue
+        if packet.size == 0 and packet.pts is not None:
+            repeats.append(packet.pts)
+            continue
         try:
             for frame in packet.decode():
-                started = True
-                yield frame
+                while last and repeats and frame.pts is not None and repeats[0] < frame.pts:
+                    time = repeats.pop(0)
+                    yield Shown(last.frame, time, time)
+                last = Shown(frame, frame.pts, frame.dts)
+                yield last
         except av.FFmpegError:
-            if started:
-                raise
+            if last is None:
+                continue
+            raise
+    is_theora = stream.codec_context.name == "theora"
+    if last and is_theora and container.duration:
+        repeats += _unwritten_repeats(container, stream, repeats[-1] if repeats else last.pts)
+    for time in repeats:
+        if last:
+            yield Shown(last.frame, time, time)
+
+
+def _unwritten_repeats(container: InputContainer, stream: Stream, last: int) -> range:
+    """Times of the frames that Theora's encoder leaves away at the end, when nothing changes.
+
+    They last as long as the file does, but a second at most: sound may be longer than the picture.
+    """
+    step = round(1 / ((stream.average_rate or 25) * stream.time_base))
+    end = Fraction((container.start_time or 0) + container.duration, av.time_base)
+    second = round(1 / stream.time_base)
+    return range(last + step, min(math.floor(end / stream.time_base), last + second), step)
+
+
+def _deinterlace(shown: Iterable[Shown]) -> Iterator[Shown]:
+    """Rebuild full frames from interlaced ones. Other clips pass unchanged."""
+    graph = graph_form = None
+    waiting = []  # frames in the filter, which looks one frame ahead
+    for item in shown:
+        frame = item.frame
+        form = (frame.width, frame.height, frame.format.name)
+        if graph and form != graph_form:
+            yield from _filtered(graph, waiting, None)
+            graph = None
+        if graph is None and frame.interlaced_frame:
+            graph = _deinterlacer(frame)
+            graph_form = form
+        if graph is None:
+            yield item
+        else:
+            waiting.append(item)
+            yield from _filtered(graph, waiting, frame)
+    if graph:
+        yield from _filtered(graph, waiting, None)
+
+
+def _filtered(graph: Graph, waiting: list[Shown], frame: VideoFrame | None) -> Iterator[Shown]:
+    """Push one frame, or the end, into the filter. Yield what comes out, with its old times."""
+    graph.push(frame)
+    for result in _pull(graph):
+        yield waiting.pop(0)._replace(frame=result)
+
+
+def _deinterlacer(frame: VideoFrame) -> Graph:
+    """bwdif, one frame out for each frame in, that touches frames marked as interlaced only."""
+    graph = Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25)
+    )
+    filter_ = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+    graph.link_nodes(source, filter_, graph.add("buffersink")).configure()
+    return graph
+
+
+def _pull(graph: Graph) -> Iterator[VideoFrame | AudioFrame]:
+    with contextlib.suppress(BlockingIOError, EOFError):  # it wants more input; it is empty
+        while True:
+            yield graph.pull()
+
+
+# --- Colour and shape -----------------------------------------------------------------------------
+# HDR and wide colour are converted as a display would show them: to light, from the primaries of
+# BT.2020 to those of BT.709, and back to a signal by BT.1886. White of SDR is at 203 cd/m²
+# (ITU-R BT.2408), so that colours within the range of SDR come out as if they had been SDR.
+
+GAMMA = 2.4  # BT.1886
+SDR_WHITE = 203.0  # cd/m²
+KNEE = 0.9  # of SDR white: light above it is compressed, so that highlights keep some detail
+# The 10 bits of Y, Cb and Cr cannot tell a channel of less than about this share of the brightest
+# one from none, and BT.1886 would make up to 16 levels of that error.
+FLOOR = 0.0085
+LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], np.float32)
+TO_709 = np.array(
+    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
+)
+
+
+def _light_of_pq(signal: np.ndarray) -> np.ndarray:
+    """SMPTE ST 2084: [0, 1] -> light on the display, where SDR white is 1."""
+    m1, m2 = 1305 / 8192, 2523 / 32
+    c1, c2, c3 = 107 / 128, 2413 / 128, 2392 / 128
+    power = signal ** (1 / m2)
+    light = (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
+    return 10_000 / SDR_WHITE * light
+
+
+def _light_of_hlg(signal: np.ndarray) -> np.ndarray:
+    """ARIB STD-B67 (ITU-R BT.2100): [0, 1] -> light of the scene in [0, 1]."""
+    a, b, c = 0.17883277, 0.28466892, 0.55991073
+    return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
+
+
+def _light_table(transfer: int, white: int) -> np.ndarray:
+    """Light for each of the 65,536 levels of a signal, of which `white` is 1."""
+    signal = np.minimum(np.arange(65_536) / white, 1)
+    if transfer == sws.ColorTrc.SMPTE2084:
+        return _light_of_pq(signal).astype(np.float32)
+    if transfer == sws.ColorTrc.ARIB_STD_B67:
+        return _light_of_hlg(signal).astype(np.float32)
+    return (signal**GAMMA).astype(np.float32)
+
+
+def _to_bt709(image: np.ndarray, transfer: int, white: int) -> np.ndarray:
+    """BT.2020 with any transfer function, uint16 (H, W, 3) -> BT.709, uint8 (H, W, 3)."""
+    table = _light_table(transfer, white)
+    roots = np.arange(16_384) / 16_383  # of light: in these steps the dark ones are fine enough
+    signals = np.rint(255 * roots ** (2 / GAMMA)).astype(np.uint8)
+    result = np.empty(image.shape, np.uint8)
+    for top in range(0, len(image), 64):  # in strips, to save memory
+        light = table[image[top : top + 64]]  # (64, W, 3)
+        if transfer == sws.ColorTrc.ARIB_STD_B67:
+            # The OOTF of a display of 1000 cd/m²: from light of the scene to light on the display.
+            light *= 1000 / SDR_WHITE * (light @ LUMA_2020)[..., None] ** 0.2
+        light = np.maximum(light @ TO_709.T, 0)
+        # Both ends are compressed relative to the brightest channel, which keeps the hue.
+        red, green, blue = light[..., :1], light[..., 1:2], light[..., 2:]
+        peak = np.maximum(np.maximum(red, green), blue)  # much faster than light.max(-1)
+        light *= np.square(np.minimum(light / (FLOOR * peak + 1e-9), 1))
+        bright = np.maximum(peak, KNEE)
+        compressed = 1 - (1 - KNEE) * np.exp((KNEE - bright) / (1 - KNEE))
+        light *= np.where(peak > KNEE, compressed / bright, 1)
+        result[top : top + 64] = signals[(16_383 * np.sqrt(light) + 0.5).astype(np.uint16)]
+    return result
+
+
+def _on_white(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 4) with alpha -> uint8 (H, W, 3)."""
+    colour = image[..., :3].astype(np.uint16)
+    alpha = image[..., 3:].astype(np.uint16)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
+    """The YCbCr matrix of a frame that has no meaningful tag. None: swscale reads the tag."""
+    if frame.format.is_rgb or frame.colorspace not in (0, 2, 3):
+        return None
+    if frame.color_primaries == sws.ColorPrimaries.BT2020:
+        return sws.Colorspace.BT2020
+    if frame.width >= 1280 or frame.height > 576:
+        return sws.Colorspace.ITU709
+    return sws.Colorspace.ITU601
+
+
+def _rgb(frame: VideoFrame, size: tuple[int, int], scaler: sws.VideoReformatter) -> np.ndarray:
+    """One frame as it is stored -> uint8 (H, W, 3), BT.709."""
+    hdr = frame.color_trc in (sws.ColorTrc.SMPTE2084, sws.ColorTrc.ARIB_STD_B67)
+    wide = hdr or frame.color_primaries == sws.ColorPrimaries.BT2020
+    transparent = any(component.is_alpha for component in frame.format.components)
+    layout = "rgb48" if wide else "rgba" if transparent else "rgb24"
+    image = scaler.reformat(
+        frame,
+        size[1],
+        size[0],
+        layout,
+        src_colorspace=_matrix(frame),
+        dst_color_range=sws.ColorRange.JPEG,
+        interpolation=SCALING,
+    ).to_ndarray()
+    if wide:
+        # swscale's 16 bits: from YCbCr, white comes out as 255 · 256.
+        return _to_bt709(image, frame.color_trc, 65_535 if frame.format.is_rgb else 65_280)
+    return _on_white(image) if transparent else image
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, int, int]:
@@ -212,77 +521,168 @@ def _orientation(frame: VideoFrame) -> tuple[bool, int, int]:
     return swap, -1 if y < 0 else 1, -1 if x < 0 else 1
 
 
-def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
-    """The YCbCr matrix of a frame that has no meaningful tag. None: swscale reads the tag."""
-    if frame.format.is_rgb or frame.colorspace not in (0, 2, 3):
-        return None
-    if frame.width >= 1280 or frame.height > 576:
-        return sws.Colorspace.ITU709
-    return sws.Colorspace.ITU601
+# --- Time -----------------------------------------------------------------------------------------
 
 
-def _clock(container: InputContainer, stream: Stream, times: list[int | None], last: int) -> dict:
-    """Video's fields of time, from the decoder's timestamps and the last frame's duration."""
+def _faults(times: list[int | None]) -> int:
+    """Number of times that are missing or not later than all before."""
+    count = 0
+    latest = -math.inf
+    for time in times:
+        if time is None or time <= latest:
+            count += 1
+        else:
+            latest = time
+    return count
+
+
+def _good_times(times: list[int | None]) -> list[int]:
+    """Indices of the most times that increase strictly: one wrong time costs no other."""
+    tails = []  # the smallest time that ends an increasing row of 1, 2, ... times
+    ends = []  # its index
+    before = {}  # the index before it in that row
+    for i, time in enumerate(times):
+        if time is None:
+            continue
+        length = bisect.bisect_left(tails, time)
+        before[i] = ends[length - 1] if length else None
+        tails[length : length + 1] = [time]
+        ends[length : length + 1] = [i]
+    good = []
+    i = ends[-1] if ends else None
+    while i is not None:
+        good.append(i)
+        i = before[i]
+    return good[::-1]
+
+
+def _mended(times: list[int | None], step: int) -> tuple[list[int], int]:
+    """Replace times that are missing or out of order; keep all others.
+
+    step: the usual duration of a frame. Returns strictly increasing times and the factor by which
+    their unit became finer, so that new times fit between old ones.
+    """
+    good = _good_times(times)
+    if not good:  # a raw stream, or an AVI file
+        return [i * step for i in range(len(times))], 1
+    gaps = [b - a for a, b in itertools.pairwise(good)]
+    finer = max(gaps, default=1)
+    result = [0] * len(times)
+    for i in range(len(times)):
+        after = bisect.bisect_left(good, i)
+        if after == 0:  # up to the first good time
+            result[i] = finer * (times[good[0]] - (good[0] - i) * step)
+        elif after == len(good):  # behind the last
+            result[i] = finer * (times[good[-1]] + (i - good[-1]) * step)
+        else:
+            left, right = good[after - 1], good[after]
+            here = finer * (times[right] - times[left]) * (i - left) // (right - left)
+            result[i] = finer * times[left] + here
+    return result, finer
+
+
+@dataclass
+class Clock:
+    """When frames are shown: the fields of time of a `Video`."""
+
+    timestamps: list[int]
+    last_duration: int
+    time_base: Fraction
+    start: Fraction
+
+
+def _clock(
+    pts: list[int | None], dts: list[int | None], stream: Stream, last: int, first: Fraction
+) -> Clock:
+    """Mend the decoder's times and count them in the coarsest exact unit.
+
+    last: the duration of the last frame, 0 if unknown.
+    first: when the first picture or sound of the file is played, in seconds.
+    """
     base = stream.time_base
     rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-    shift = min(0, times[0] or 0)  # players show nothing before time 0
-    if container.format.flags & BROADCAST and container.start_time is not None:
-        shift = round(Fraction(container.start_time, av.time_base) / base)
     last = last or max(1, round(1 / (rate * base)))
-    if None in times or any(b <= a for a, b in itertools.pairwise(times)):
-        # Raw streams and some AVI files have no usable timestamps, only a constant duration.
-        times = [shift + i * last for i in range(len(times))]
+    times, finer = _mended(pts if _faults(pts) <= _faults(dts) else dts, last)
+    base, last = base / finer, last * finer
 
-    # The coarsest exact unit: 512, 1024, ... in units of 1/12800 s are 1, 2, ... in 1/25 s.
+    # A clock that was running before the recording began starts at 0 here. Up to a second may be
+    # meant: a track that starts late, or the delay of an encoder. Players show nothing before 0.
+    broadcast = bool(stream.container.format.flags & BROADCAST)
+    runs = first > (0 if broadcast else 1)
+    shift = round(first / base) if runs else min(0, times[0])
+
+    # 512, 1024, ... in units of 1/12800 s are 1, 2, ... in 1/25 s.
     unit = math.gcd(last, *(time - shift for time in times))
-    return dict(
-        timestamps=[(time - shift) // unit for time in times],
-        last_duration=last // unit,
-        time_base=base * unit,
-        start=shift * base,
-    )
+    timestamps = [(time - shift) // unit for time in times]
+    return Clock(timestamps, last // unit, base * unit, shift * base)
 
 
-def _read_frames(path: Path, packets: int, limit: int | None) -> Video:
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def _available_memory() -> int:
+    """Bytes of memory that this process can still get, on Linux; elsewhere all there is."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        available = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
+    except (OSError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # a container may have a limit of its own
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        available = min(available, limit - used)
+    return available
+
+
+def _check_memory(path: Path, count: int, height: int, width: int) -> None:
+    """Raise ValueError if `count` frames do not fit into memory."""
+    needed = count * height * width * 3
+    available = _available_memory()
+    if needed > available:
+        raise ValueError(
+            f"{path}: its {count} frames of {width}x{height} need {needed / 1e9:.1f} GB of memory, "
+            f"but only {available / 1e9:.1f} GB are free; cut it into shorter clips"
+        )
+
+
+def _read_frames(path: Path, limit: int | None) -> Video:
+    contents = _scan(path)
     frames = None
-    times = []
+    pts, dts = [], []
     with _open(path) as container:
         stream = _video_stream(container, path)
-        reformatter = sws.VideoReformatter()
-        for frame in itertools.islice(_decode(container, stream), limit):
+        scaler = sws.VideoReformatter()
+        capacity = min(contents.packets, limit or contents.packets)
+        _check_memory(path, capacity, stream.codec_context.height, stream.codec_context.width)
+        for item in _deinterlace(itertools.islice(_decode(container, stream), limit)):
+            frame = item.frame
             if frames is None:
-                height, width = frame.height, frame.width
+                size = (frame.height, frame.width)
                 swap, down, right = _orientation(frame)
-                shape = (width, height, 3) if swap else (height, width, 3)
+                shape = (*size[::-1], 3) if swap else (*size, 3)
                 # Once, at full length: stacking a list of frames would take the memory twice.
-                frames = torch.empty((min(packets, limit or packets), *shape), dtype=torch.uint8)
-            elif len(times) == len(frames):  # a codec that puts several frames into a packet
+                frames = torch.empty((max(1, capacity), *shape), dtype=torch.uint8)
+            elif len(pts) == len(frames):  # a codec that puts several frames into a packet
                 frames = torch.cat([frames, torch.empty_like(frames)])
 
             # A stream that changes its size midway is scaled to that of its first frame.
-            image = reformatter.reformat(
-                frame,
-                width,
-                height,
-                "rgb24",
-                src_colorspace=_matrix(frame),
-                dst_color_range=sws.ColorRange.JPEG,
-                interpolation=SCALING,
-            )
-            stored = image.to_ndarray()
+            stored = _rgb(frame, size, scaler)
             upright = stored.swapaxes(0, 1) if swap else stored
-            frames.numpy()[len(times)] = upright[::down, ::right]
-            times.append(frame.pts)
+            frames.numpy()[len(pts)] = upright[::down, ::right]
+            pts.append(item.pts)
+            dts.append(item.dts)
         if frames is None:
             raise ValueError(f"{path}: damaged, not one frame can be decoded")
+        clock = _clock(pts, dts, stream, frame.duration, contents.start or Fraction(0))
         aspect = stream.sample_aspect_ratio or Fraction(1)
-        clock = _clock(container, stream, times, frame.duration)
+    complete = limit is None or len(pts) < limit
     return Video(
-        frames[: len(times)],
-        **clock,
+        frames[: len(pts)],
+        **vars(clock),
         pixel_aspect=1 / aspect if swap else aspect,
         path=path,
-        total=max(packets, len(times)),
+        total=len(pts) if complete else max(contents.packets, len(pts)),
     )
 
 
@@ -290,14 +690,240 @@ def read_video(path: str | Path, max_frames: int | None = None) -> Video:
     """Read a clip of any container and codec that FFmpeg decodes, or only its first frames.
 
     Raises OSError or ValueError, in one line that names the file, if no video or not all of it is
-    there.
+    there, or if its frames do not fit into memory.
     """
     path = Path(path)
     try:
-        return _read_frames(path, _count_packets(path), max_frames)
+        return _read_frames(path, max_frames)
     except av.FFmpegError as error:
-        message = f"{path}: not a video file, or cut short or damaged ({error.strerror})"
-        raise ValueError(message) from error
+        raise ValueError(_why_unreadable(path, error)) from error
+
+
+# --- Sound ----------------------------------------------------------------------------------------
+
+
+def _sound_packets(container: InputContainer, index: int) -> Iterator[Packet]:
+    """Yield the packets of one track, and at the end the empty one that flushes its decoder."""
+    for packet in _demux(container):
+        if packet.stream.index == index:
+            yield packet
+
+
+def _name_channels(context: CodecContext) -> list[str]:
+    """The channels of a track in an order of their own, and [] if they are in FFmpeg's order.
+
+    PyAV 18.1 frees the list of such channels with every layout that it hands out, and ends the
+    process when it is freed twice. So the layout is asked for once, and then replaced in the
+    decoder by a standard one of as many channels.
+    """
+    layout = context.layout
+    if "(" not in layout.name:  # a standard layout, such as "5.1"
+        return []
+    names = [channel.name for channel in layout.channels]
+    standard = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
+    context.layout = standard.get(len(names), f"{len(names)} channels")
+    return names
+
+
+def _copy_track(clip: Video, index: int, out: OutputContainer) -> int:
+    """Copy one audio track into `out`. Returns the number of damaged packets that were left out.
+
+    Raises ValueError or an error of FFmpeg's if the track cannot be copied.
+    """
+    dropped = 0
+    last = form = None
+    with _open(clip.path) as source:
+        stream = source.streams[index]
+        _name_channels(stream.codec_context)
+        track = out.add_stream_from_template(stream)
+        # The unit of time in the written file, so that times which differ stay different.
+        tick = Fraction(1, stream.codec_context.sample_rate)
+        for packet in _sound_packets(source, index):
+            if packet.size == 0:
+                continue
+            length = round((packet.duration or 0) * packet.time_base / tick)
+            time = packet.pts if packet.dts is None else packet.dts
+            if time is not None:
+                time = round((time * packet.time_base - clip.start) / tick)
+            else:
+                time = 0 if last is None else last + length
+            # What an edit list hides stays out, but for the moment before time 0 from which the
+            # decoder starts.
+            if packet.is_discard and not -0.1 < time * tick < 0:
+                continue
+            if last is not None and time <= last:
+                time = last + 1
+            try:
+                # Decoded only to see whether it can be, and whether its form stays the same: a
+                # broadcast may go from stereo to mono.
+                for frame in packet.decode():
+                    form = form or _form(frame)
+                    if _form(frame) != form:
+                        raise ValueError("its number of channels or its rate changes midway")
+                packet.stream = track
+                packet.time_base = tick
+                packet.pts = packet.dts = time  # audio is not reordered
+                packet.duration = length
+                out.mux(packet)
+                last = time
+            except av.InvalidDataError:
+                dropped += 1
+    if last is None:
+        raise ValueError("all of it is damaged")
+    return dropped
+
+
+def _form(frame: AudioFrame) -> tuple[int, str, str]:
+    """What a filter for sound must know of its input."""
+    return frame.sample_rate, frame.format.name, frame.layout.name
+
+
+def _resampler(frame: AudioFrame, names: list[str], track: Stream) -> Graph:
+    """A filter from frames like `frame` to those that the encoder of `track` takes."""
+    graph = Graph()
+    steps = [
+        graph.add(
+            "abuffer",
+            sample_rate=str(frame.sample_rate),
+            sample_fmt=frame.format.name,
+            channel_layout=frame.layout.name,
+            time_base=f"1/{frame.sample_rate}",
+        )
+    ]
+    standard = [channel.name for channel in frame.layout.channels]
+    if sorted(names) == sorted(standard):
+        order = "|".join(str(names.index(name)) for name in standard)
+        steps.append(graph.add("channelmap", f"map={order}:channel_layout={frame.layout.name}"))
+    # Silence takes the place of what is missing, so that the rest stays with its picture.
+    steps.append(graph.add("aresample", "async=1"))
+    context = track.codec_context
+    form = f"sample_fmts={context.format.name}:sample_rates={context.sample_rate}"
+    steps.append(graph.add("aformat", f"{form}:channel_layouts={context.layout.name}"))
+    steps.append(graph.add("abuffersink"))
+    graph.link_nodes(*steps).configure()
+    return graph
+
+
+def _encode_track(clip: Video, index: int, out: OutputContainer) -> int:
+    """Encode one audio track as AAC into `out`. Returns the number of damaged packets.
+
+    Raises ValueError or an error of FFmpeg's if nothing of it can be decoded.
+    """
+    dropped = 0
+    track = graph = graph_form = None
+    expected = 0  # the time of the next frame, if it does not say
+    with _open(clip.path) as source:
+        stream = source.streams[index]
+        names = _name_channels(stream.codec_context)
+        for packet in _sound_packets(source, index):
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                dropped += 1
+                continue
+            for frame in frames:
+                rate = frame.sample_rate
+                form = _form(frame)
+                if track is None:
+                    track = _add_aac(out, frame)
+                if graph is None or form != graph_form:
+                    # A broadcast may change from stereo to mono, say.
+                    if graph:
+                        graph.push(None)
+                        _encode(track, graph, out)
+                    graph = _resampler(frame, names, track)
+                    graph_form = form
+                if frame.pts is None:
+                    frame.pts = expected
+                else:
+                    frame.pts = round((frame.pts * frame.time_base - clip.start) * rate)
+                frame.time_base = Fraction(1, rate)
+                expected = frame.pts + frame.samples
+                graph.push(frame)
+                _encode(track, graph, out)
+    if track is None:
+        raise ValueError("none of it can be decoded")
+    graph.push(None)
+    _encode(track, graph, out)
+    out.mux(track.encode(None))
+    return dropped
+
+
+def _encode(track: Stream, graph: Graph, out: OutputContainer) -> None:
+    """Encode what has come out of the filter."""
+    for frame in _pull(graph):
+        out.mux(track.encode(frame))
+
+
+def _add_aac(out: OutputContainer, frame: AudioFrame) -> Stream:
+    """Add an AAC track for sound like `frame`."""
+    rates = av.Codec("aac", "w").audio_rates
+    rate = frame.sample_rate if frame.sample_rate in rates else 48_000
+    layout = {1: "mono", 6: "5.1", 8: "7.1"}.get(frame.layout.nb_channels, "stereo")
+    track = out.add_stream("aac", rate, layout=layout)
+    track.codec_context.bit_rate = 96_000 * track.codec_context.layout.nb_channels
+    return track
+
+
+def _write_track(
+    way: Callable[[Video, int, OutputContainer], int], clip: Video, stream: Stream, ending: str
+) -> tuple[SoundTrack, int]:
+    """Write one track to memory, by `_copy_track` or `_encode_track`.
+
+    Returns it, and the number of damaged packets that were left out.
+    """
+    buffer = io.BytesIO()
+    # So fine a timescale holds the start of the track to the sample.
+    options = {"movie_timescale": str(stream.codec_context.sample_rate or 48_000)}
+    with av.open(buffer, "w", format=ending[1:], container_options=options) as out:
+        dropped = way(clip, stream.index, out)
+    return SoundTrack(buffer.getvalue(), stream.language, stream.disposition), dropped
+
+
+def _prepare_track(clip: Video, stream: Stream, ending: str, is_empty: bool) -> SoundTrack | None:
+    """Copy a track, or encode it, or give it up; what is lost is said on stderr."""
+
+    def note(text: str) -> None:
+        print(f"note: {clip.path}: sound (stream {stream.index}) {text}", file=sys.stderr)
+
+    if is_empty:  # declared by a broadcast, say, but cut off or never sent
+        note("was left out: it is empty")
+        return None
+    if stream.codec_context is None:
+        note("was left out: FFmpeg does not know its codec")
+        return None
+    ways = [_encode_track]
+    if stream.codec.canonical_name in COPIED_AUDIO[ending]:
+        ways = [_copy_track, _encode_track]
+    for way in ways:
+        try:
+            track, dropped = _write_track(way, clip, stream, ending)
+        except Exception as error:  # whatever it is, it must not cost the picture
+            reason = getattr(error, "strerror", None) or error
+            continue
+        if way is not ways[0]:
+            note("was encoded again as AAC, because it cannot be copied as it is")
+        if dropped:
+            note(f"is damaged: {dropped} of its packets were left out")
+        return track
+    note(f"was left out: {reason}")
+    return None
+
+
+def prepare_sound(clip: Video, path: str | Path) -> list[SoundTrack]:
+    """Make the sound of `clip` ready to be written to `path`, and keep it in `clip`.
+
+    To be called before long work: whatever is wrong with the sound becomes a note on stderr now,
+    and nothing about it can fail later.
+    """
+    ending = Path(path).suffix.lower()
+    if ending not in clip.sound:
+        with _open(clip.path) as source:
+            used = {packet.stream.index for packet in _demux(source) if _is_shown(packet)}
+            streams = source.streams.audio
+            tracks = [_prepare_track(clip, s, ending, s.index not in used) for s in streams]
+        clip.sound[ending] = [track for track in tracks if track]
+    return clip.sound[ending]
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -321,6 +947,27 @@ def check_writable(path: str | Path) -> None:
     file_allows = os.access(path, os.W_OK) or not path.exists()
     if not (folder_allows and file_allows):
         raise PermissionError(f"{path}: it or its folder is read-only; choose another place")
+
+
+def check_size(path: str | Path, height: int, width: int) -> None:
+    """Raise ValueError, in one line, if frames of this size cannot be written to `path`."""
+    if max(height, width) > MAX_SIDE:
+        raise ValueError(
+            f"{path}: its frames of {width}x{height} cannot be written, H.264 allows {MAX_SIDE} "
+            f"pixels a side; scale the clip down first"
+        )
+    if min(height, width) < 2:
+        raise ValueError(f"{path}: a video needs two pixels a side, not {width}x{height}")
+
+
+def prepare_edit(clip: Video, path: str | Path) -> None:
+    """Find out, before the edit of `clip` begins, whether it can be written to `path`.
+
+    Raises OSError or ValueError, in one line, if it cannot. Faults of the sound are only noted.
+    """
+    check_writable(path)
+    check_size(path, *clip.frames.shape[1:3])
+    prepare_sound(clip, path)
 
 
 def _add_video(
@@ -366,56 +1013,22 @@ def _video_packets(track: Stream, timed: Iterable[tuple[Tensor, int, int]]) -> I
     yield from track.encode(None)
 
 
-def _add_audio(
-    out: OutputContainer, source: InputContainer, copied: Iterable[str]
-) -> dict[int, Stream]:
-    """Add a track for each audio stream of `source`: a copy of codecs in `copied`, else AAC.
-
-    Returns the tracks by the index of their stream.
-    """
-    tracks = {}
-    aac_rates = av.Codec("aac", "w").audio_rates
-    for stream in source.streams.audio:
-        context = stream.codec_context
-        if context is None:  # a codec that FFmpeg does not know can be neither copied nor decoded
-            continue
-        if stream.codec.canonical_name in copied:
-            track = out.add_stream_from_template(stream)
-        else:
-            rate = context.sample_rate if context.sample_rate in aac_rates else 48_000
-            layout = {1: "mono", 6: "5.1", 8: "7.1"}.get(context.layout.nb_channels, "stereo")
-            track = out.add_stream("aac", rate, layout=layout)
-            track.codec_context.bit_rate = 96_000 * track.codec_context.layout.nb_channels
-        tracks[stream.index] = track
-    return tracks
+def _add_sound(out: OutputContainer, track: SoundTrack) -> Iterator[Packet]:
+    """Add one track of prepared sound to `out`. Returns its packets."""
+    source = av.open(io.BytesIO(track.file))
+    copy = out.add_stream_from_template(source.streams.audio[0])
+    copy.disposition = track.disposition
+    if track.language:
+        copy.metadata["language"] = track.language
+    return _copied_packets(source, copy)
 
 
-def _audio_packets(
-    source: InputContainer, tracks: dict[int, Stream], start: Fraction
-) -> Iterator[Packet]:
-    """Yield packets for `tracks` from the streams of `source`, whose time `start` becomes 0."""
-    last = dict.fromkeys(tracks, -math.inf)
-    for packet in _demux(source):
-        index = packet.stream.index
-        if index not in tracks:
-            continue
-        track = tracks[index]
-        timed = packet.dts is not None
-        if timed:
-            time = packet.dts - round(start / packet.time_base)
-            if time < last[index]:  # joined recordings: the clock of the first goes on
-                time = last[index] + packet.duration
-            packet.pts = packet.dts = last[index] = time  # audio is not reordered
-        if track.codec_context.is_encoder:
-            with contextlib.suppress(av.InvalidDataError):  # a damaged packet becomes silence
-                for frame in packet.decode():
-                    yield from track.encode(frame)
-        elif timed:
-            packet.stream = track
-            yield packet
-    for track in tracks.values():
-        if track.codec_context.is_encoder:
-            yield from track.encode(None)
+def _copied_packets(source: InputContainer, copy: Stream) -> Iterator[Packet]:
+    with source:
+        for packet in source.demux():
+            if packet.size:
+                packet.stream = copy
+                yield packet
 
 
 def _images(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
@@ -444,10 +1057,18 @@ def write_video(
     path = Path(path)
     images = _images(frames)
     first = next(images, None)
-    if first is None or min(first.shape[:2]) < 2:
-        raise ValueError(f"{path}: nothing to write, a video needs one frame and two pixels a side")
+    if first is None:
+        raise ValueError(f"{path}: nothing to write, a video needs at least one frame")
+    check_size(path, *first.shape[:2])
     images = itertools.chain([first], images)
     height, width = first.shape[0] // 2 * 2, first.shape[1] // 2 * 2
+    sound = prepare_sound(like, path) if like else []
+    if like:
+        ends = [*like.timestamps[1:], like.timestamps[-1] + like.last_duration]
+        durations = [end - begin for begin, end in zip(like.timestamps, ends, strict=True)]
+        timed = zip(images, like.timestamps, durations, strict=True)
+    else:
+        timed = ((image, i, 1) for i, image in enumerate(images))
     time_base = like.time_base if like else 1 / Fraction(fps)
     rate = like.rate if like else 1 / time_base
 
@@ -455,26 +1076,16 @@ def write_video(
     # must hold the clip's start exactly.
     timescale = time_base.denominator * (1 + 10**6 // time_base.denominator)
     options = {"movflags": "faststart", "movie_timescale": str(timescale)}
-    with contextlib.ExitStack() as stack:
-        temporary = stack.enter_context(cli.replacing(path))
-        out = stack.enter_context(av.open(f"file:{temporary}", "w", container_options=options))
+    with (
+        cli.replacing(path) as temporary,
+        av.open(f"file:{temporary}", "w", container_options=options) as out,
+    ):
         track = _add_video(out, height, width, time_base, rate)
-        if like is None:
-            timed = ((image, i, 1) for i, image in enumerate(images))
-            audio = iter(())
-        else:
+        if like:
             track.codec_context.sample_aspect_ratio = like.pixel_aspect
-            ends = [*like.timestamps[1:], like.timestamps[-1] + like.last_duration]
-            durations = [end - begin for begin, end in zip(like.timestamps, ends, strict=True)]
-            timed = zip(images, like.timestamps, durations, strict=True)
-            source = stack.enter_context(_open(like.path))
-            tracks = _add_audio(out, source, COPIED_AUDIO[path.suffix.lower()])
-            audio = _audio_packets(source, tracks, like.start)
+        tracks = [_video_packets(track, timed), *(_add_sound(out, one) for one in sound)]
         # In order of time, so that the sound is stored near its picture.
-        packets = heapq.merge(
-            _video_packets(track, timed), audio, key=lambda packet: packet.dts * packet.time_base
-        )
-        for packet in packets:
+        for packet in heapq.merge(*tracks, key=lambda packet: packet.dts * packet.time_base):
             out.mux(packet)
     return height, width
 
