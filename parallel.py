@@ -1,21 +1,29 @@
-"""How training is spread over processes: the ranks, FSDP2, and what is kept for the backward pass.
+"""How training is spread over processes: the ranks, FSDP2, and checkpoints that all ranks write.
 
-`processes` joins the ranks, `make_mesh` arranges them, and `shard` spreads a model over them.
+`processes` joins the ranks, `make_mesh` arranges them, `shard` spreads a model over them, and
+`write_shards` and `read_shards` keep its state in a folder, for any number of ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 import os
+import socket
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import (
@@ -25,10 +33,13 @@ from torch.utils.checkpoint import (
 )
 
 import cli
+import weights
 from rvedit import RVEDiT
 
 # A view would be a problem if it were changed in place, which nothing does.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+
+CHECKSUMS = "checksums.json"  # in a training checkpoint: SHA-256 of its other files
 
 # --- Ranks ----------------------------------------------------------------------------------------
 
@@ -37,6 +48,12 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 def processes() -> Iterator[torch.device]:
     """Join the ranks that torchrun has started, or be the only one; gives this rank's device."""
     alone = "RANK" not in os.environ
+    slurm_tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if alone and slurm_tasks > 1:
+        raise cli.Stop(
+            f"SLURM started {slurm_tasks} tasks, each of which would train alone: start one "
+            "torchrun a node instead (srun --ntasks-per-node 1 torchrun ... train.py ...)"
+        )
     device = torch.device("cpu")
     backend = "gloo_on_one_thread"
     if torch.cuda.is_available():
@@ -91,21 +108,82 @@ dist.Backend.register_backend("gloo_on_one_thread", gloo_on_one_thread, devices=
 
 
 def make_mesh(device: torch.device) -> DeviceMesh | None:
-    """All ranks in a row, to shard over.
+    """The ranks to shard over: all in a row, or on several nodes a row for each node (HSDP).
 
-    None for one process on a CPU: it has nothing to shard, and no second precision to compute in.
+    With HSDP each node holds a whole model, sharded inside the node, and only gradients travel
+    between nodes. None for one process on a CPU: it has nothing to shard, and no second precision
+    to compute in.
     """
     ranks = dist.get_world_size()
     if ranks == 1 and device.type == "cpu":
         return None
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    nodes = ranks // ranks_per_node
+    if nodes > 1 and ranks_per_node > 1:
+        shape, names = (nodes, ranks_per_node), ("replicate", "shard")
+        return init_device_mesh(device.type, shape, mesh_dim_names=names)
     return init_device_mesh(device.type, (ranks,))
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on at least one rank."""
-    count = torch.tensor(int(flag), device=device)
-    dist.all_reduce(count)
-    return count.item() > 0
+def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
+    """For each flag, whether it is set on at least one rank."""
+    counts = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(counts)
+    return [count > 0 for count in counts.tolist()]
+
+
+def from_first_rank(value: Any) -> Any:
+    """The value that rank 0 gives, on all ranks."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def fail_together(problem: str | None) -> None:
+    """End all ranks if any of them has a problem; rank 0 prints the first one, as a ValueError."""
+    problems = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = [text for text in problems if text is not None]
+    if not found:
+        return
+    if dist.get_rank() == 0:
+        raise ValueError(found[0])
+    raise SystemExit(2)
+
+
+def on_first_rank(function: Callable[..., Any], *args: Any) -> Any:
+    """Call the function on rank 0 and return its result there; an error of it ends all ranks."""
+    result = problem = None
+    if dist.get_rank() == 0:
+        try:
+            result = function(*args)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    fail_together(problem)
+    return result
+
+
+def check_shared(folder: Path) -> None:
+    """Raise ValueError unless all ranks see the same folder.
+
+    Without a shared file system, each node would keep its own part of every checkpoint.
+    """
+    token = folder / f".token-{from_first_rank(uuid.uuid4().hex)}"
+    rank = dist.get_rank()
+    if rank == 0:
+        token.touch()
+    dist.barrier()
+    problem = None
+    if not token.exists():
+        problem = (
+            f"rank {rank} on {socket.gethostname()} does not see the files of rank 0 in {folder}: "
+            "give an --out on a file system that all nodes share"
+        )
+    try:
+        fail_together(problem)
+    finally:
+        if rank == 0:
+            token.unlink()
 
 
 # --- The model ------------------------------------------------------------------------------------
@@ -187,3 +265,76 @@ def shard(model: RVEDiT, mesh: DeviceMesh | None, recompute: bool, compile: bool
     # Entries to the networks besides `forward`, which have to gather weights as well.
     register_fsdp_forward_method(model.dit, "features")
     register_fsdp_forward_method(model.encoder, "encode")
+
+
+# --- Training checkpoints -------------------------------------------------------------------------
+
+
+def write_shards(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
+    """Write named groups of tensors, each rank its own parts of them, with a checksum of each file.
+
+    The files are safetensors: reading them runs no code, whoever made them. Each group has a file
+    of its own, because a file is put together in memory. Raises CheckpointException on all ranks if
+    one of them cannot write.
+    """
+    file_numbers = {}
+    for number, (group, tensors) in enumerate(state.items(), start=1):
+        for name in tensors:
+            file_numbers[f"{group}.{name}"] = number
+    writer = HuggingFaceStorageWriter(folder, file_numbers, save_distributed=True)
+    dcp.save(state, storage_writer=writer)  # returns when all ranks are done
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    own = {}
+    for file in folder.glob(f"shard-{rank + 1:05d}-*.safetensors"):
+        own[file.name] = sha256(file)
+    of_ranks = [None] * ranks
+    dist.all_gather_object(of_ranks, own)
+    if rank == 0:
+        checksums = {}
+        for digests in of_ranks:
+            checksums |= digests
+        cli.write_text(folder / CHECKSUMS, json.dumps(checksums, indent=1))
+
+
+def read_shards(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
+    """Fill the tensors of `state`, in place, with what any number of ranks has written.
+
+    Raises ValueError, on all ranks, if a file is damaged or the tensors are those of another model.
+    """
+    on_first_rank(check_format, folder)
+    # The ranks share the work: each looks at some of the files.
+    problem = None
+    checksums = weights.read_json(folder / CHECKSUMS)
+    for name in sorted(checksums)[dist.get_rank() :: dist.get_world_size()]:
+        file = folder / name
+        if not file.is_file() or sha256(file) != checksums[name]:
+            problem = f"{file} is damaged or missing: delete {folder} to go on from the one before"
+    fail_together(problem)
+
+    problem = None
+    try:
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(folder))
+    except dcp.api.CheckpointException:
+        problem = f"{folder} is of another model"
+    fail_together(problem)
+
+
+def check_format(folder: Path) -> None:
+    """Raise ValueError for a checkpoint of an earlier version, which only a pickle can read."""
+    if (folder / CHECKSUMS).is_file():
+        return
+    if (folder / ".metadata").exists():
+        raise ValueError(
+            f"{folder} was written by an earlier version, in a format that could run code when it "
+            "is read: go on with that version, or start a new run from its OUT/model"
+        )
+    raise ValueError(f"{folder} has no {CHECKSUMS}: it is not a training checkpoint, or damaged")
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        for chunk in iter(lambda: content.read(1 << 24), b""):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -17,7 +17,8 @@ Departures from Algorithm 1, where it is silent or would not match Algorithm 2:
    share one depth, because FSDP's collectives must match on all ranks.
 3. L_fm is a mean, not a sum (losses.py). A minibatch is split over ranks and accumulation steps.
    The gradient is clipped at norm 1.
-4. A triplet without a caption ℓ* uses its instruction ℓ instead.
+4. In a triplet without a caption ℓ* its instruction ℓ takes that place. A table without any
+   caption is refused, unless --caption-fallback allows it.
 5. The toy preset has no pretrained MLLM to adapt. It trains all weights, by a recipe of its own.
 
 Everything random is a function of (seed, step, sample), so checkpoints hold no random state, and
@@ -38,21 +39,24 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import fcntl
 import functools
+import itertools
 import json
 import math
 import multiprocessing
+import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import IO, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -83,7 +87,7 @@ from vae import WanVAE
 RECIPES: dict[str, dict[str, Any]] = {
     # The paper's run (§5, App. D.1) on 8 GPUs. What it leaves open is in the README's table.
     "wan2.2-ti2v-5b": dict(
-        size=(81, 704, 1280),  # T, H, W; 704 is the multiple of 32 nearest to the paper's 720
+        size=[(81, 704, 1280)],  # T, H, W; the multiple of 32 nearest to the paper's 720 is 704
         batch=1,  # clips of a rank in a forward pass
         steps=None,  # as many as one epoch has
         lr=1e-5,  # AdamW, at a constant rate
@@ -96,7 +100,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     # Found by experiments on the toy preset (RESULTS.md); it starts from random weights.
     "toy": dict(
-        size=(9, 64, 64),
+        size=[(9, 64, 64)],
         batch=16,
         steps=2000,
         lr=2e-3,
@@ -110,6 +114,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 NUM_T_BINS = 5  # the flow loss is also logged for each fifth of t in [0, 1]
+PREFETCH = 2  # minibatches that each worker process reads ahead
 MAX_BAD_STEPS = 10  # so many steps in a row may have a loss or a gradient that is not finite
 
 # --- Algorithm 1 ----------------------------------------------------------------------------------
@@ -159,11 +164,12 @@ def training_step(
 
 
 def compute_gradients(
-    run: Run, batches: Iterator[data.Batch], args: argparse.Namespace
+    run: Run, minibatches: Iterable[data.Batch], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Algorithm 1, lines 3-19, for one optimiser step: the gradients of all its samples.
 
-    Leaves them in `.grad`. Returns what is logged about the step, the same on all ranks.
+    minibatches: one for each accumulation step. Leaves the gradients in `.grad`, and returns what
+    is logged about the step, the same on all ranks.
     """
     config = run.model.config
 
@@ -175,9 +181,9 @@ def compute_gradients(
     flow_mean, align_mean, num_broken = torch.zeros(3, dtype=torch.float64, device=run.device)
     flow_by_t, count_by_t = torch.zeros(2, NUM_T_BINS, dtype=torch.float64, device=run.device)
 
-    for _ in range(args.accumulate):
-        # Line 3: a minibatch (v, ℓ, v*, ℓ*) with its t ~ U[0, 1] and ε ~ N(0, I), see data.Batches.
-        batch = to_device(next(batches), run.device)
+    # Line 3: each minibatch (v, ℓ, v*, ℓ*) comes with its t ~ U[0, 1] and ε ~ N(0, I).
+    for batch in minibatches:
+        batch = to_device(batch, run.device)
 
         # Lines 4-19. Gradients add up over the passes, and FSDP averages them over the ranks.
         total, flow, align = training_step(run.model, run.vae, batch, depth)
@@ -251,7 +257,13 @@ def train(
             start = time.perf_counter()
 
             # Lines 3-19: the gradients of the loss.
-            report = compute_gradients(run, batches, args)
+            minibatches = itertools.islice(batches, args.accumulate)
+            if args.log_gradients and (run.step + 1) % args.log_gradients == 0:
+                minibatches = list(minibatches)  # to be read twice
+                report = compute_gradients(run, minibatches, args)
+                report |= norms_by_loss(run, minibatches, args)
+            else:
+                report = compute_gradients(run, minibatches, args)
             tokens = report.pop("tokens")
 
             # Line 20: update θ and φ. A step with a number that is not finite is skipped; the loss
@@ -284,11 +296,12 @@ def train(
                     f"error: the loss or its gradient was not finite in {bad_steps} steps in a row"
                 )
 
-            # Save, and leave if a signal asked any rank for it.
-            stopped = parallel.any_rank(signals.stop, run.device)
-            if stopped or run.step % args.save_every == 0 or run.step == args.steps:
+            # Save, and leave if a signal to any rank asked for it.
+            stop, save = parallel.any_rank([signals.stop, signals.save], run.device)
+            if stop or save or run.step % args.save_every == 0 or run.step == args.steps:
+                signals.save = False
                 run.save(args.keep)
-            if stopped:
+            if stop:
                 raise SystemExit(0)
 
             # Fewer than 20 broken clips may be bad luck.
@@ -310,6 +323,38 @@ def train(
 def clip_gradients(weights: dict[str, Tensor]) -> float:
     """Scale all gradients so that their norm over all weights and ranks is at most 1; that norm."""
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), max_norm=1.0, foreach=True)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def norms_by_loss(
+    run: Run, minibatches: list[data.Batch], args: argparse.Namespace
+) -> dict[str, float]:
+    """Norms of the gradients of L_fm and of λ·L_align, whose sum `.grad` holds. Leaves it as it is.
+
+    Under FSDP a backward pass adds to `.grad`, so the first of the two gradients takes a second
+    pass over the same minibatches, with λ = 0; the other one is what is left of the sum.
+    """
+    total = {p: p.grad for p in run.weights.values() if p.grad is not None}
+    config = run.model.config
+    run.optimizer.zero_grad()
+    run.model.config = dataclasses.replace(config, align_weight=0.0)
+    compute_gradients(run, minibatches, args)
+    run.model.config = config
+
+    flow = {p: p.grad for p in total if p.grad is not None}
+    flow_norm = whole_norm(list(flow.values()))
+    align = []
+    for p, gradient in total.items():
+        align.append(gradient - flow[p] if p in flow else gradient)
+    align_norm = whole_norm(align)
+    for p, gradient in total.items():
+        p.grad = gradient
+    return dict(grad_norm_flow=flow_norm, grad_norm_align=align_norm)
+
+
+def whole_norm(gradients: list[Tensor]) -> float:
+    """The norm over all tensors, and over all ranks if they are sharded."""
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
@@ -342,7 +387,7 @@ def choose_trained(model: RVEDiT, freeze_lora: bool = False) -> None:
 
     A model without LoRA, such as the toy, trains whole. freeze_lora: as in App. D.1.
     """
-    trained = [r"dit\.", r"encoder\.queries", r"encoder\.\w+_connector"]
+    trained = [r"dit\.", r"encoder\.(image_)?queries", r"encoder\.\w+_connector"]
     if not freeze_lora:
         trained.append(r".*\.lora_")
     pattern = re.compile("|".join(trained))
@@ -493,37 +538,43 @@ class Run:
             mean.copy_(weight)
             weight.copy_(kept)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of a training checkpoint. Frozen weights are not among them: --resume reads
         those from where the run started."""
-        return dict(
-            weights=self.weights,
-            moments={name: self.optimizer.state[p] for name, p in self.weights.items()},
-            average=self.average,
-            progress=torch.tensor([self.step, self.samples]),
-        )
+        state = {
+            "progress": {"step": torch.tensor(self.step), "samples": torch.tensor(self.samples)},
+            "weights": self.weights,
+        }
+        for moment in ("step", "exp_avg", "exp_avg_sq"):
+            state[moment] = {n: self.optimizer.state[p][moment] for n, p in self.weights.items()}
+        if self.average:
+            state["average"] = self.average
+        return state
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a training checkpoint, written by any number of ranks."""
         state = self.state()
-        try:
-            dcp.load(state, checkpoint_id=checkpoint)  # in place
-        except dcp.api.CheckpointException:
-            raise ValueError(f"{checkpoint} is of another model, or damaged") from None
-        self.step, self.samples = state["progress"].tolist()
+        parallel.read_shards(checkpoint, state)  # in place
+        self.step = int(state["progress"]["step"])
+        self.samples = int(state["progress"]["samples"])
 
     def save(self, keep: int) -> None:
         """Write a training checkpoint, and delete all but the last `keep`.
 
         It gets its final name when it is complete, so a kill at any time loses none.
         """
-        partial = self.out / "checkpoints" / "partial"
+        folder = self.out / "checkpoints" / f"step-{self.step:08d}"
+        state = self.state()
+        try:
+            with contextlib.ExitStack() as stack:
+                partial = None
+                if self.rank == 0:
+                    partial = stack.enter_context(cli.replacing(folder))
+                partial = parallel.from_first_rank(partial)
+                parallel.write_shards(partial, state)
+        except (OSError, dcp.api.CheckpointException) as error:
+            self.fail_to_write(folder, error, state.values())
         if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        dist.barrier()
-        dcp.save(self.state(), checkpoint_id=partial)  # returns when all ranks are done
-        if self.rank == 0:
-            partial.rename(partial.with_name(f"step-{self.step:08d}"))
             for former in finished(self.out)[:-keep]:
                 shutil.rmtree(former)
         dist.barrier()
@@ -533,10 +584,32 @@ class Run:
         with self.averaged():
             tensors = self.whole_tensors()
             if self.rank == 0:
-                rvedit.save(self.out / "model", self.model, self.vae, tensors)
+                try:
+                    rvedit.save(self.out / "model", self.model, self.vae, tensors)
+                except OSError as error:
+                    parts = (self.model.state_dict(), self.vae.state_dict())
+                    self.fail_to_write(self.out / "model", error, parts)
             for _ in tensors:  # the other ranks only take part in gathering
                 pass
         dist.barrier()
+
+    def fail_to_write(
+        self, path: Path, error: BaseException, groups: Iterable[dict[str, Tensor]]
+    ) -> NoReturn:
+        """End the run, usually because the disk is full: say how much room `path` needs."""
+        if self.rank > 0:
+            raise SystemExit(2)  # rank 0 prints the message
+        if isinstance(error, dcp.api.CheckpointException):
+            error, _ = next(iter(error.failures.values()))
+        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path} ")
+        needed = sum(t.numel() * t.element_size() for group in groups for t in group.values())
+        free = shutil.disk_usage(self.out).free
+        checkpoints = finished(self.out)
+        kept = f"{checkpoints[-1]} is whole" if checkpoints else "there was no earlier checkpoint"
+        raise cli.Stop(
+            f"{path} cannot be written: {reason} (it needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} "
+            f"GB are free). Nothing is lost, {kept}: make room and continue with --resume"
+        )
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and value of the model's tensors, gathered one at a time on all ranks at once."""
@@ -561,17 +634,58 @@ class Run:
 
 def finished(out: Path) -> list[Path]:
     """The training checkpoints of a run, the newest last."""
-    return sorted((out / "checkpoints").glob("step-*"))
+    folders = (out / "checkpoints").glob("step-*")
+    return sorted(folder for folder in folders if re.fullmatch(r"step-\d{8,}", folder.name))
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Find out whether OUT is what the options take it for, before anything is loaded."""
+    checkpoints = finished(args.out)
+    if checkpoints and not (args.resume or args.export):
+        raise ValueError(
+            f"{args.out} holds a run: add --resume to go on with it, or give another --out"
+        )
+    if args.export and not checkpoints:
+        raise ValueError(f"{args.out} holds no training checkpoint to export")
+    model = args.out / "model"
+    if model.is_symlink():
+        raise ValueError(f"{model} is a symbolic link, which the export would replace: remove it")
+    rvedit.check_replaceable(model)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+
+def lock_out(out: Path) -> IO[str]:
+    """Take OUT for this run, until the process ends in whatever way.
+
+    Raises ValueError if another run has it. Unlike `flock`, this lock is not inherited by the
+    processes that read clips, which may outlive a run that was killed by some seconds.
+    """
+    lock = open(out / ".lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another run writes to {out}: give another --out") from None
+    except OSError as error:
+        print(f"note: {out} cannot be locked ({error.strerror}): start one run only", flush=True)
+    # Left by a run that was killed while it wrote a checkpoint.
+    for partial in (out / "checkpoints").glob(".partial-*"):
+        shutil.rmtree(partial)
+    return lock
 
 
 def begin_log(run: Run, args: argparse.Namespace) -> None:
-    """Write run.json, the options that --resume takes up, and cut log.jsonl at the run's step.
+    """Write run.json, which --resume reads, and cut log.jsonl at the run's step.
 
     A run that was killed may have logged steps after its last checkpoint, which are done again.
     """
-    (run.out / "validation").mkdir(parents=True, exist_ok=True)
-    options = vars(args) | {"resume": False, "export": False}
-    cli.write_text(run.out / "run.json", json.dumps(options, default=str, indent=1))
+    (run.out / "validation").mkdir(exist_ok=True)
+    options = {name: value for name, value in vars(args).items() if name in SAVED_OPTIONS}
+    description = dict(
+        options=options,
+        samples_per_step=args.batch * args.accumulate * run.ranks,
+        tables=data.fingerprint(args.data) if args.data else None,
+    )
+    cli.write_text(run.out / "run.json", json.dumps(description, default=str, indent=1))
     log = run.out / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
     cli.write_text(log, "".join(lines[: run.step]))
@@ -583,11 +697,12 @@ def begin_log(run: Run, args: argparse.Namespace) -> None:
 def open_triplets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """The triplets to train on, and those to validate on."""
     if args.data:
-        tables = [data.TripletDataset(file, max_frames=args.size[0]) for file in args.data]
+        max_frames = max(frames for frames, _, _ in args.size)
+        tables = [data.TripletDataset(file, args.root, max_frames) for file in args.data]
         return ConcatDataset(tables), ConcatDataset(tables)
-    # Moving shapes, drawn as they are needed; those of another seed validate.
-    training = ShapesDataset(args.seed, 1_000_000, *args.size, TRAINING_MIX)
-    validation = ShapesDataset(args.seed + 1, 1_000_000, *args.size, TRAINING_MIX)
+    # Moving shapes, painted as they are needed; those of another seed validate.
+    training = ShapesDataset(args.seed, 1_000_000, *args.size[0], TRAINING_MIX)
+    validation = ShapesDataset(args.seed + 1, 1_000_000, *args.size[0], TRAINING_MIX)
     return training, validation
 
 
@@ -596,7 +711,7 @@ def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.
         triplets,
         run.model.encoder,
         run.model.config,
-        sizes=[tuple(args.size)],
+        sizes=[tuple(size) for size in args.size],
         batch=args.batch,
         accumulate=args.accumulate,
         seed=args.seed,
@@ -606,7 +721,31 @@ def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.
         first_step=run.step,
         first_sample=run.samples,
         broken_file=run.out / "broken.txt",
+        caption_fallback=args.caption_fallback,
     )
+
+
+def check_shared_memory(config: RVEDiTConfig, args: argparse.Namespace) -> None:
+    """Raise ValueError if /dev/shm is too small: workers hand minibatches over through it.
+
+    Docker gives a container 64 MB of it, in which a run at full size would hang for ever.
+    """
+    folder = Path("/dev/shm")
+    if not args.workers or not folder.is_dir():
+        return
+    T, H, W = max(args.size, key=math.prod)
+    clip = T * H * W * 3
+    mllm_frames = min(T, config.max_mllm_frames) * config.max_mllm_pixels * 3 * 4  # float32
+    minibatch = args.batch * 2 * (clip + mllm_frames)  # source and target
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = ranks_here * args.workers * PREFETCH * minibatch
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{folder} has {free / 1e9:.3g} GB left, and the minibatches in flight take up to "
+            f"{needed / 1e9:.3g} GB: enlarge it (docker run --shm-size), or give fewer --workers; "
+            "--workers 0 needs none"
+        )
 
 
 def load_in_workers(
@@ -622,6 +761,7 @@ def load_in_workers(
         batch_size=None,  # an item is a minibatch already
         sampler=keys,
         num_workers=args.workers,
+        prefetch_factor=PREFETCH if args.workers else None,
         multiprocessing_context="fork" if args.workers else None,
         worker_init_fn=ignore_signals,
         pin_memory=run.device.type == "cuda",
@@ -644,7 +784,9 @@ def load_in_workers(
 
 def ignore_signals(worker: int) -> None:
     """A signal to all processes of a job must not end the workers before the step is done."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # that of the main process, see `Signals`
+    for kind in (*Signals.STOP, signal.SIGUSR1):
+        signal.signal(kind, signal.SIG_IGN)
 
 
 def kill_workers() -> None:
@@ -664,11 +806,14 @@ DEFAULTS: dict[str, Any] = dict(
     align_weight=None,
     temperature=None,
     data=None,
+    root=None,
+    caption_fallback=False,
     max_bad=0.01,
     workers=2,
     accumulate=1,
     seed=0,
     compile=False,
+    log_gradients=None,
     out=Path("runs/train"),
     resume=False,
     save_every=500,
@@ -677,12 +822,25 @@ DEFAULTS: dict[str, Any] = dict(
     plan=None,
     export=False,
 )
-PATHS = ("checkpoint", "wan", "qwen", "out")  # options that run.json holds as strings
+# The options that --resume takes up: all but those that say what to do with the run.
+SAVED_OPTIONS = (DEFAULTS.keys() | {"preset", "size", "batch", "steps", "lr", "timestep_shift"}) - {
+    "out",
+    "resume",
+    "plan",
+    "export",
+}
 
 
-def make_parser() -> cli.Parser:
+class SavedOptions(cli.Parser):
+    """Reads the options of run.json, which the user has not typed."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def make_parser(kind: type[cli.Parser] = cli.Parser) -> cli.Parser:
     """Options that are not given are left out of the result, for `parse_arguments` to fill in."""
-    parser = cli.Parser(
+    parser = kind(
         description="Train RVEDiT. Defaults that are not given here are those of the preset.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -735,11 +893,21 @@ def make_parser() -> cli.Parser:
         help="tables of triplets, .csv or .jsonl; default: moving shapes",
     )
     group.add_argument(
+        "--root", type=Path, help="folder of the tables' relative paths; default: the table's own"
+    )
+    group.add_argument(
         "--size",
         nargs=3,
+        action="append",
         type=natural,
         metavar=("T", "H", "W"),
-        help="crop clips to 4k + 1 frames of H x W pixels",
+        help="at most 4k + 1 frames of H x W pixels, at the clip's own aspect; clips are cropped "
+        "to it if --batch is above 1. Given several times, each step takes one of the sizes",
+    )
+    group.add_argument(
+        "--caption-fallback",
+        action="store_true",
+        help="train on tables without captions ℓ*, with the instructions in their place",
     )
     group.add_argument(
         "--max-bad",
@@ -765,6 +933,12 @@ def make_parser() -> cli.Parser:
         "--seed", type=number(int, 0), help="determines everything random (default 0)"
     )
     group.add_argument("--compile", action="store_true", help="compile each block (torch.compile)")
+    group.add_argument(
+        "--log-gradients",
+        type=natural,
+        metavar="N",
+        help="every N steps log the gradients' norms of L_fm and of λ·L_align, by a second pass",
+    )
 
     group = parser.add_argument_group("the run")
     group.add_argument("--out", type=Path, help="folder to write to (default runs/train)")
@@ -794,10 +968,9 @@ def make_parser() -> cli.Parser:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options: as given, else those of the run that goes on, else the preset's and DEFAULTS."""
     given = vars(make_parser().parse_args(argv))
-    out = given.get("out", DEFAULTS["out"])
     saved = {}
-    if (given.get("resume") or given.get("export")) and (out / "run.json").is_file():
-        saved = read_options(out / "run.json")
+    if given.get("resume") or given.get("export"):
+        saved = read_run(given.get("out", DEFAULTS["out"]))["options"]
     chosen = saved | given
     if "preset" not in chosen:
         full_size = chosen.get("data") or chosen.get("wan")
@@ -808,54 +981,123 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_options(file: Path) -> dict[str, Any]:
-    """The options that an earlier run had, from its run.json."""
-    options = weights.read_json(file)
-    for name in PATHS:
-        if options[name] is not None:
-            options[name] = Path(options[name])
-    return options
+def read_run(out: Path) -> dict[str, Any]:
+    """The run.json that `begin_log` writes. ValueError if OUT holds no run, or a damaged one."""
+    file = out / "run.json"
+    if not file.is_file():
+        raise ValueError(f"{out} holds no run: it has no run.json; leave out --resume to begin one")
+    run = weights.read_json(file)
+    try:
+        # Parsed again, so that a damaged value is found now and not in the middle of the run.
+        run["options"] = vars(make_parser(SavedOptions).parse_args(as_words(run["options"])))
+        run["samples_per_step"] = int(run["samples_per_step"])
+        run["tables"] = run["tables"] and dict(run["tables"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is damaged or of an earlier version ({error}): give another --out"
+        ) from None
+    return run
+
+
+def as_words(options: dict[str, Any]) -> list[str]:
+    """The options as they would be given on the command line."""
+    words = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif name == "size":
+            for size in value:
+                words += [flag, *map(str, size)]
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            words += [flag, str(value)]
+    return words
+
+
+def check_resumed(args: argparse.Namespace) -> None:
+    """Go on with as many samples in a step as before, from the same tables; else ValueError."""
+    former = read_run(args.out)
+    if args.data and data.fingerprint(args.data) != former["tables"]:
+        files = ", ".join(str(file) for file in args.data)
+        raise ValueError(
+            f"{files} changed since the run began, so its clips would come in another order: "
+            f"restore it, or start a new run with --checkpoint {args.out / 'model'}"
+        )
+    samples = former["samples_per_step"]
+    samples_per_pass = args.batch * dist.get_world_size()
+    if samples % samples_per_pass:
+        raise ValueError(
+            f"the run in {args.out} has {samples} samples in an optimiser step, which "
+            f"{dist.get_world_size()} processes with --batch {args.batch} cannot make: change "
+            "--batch or the number of processes"
+        )
+    args.accumulate = samples // samples_per_pass
 
 
 # --- Start and end --------------------------------------------------------------------------------
 
 
 class Signals:
-    """While this context lasts, SIGTERM and Ctrl-C only leave a note.
+    """While this context lasts, signals leave notes that the loop reads at the end of each step.
 
-    All ranks look at it together at the end of a step, so that they stop at the same one.
+    SIGTERM and Ctrl-C: save and exit. SIGUSR1: save and go on. All ranks act on the same step. The
+    second SIGTERM or Ctrl-C ends the process at once, whatever it waits for. It counts as a second
+    one only some seconds after the first, because torchrun and srun may pass one on twice.
     """
 
-    stop = False
+    STOP = (signal.SIGTERM, signal.SIGINT)
+    SECONDS_APART = 3.0
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.save = False
 
     def __enter__(self) -> Signals:
+        # A thread reads the signals from a pipe. Handlers alone would have to wait until the main
+        # thread comes back from a library, such as from a collective that never ends.
+        read_end, self.write_end = os.pipe()
+        os.set_blocking(self.write_end, False)
+        self.former_fd = signal.set_wakeup_fd(self.write_end)
         self.former = {}
-        for kind in (signal.SIGTERM, signal.SIGINT):
-            self.former[kind] = signal.signal(kind, self.note)
+        for kind in (*self.STOP, signal.SIGUSR1):
+            self.former[kind] = signal.signal(kind, lambda number, frame: None)
+        threading.Thread(target=self.watch, args=(read_end,), daemon=True).start()
         return self
 
-    def note(self, kind: int, frame: FrameType | None) -> None:
-        self.stop = True
+    def watch(self, read_end: int) -> None:
+        first = None
+        with open(read_end, "rb", buffering=0) as pipe:
+            for byte in iter(lambda: pipe.read(1), b""):  # until `__exit__` closes the pipe
+                if byte[0] == signal.SIGUSR1:
+                    self.save = True
+                elif byte[0] in self.STOP and first is None:
+                    self.stop = True
+                    first = time.monotonic()
+                elif byte[0] in self.STOP and time.monotonic() - first > self.SECONDS_APART:
+                    os._exit(128 + byte[0])
 
     def __exit__(self, *error: object) -> None:
         for kind, handler in self.former.items():
             signal.signal(kind, handler)
+        signal.set_wakeup_fd(self.former_fd)
+        os.close(self.write_end)
 
 
 def launch(args: argparse.Namespace, device: torch.device, signals: Signals) -> None:
     """A whole run, from the options to the exported checkpoint."""
-    # Look before anything is loaded whether OUT is what the options take it for.
-    checkpoints = finished(args.out)
-    if checkpoints and not (args.resume or args.export):
-        raise ValueError(
-            f"{args.out} holds a run: add --resume to go on with it, or give another --out"
-        )
-    if args.export and not checkpoints:
-        raise ValueError(f"{args.out} holds no training checkpoint to export")
+    # OUT: what it holds fits the options, no other run writes to it, and all ranks see it.
+    parallel.on_first_rank(check_out, args)
+    lock = parallel.on_first_rank(lock_out, args.out)
+    parallel.check_shared(args.out)
+    if args.resume:
+        check_resumed(args)
 
     # The networks, sharded over the ranks, and the clips.
     model, vae = load_model(args, parallel.make_mesh(device), device)
     triplets, validation = open_triplets(args)
+    check_shared_memory(model.config, args)
     if args.steps is None:
         samples_per_step = args.batch * args.accumulate * dist.get_world_size()
         args.steps = max(1, len(triplets) // samples_per_step)
@@ -863,15 +1105,18 @@ def launch(args: argparse.Namespace, device: torch.device, signals: Signals) -> 
     # The optimiser, and all that a former checkpoint holds.
     run = Run(model, vae, device, args)
     if run.rank == 0:
-        print(parameter_table(model, vae), flush=True)
-        begin_log(run, args)
-    dist.barrier()
+        print(parameter_table(model, vae))
+        share = data.caption_share(triplets)
+        print(f"captions: {share:.0%} of the triplets have one", flush=True)
+    parallel.on_first_rank(begin_log, run, args)
 
     # Train, and write the model that sample.py takes.
     if not args.export:
         minibatches = load_in_workers(make_batches(triplets, run, args), run, args)
         train(run, minibatches, make_batches(validation, run, args), args, signals)
     run.export()
+    if lock is not None:
+        lock.close()
 
 
 @cli.guarded
@@ -889,9 +1134,14 @@ def main(argv: list[str] | None = None) -> None:
                 f"out of memory on {device}: take more GPUs, a smaller --batch, or smaller or "
                 "shorter clips"
             )
-        except dcp.api.CheckpointException as error:
-            cause, _ = next(iter(error.failures.values()))
-            cli.fail(f"the checkpoint of this step cannot be written to {args.out}: {cause}")
+        except RuntimeError as error:
+            # PyTorch raises it wherever the main thread is when a worker process dies.
+            if "DataLoader worker" not in str(error):
+                raise
+            cli.fail(
+                "a process that reads clips was killed, perhaps for lack of memory: give fewer "
+                "--workers, or smaller or shorter clips"
+            )
 
 
 if __name__ == "__main__":

@@ -415,8 +415,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     args.few_steps = None
     if args.all and args.size is None:
-        args.size = [train.RECIPES[args.preset]["size"], *runbook.GROWTH]
-    args.size = args.size or [train.RECIPES[args.preset]["size"]]
+        args.size = [*train.RECIPES[args.preset]["size"], *runbook.GROWTH]
+    args.size = args.size or train.RECIPES[args.preset]["size"]
     if args.memory_limit and args.parts != ["edit"]:
         cli.fail("--memory-limit is for --parts edit alone")
     if {"rank", "load"} & set(args.parts) and len(args.parts) > 1:

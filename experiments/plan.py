@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -231,7 +232,8 @@ def plan(
     eager = argparse.Namespace(**(vars(args) | {"compile": False}))  # shapes are the same
     train.prepare(model, eager, mesh=None)
     model.to(dtype)
-    batch = random_batch(model, vae, args.size, args.batch, "meta")
+    largest = max(args.size, key=math.prod)
+    batch = random_batch(model, vae, largest, args.batch, "meta")
     state = state_bytes(model, vae, batch, args, ranks)
 
     gradients = []

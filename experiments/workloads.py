@@ -303,7 +303,7 @@ def rank_step(
     if device.type == "cuda" and config.lora_rank:
         model.encoder.qwen.visual.to(torch.bfloat16)  # as in train.load_model
     run = train.Run(model, vae, device, options)
-    batch = plan.random_batch(model, vae, options.size, options.batch, "cpu")
+    batch = plan.random_batch(model, vae, options.size[0], options.batch, "cpu")
 
     def step() -> None:
         train.compute_gradients(run, iter([batch] * options.accumulate), options)

@@ -321,7 +321,7 @@ def test_peers_compute_the_same(tmp_path):
 
 def options(**changes):
     defaults = {
-        "size": (5, 64, 64),
+        "size": [(5, 64, 64)],
         "batch": 1,
         "average": 0.0,
         "freeze_lora": False,

@@ -1,11 +1,13 @@
 """Algorithm 1 against a naive implementation, and the run around it: ranks, resuming, mishaps."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -25,6 +27,7 @@ from helpers import make_clip, relative_error, tiny_config, tiny_model, tiny_tok
 from safetensors.torch import load_file
 
 import data
+import losses
 import rvedit
 import train
 import video
@@ -516,6 +519,59 @@ def test_a_run_leaves_a_model_that_edits_clips_to_look_at_and_a_log(alone, pair)
             assert len(line["flow_by_t"]) == 5 and min(bins) <= line["flow"] <= max(bins)
 
 
+def test_another_batch_keeps_the_samples_of_a_step_or_is_refused(alone, tmp_path, capsys):
+    """A step of four samples becomes two passes of two; three do not divide it."""
+    out = fork_at(alone, 5, tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(out), "--resume", "--batch", "3"])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "has 4 samples in an optimiser step" in error
+    train.main(["--out", str(out), "--resume", "--batch", "2"])
+    assert losses_differ_by(log(out), log(alone)) < 1e-5
+    assert distance(trained(out), trained(alone)) < 1e-4
+
+
+def test_logging_gradients_changes_nothing(start, alone, tmp_path):
+    """The run is bit for bit the same, and the lines of every fifth step have both norms."""
+    more = ("--steps", 10, "--batch", 4, "--log-gradients", 5)
+    train.main(options(start, tmp_path, *more))
+    actual, expected = trained(tmp_path), trained(alone)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    logged = [line["step"] for line in log(tmp_path) if "grad_norm_flow" in line]
+    assert logged == [5, 10]
+
+
+def test_logged_gradients_are_those_of_the_two_losses(tmp_path, process_group):
+    """Their norms against autograd on each loss alone."""
+    model, vae = tiny_model()
+    batch, _ = make_batch(model, vae)
+    args = SimpleNamespace(out=tmp_path, muon=0.0, average=0.0, lr=1.0, seed=0, accumulate=1)
+    run = train.Run(model, vae, torch.device("cpu"), args)
+    depth = train.compute_gradients(run, [batch], args)["depth"]
+    kept = {name: p.grad.clone() for name, p in run.weights.items()}
+    norms = train.norms_by_loss(run, [batch], args)
+    assert all(torch.equal(p.grad, kept[name]) for name, p in run.weights.items())
+
+    source, target = (vae.encode(video.to_float(x)) for x in batch[:2])
+    t = batch.t.view(-1, 1, 1, 1, 1)
+    z_t = (1 - t) * target + t * batch.noise
+    contexts = model.contexts(model.encoder.encode(batch.edit_inputs))
+    ref_contexts = model.contexts(model.encoder.encode(batch.ref_inputs))
+    velocity, features = model.dit(z_t, batch.t, contexts, source, capture=depth)
+    ref_features = model.dit.features(z_t, batch.t, ref_contexts, target, depth).detach()
+    flow = F.mse_loss(velocity, batch.noise - target)
+    align = model.config.align_weight * losses.alignment_loss(features, ref_features, 0.07)
+    for loss, name in ((flow, "grad_norm_flow"), (align, "grad_norm_align")):
+        parts = gradients_of(loss, run.weights.values())
+        expected = math.sqrt(sum(part.double().square().sum() for part in parts))
+        assert norms[name] == pytest.approx(expected, rel=1e-4)
+
+
+def gradients_of(loss, weights):
+    parts = torch.autograd.grad(loss, list(weights), retain_graph=True, allow_unused=True)
+    return [part for part in parts if part is not None]
+
+
 @pytest.mark.slow
 def test_four_ranks_train_as_one_and_any_number_goes_on(alone, pair, start, tmp_path):
     torchrun(4, *options(start, tmp_path / "four", "--steps", 10, "--batch", 1))
@@ -567,10 +623,49 @@ def test_a_signal_ends_the_run_with_a_checkpoint(start, tmp_path, monkeypatch, k
     during(monkeypatch, 2, send)
     with pytest.raises(SystemExit) as stop:
         train.main(options(start, tmp_path, "--steps", 9, "--batch", 1, "--workers", 1))
-    assert stop.value.code == 0 and [folder.name for folder in train.finished(tmp_path)] == [
-        "step-00000002"
-    ]
+    assert stop.value.code == 0
+    assert [folder.name for folder in train.finished(tmp_path)] == ["step-00000002"]
     assert not (tmp_path / "model").exists() and signal.getsignal(kind) is handler
+
+
+def test_sigusr1_saves_and_goes_on(start, tmp_path, monkeypatch):
+    """SLURM sends it before the time limit of a job."""
+
+    def send(result):
+        if len(log(tmp_path)) == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.2)  # for the thread that reads it
+        return result
+
+    during(monkeypatch, 2, send)
+    train.main(options(start, tmp_path, "--steps", 3, "--batch", 1))
+    names = [folder.name for folder in train.finished(tmp_path)]
+    assert names == ["step-00000002", "step-00000003"]
+    assert len(log(tmp_path)) == 3
+
+
+HANGS = """
+import train
+import torch.distributed as dist
+train.Signals.SECONDS_APART = 0.5
+with train.Signals():
+    print("ready", flush=True)
+    dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=True)
+"""
+
+
+def test_a_second_signal_ends_a_run_that_hangs():
+    """Here in a library that waits for a rank that never comes, where no Python handler runs."""
+    command = [sys.executable, "-c", HANGS]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    time.sleep(0.5)  # until it hangs
+    process.terminate()
+    process.terminate()  # torchrun and srun may send the first one twice
+    time.sleep(1)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
 def test_a_worker_does_not_outlive_an_error(start, tmp_path):
@@ -602,12 +697,147 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, former)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and error.startswith(
-        "error: the checkpoint of this step cannot be written"
-    ), error
-    assert [folder.name for folder in train.finished(tmp_path)] == ["step-00000001"]
+    folders = tmp_path / "checkpoints"
+    assert stop.value.code == 2
+    assert error.startswith(f"error: {folders / 'step-00000002'} cannot be written: File too large")
+    assert "it needs 0.00" in error and f"Nothing is lost, {folders / 'step-00000001'}" in error
+    assert [folder.name for folder in folders.iterdir()] == ["step-00000001"]
     train.main([*arguments, "--resume"])
     assert [line["step"] for line in log(tmp_path)] == [1, 2, 3]
+
+
+def test_a_full_disk_at_the_export_loses_nothing(start, tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rvedit, "save", fail)
+        with pytest.raises(SystemExit) as stop:
+            train.main(options(start, tmp_path, "--steps", 1, "--batch", 1))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert error.startswith(f"error: {tmp_path / 'model'} cannot be written: No space left")
+    train.main(["--out", str(tmp_path), "--export"])
+    assert rvedit.load(tmp_path / "model")
+
+
+class RunsCommand:
+    """Unpickling it makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("option", ("--resume", "--export"))
+def test_a_checkpoint_runs_no_code_and_an_old_one_is_refused(alone, tmp_path, capsys, option):
+    """The former format kept its index in `.metadata`, a pickle, which runs what it says."""
+    out = fork_at(alone, 10, tmp_path / "run")
+    folder = out / "checkpoints/step-00000010"
+    (folder / ".metadata").write_bytes(pickle.dumps(RunsCommand(tmp_path / "hacked")))
+    train.main(["--out", str(out), option])
+    (folder / "checksums.json").unlink()
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(out), option])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "was written by an earlier version" in error
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(alone, tmp_path, capsys):
+    """In any of its files, at its end, where the numbers are."""
+    out = fork_at(alone, 10, tmp_path / "run")
+    shards = sorted((out / "checkpoints/step-00000010").glob("*.safetensors"))
+    assert len(shards) == 6  # progress, weights, three for AdamW, average
+    for shard in shards:
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--out", str(out), "--resume"])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and f"{shard} is damaged or missing" in error
+        content[-1] ^= 1
+        shard.write_bytes(content)
+
+
+def test_folders_of_the_user_beside_the_checkpoints_are_left_alone(alone, tmp_path):
+    out = fork_at(alone, 5, tmp_path / "run")
+    for name in ("step-00000005-good", "step-99999999.bak"):
+        shutil.copytree(out / "checkpoints/step-00000005", out / "checkpoints" / name)
+    train.main(["--out", str(out), "--resume", "--steps", "6", "--keep", "1"])
+    names = sorted(folder.name for folder in (out / "checkpoints").iterdir())
+    assert names == ["step-00000005-good", "step-00000006", "step-99999999.bak"]
+
+
+def test_two_runs_cannot_share_a_folder(start, tmp_path, capsys):
+    """The lock belongs to the process, so that a kill frees it."""
+    program = f"import fcntl; f = open('{tmp_path}/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    program += "print('locked', flush=True); input()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    assert other.stdout.readline() == b"locked\n"
+    arguments = options(start, tmp_path, "--steps", 1, "--batch", 1)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    other.kill()
+    other.wait()
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and f"another run writes to {tmp_path}" in error
+    train.main(arguments)
+
+
+def test_a_damaged_run_json_is_found_before_the_run_begins(alone, tmp_path, capsys):
+    out = fork_at(alone, 10, tmp_path / "run")
+    run = json.loads((out / "run.json").read_text())
+    damaged = {
+        "half": json.dumps(run)[:50],
+        "a list": "[]",
+        "no options": json.dumps({**run, "options": None}),
+        "no samples": json.dumps({**run, "samples_per_step": "many"}),
+        "bad batch": json.dumps({**run, "options": {**run["options"], "batch": "-1"}}),
+        "bad size": json.dumps({**run, "options": {**run["options"], "size": 5}}),
+        "bad tables": json.dumps({**run, "tables": 3}),
+        "unknown": json.dumps({**run, "options": {**run["options"], "wings": 2}}),
+        "earlier": json.dumps(run["options"]),
+    }
+    for text in damaged.values():
+        (out / "run.json").write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--out", str(out), "--resume"])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and error.startswith(f"error: {out / 'run.json'} "), error
+
+
+def test_a_table_that_has_changed_is_noticed_at_resume(start, tmp_path, capsys):
+    file = write_triplets(tmp_path / "data", good=2, bad=0)
+    train.main(options(start, tmp_path / "run", "--data", file, "--steps", 1))
+    file.write_text(file.read_text().replace("edit number 1", "edit number 2"))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "2"])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and f"{file} changed since the run began" in error
+
+
+def test_slurm_tasks_without_torchrun_are_refused(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    with pytest.raises(SystemExit) as stop:
+        train.main(options(start, tmp_path, "--steps", 1))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "SLURM started 8 tasks" in error
+
+
+def test_a_shared_memory_that_is_too_small_is_noticed(start, tmp_path, monkeypatch, capsys):
+    """64 MB, as in Docker, for minibatches of 440 MB and their images for the MLLM."""
+    usage = SimpleNamespace(free=64_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    big = ("--size", 81, 704, 1280, "--workers", 2)
+    with pytest.raises(SystemExit) as stop:
+        train.main(options(start, tmp_path, *big, "--batch", 1, "--steps", 1))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "/dev/shm has 0.064 GB left" in error
 
 
 def poison(result):
@@ -649,9 +879,10 @@ def write_triplets(folder, good, bad):
     for i in range(good + bad):
         for name, seed in (("source", i), ("target", 50 + i)):
             path = folder / f"{name}-{i}.mp4"
-            video.write_video(path, make_clip(9, 80, 96, seed)) if i < good else path.write_bytes(
-                b"no video"
-            )
+            if i < good:
+                video.write_video(path, make_clip(9, 80, 96, seed))
+            else:
+                path.write_bytes(b"no video")
     rows = [f"source-{i}.mp4,target-{i}.mp4,edit number {i},seen" for i in range(good + bad)]
     header = "src_video,tgt_video,prompt,caption"
     (folder / "triplets.csv").write_text("\n".join([header, *rows]) + "\n")
@@ -670,16 +901,48 @@ def test_a_broken_clip_is_replaced_and_listed(start, tmp_path):
 
 
 @pytest.mark.parametrize("workers", (0, 1))
-def test_data_without_one_good_clip_ends_the_run_in_one_line(start, tmp_path, capsys, workers):
+def test_data_without_one_good_clip_ends_the_run_in_one_line(start, tmp_path, capfd, workers):
+    """Also if a worker process finds it: its own traceback is not printed."""
     file = write_triplets(tmp_path / "data", good=0, bad=2)
     with pytest.raises(SystemExit) as stop:
         train.main(options(start, tmp_path / "run", "--data", file, "--workers", workers))
+    printed = capfd.readouterr().err
+    error = printed.strip().splitlines()[-1]
+    assert stop.value.code == 2
+    assert error.startswith("error: 20 triplets") and error.endswith("broken.txt")
+    assert "Traceback" not in printed
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(start, tmp_path, monkeypatch, capfd):
+    """As the kernel does it when memory runs out."""
+
+    def kill_worker(result):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        return result
+
+    during(monkeypatch, 1, kill_worker)
+    with pytest.raises(SystemExit) as stop:
+        train.main(options(start, tmp_path, "--steps", 9, "--batch", 1, "--workers", 1))
+    printed = capfd.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in printed
+    error = printed.strip().splitlines()[-1]
+    assert error.startswith("error: a process that reads clips was killed")
+
+
+def test_a_table_without_captions_is_refused_unless_instructions_may_stand_in(
+    start, tmp_path, capsys
+):
+    file = write_triplets(tmp_path / "data", good=1, bad=0)
+    file.write_text(file.read_text().replace(",seen", ","))
+    arguments = options(start, tmp_path / "run", "--data", file, "--steps", 1)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        stop.value.code == 2
-        and error.startswith("error: 20 triplets")
-        and error.endswith("broken.txt")
-    )
+    assert stop.value.code == 2 and "no triplet has a caption" in error
+    train.main([*arguments, "--caption-fallback"])
+    assert "captions: 0% of the triplets have one" in capsys.readouterr().out
+    assert len(log(tmp_path / "run")) == 1
 
 
 def test_more_broken_clips_than_allowed_end_the_run(start, tmp_path, capsys, monkeypatch):
@@ -708,12 +971,20 @@ def test_more_broken_clips_than_allowed_end_the_run(start, tmp_path, capsys, mon
 def test_mistakes_get_one_line_and_exit_code_2(start, alone, tmp_path, capsys):
     other = tmp_path / "other"
     rvedit.save(other, *tiny_model(num_editing_tokens=4))
-    shutil.copytree(alone / "checkpoints", tmp_path / "run/checkpoints")
+    fork_at(alone, 10, tmp_path / "run")
+    rvedit.save(tmp_path / "linked", *tiny_model())
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/model").symlink_to(tmp_path / "linked")
+    (tmp_path / "foreign/model").mkdir(parents=True)
+    (tmp_path / "foreign/model/weights.bin").write_text("somebody's")
     cases = {
         "add --resume": options(start, alone),
         "needs --data": ["--preset", "wan2.2-ti2v-5b", "--wan", str(tmp_path)],
         "is of another model": options(other, tmp_path / "run", "--resume"),
-        "no training checkpoint": options(start, tmp_path / "empty", "--export"),
+        "holds no run": options(start, tmp_path / "empty", "--export"),
+        "leave out --resume": options(start, tmp_path / "empty", "--resume"),
+        "is a symbolic link": options(start, tmp_path / "link"),
+        "neither a checkpoint of ours": options(start, tmp_path / "foreign"),
         "does not exist": options(tmp_path / "nowhere", tmp_path / "empty"),
         "whole number at least 1": ["--batch", "0"],
         "between 0 and the 3 blocks": options(start, tmp_path / "empty", "--routing-depth", "4"),
@@ -746,8 +1017,8 @@ def test_a_kill_at_any_moment_leaves_a_run_that_resumes(start, tmp_path):
     )
     random.seed(0)
     reached = 0
-    for _ in range(10):
-        process = spawn(*arguments, "--resume")
+    for number in range(10):
+        process = spawn(*arguments, *["--resume"] * (number > 0))
         deadline = time.time() + 120
         while (
             process.poll() is None and time.time() < deadline
