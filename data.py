@@ -223,7 +223,7 @@ def _checked_texts(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, 
 
 
 def _check_path(name: str, path: str) -> None:
-    longest = max((len(part.encode()) for part in Path(path).parts), default=0)
+    longest = max(len(part.encode()) for part in path.split("/"))
     if "\0" in path or longest > MAX_NAME or len(path.encode()) > MAX_PATH:
         raise ValueError(f"its {name} is not a path that can be opened: {path!r}")
 

@@ -22,6 +22,8 @@ Global Style  global_style  style      global_style1, global_style2
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import heapq
 import itertools
@@ -115,6 +117,7 @@ def note(message: str) -> None:
     tqdm.write(f"note: {message}", file=sys.stderr)
 
 
+@functools.cache
 def is_named(name: str, words: tuple[str, ...]) -> bool:
     """Whether a name holds all of some words: Local_Add, localadd, part2-AddLocal ..."""
     parts = {part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
@@ -146,23 +149,98 @@ def category_of(dataset: str, table: str, row: dict[str, str]) -> str | None:
     return named_category(dataset, folder)
 
 
-def contents(folder: Path) -> str:
-    """What lies in a folder, for a message: its first names, folders with a slash."""
-    names = sorted(f"{e.name}/" if e.is_dir() else e.name for e in os.scandir(folder))
-    shown = ", ".join(names[:12]) or "nothing"
-    return shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more"
+class Listing(NamedTuple):
+    """The names in a folder."""
+
+    files: set[str]
+    folders: list[str]
 
 
-def find_tables(folder: Path) -> list[Path]:
-    """The CSV and JSON files of a folder and of the folders in it."""
-    tables = []
-    places = [folder, *(place for place in folder.iterdir() if place.is_dir())]
-    for place in places:
-        for entry in os.scandir(place):
-            hidden = entry.name.startswith(".") or place.name.startswith(".")
-            if entry.name.lower().endswith((".csv", ".json")) and entry.is_file() and not hidden:
-                tables.append(Path(entry.path))
-    return sorted(tables)
+class Folders:
+    """The folders of a data set. Each is listed once, however many clips are looked up in it."""
+
+    def __init__(self, dataset: str, places: list[Path]) -> None:
+        self.dataset = dataset
+        self.places = [place.absolute() for place in places]
+        self.listings: dict[str, Listing] = {}
+        self.found: dict[str, list[str]] = {}  # the results of `places_of`
+        self.real: dict[str, str] = {}  # where a folder with clips really is
+        for place in self.places:
+            if not place.is_dir():
+                raise ValueError(f"{place}: there is no such folder")
+
+    def listing(self, folder: str) -> Listing:
+        if folder not in self.listings:
+            listing = Listing(set(), [])
+            # A path may lead to no folder, or to one that cannot be read: nothing is found there.
+            with contextlib.suppress(OSError):
+                for entry in os.scandir(folder):
+                    if entry.is_file():
+                        listing.files.add(entry.name)
+                    elif entry.is_dir():
+                        listing.folders.append(entry.name)
+            self.listings[folder] = listing
+        return self.listings[folder]
+
+    def contents(self) -> str:
+        """What lies in the places, for a message: their first names, folders with a slash."""
+        texts = []
+        for place in self.places:
+            files, folders = self.listing(str(place))
+            names = sorted([*files, *(f"{name}/" for name in folders)])
+            shown = ", ".join(names[:12]) or "nothing"
+            more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+            texts.append(f"{place} holds {shown}{more}")
+        return "; ".join(texts)
+
+    def tables(self) -> list[Path]:
+        """The CSV and JSON files of the first place and of the folders in it."""
+        root = self.places[0]
+        visible = [name for name in self.listing(str(root)).folders if name[0] != "."]
+        tables = []
+        for folder in [root, *(root / name for name in visible)]:
+            for name in self.listing(str(folder)).files:
+                if name.lower().endswith((".csv", ".json")) and name[0] != ".":
+                    tables.append(folder / name)
+        return sorted(tables)
+
+    def places_of(self, folder: str) -> list[str]:
+        """Where the clips may lie that a table has in `folder`; places without files are left out.
+
+        Paths start in one of the places, in its videos/ or its videos_folders/, and may begin with
+        the name of the place or of the set. A folder on the way may be doubled: archives are often
+        unpacked inside of the folder that they contain.
+        """
+        if folder in self.found:
+            return self.found[folder]
+        found = []
+        for place in self.places:
+            inside = f"{folder}/".removeprefix(f"{self.dataset}/").removeprefix(f"{place.name}/")
+            parts = PurePosixPath(inside).parts
+            for base in (place, place / "videos", place / "videos_folders"):
+                for depth in range(len(parts) + 1):
+                    # From depth 1 on, the folder at that depth is doubled.
+                    steps = parts[:depth] + parts[max(0, depth - 1) :]
+                    candidate = os.path.join(base, *steps)
+                    if self.listing(candidate).files:
+                        found.append(candidate)
+        self.found[folder] = found
+        return found
+
+    def find(self, path: str) -> str | None:
+        """Where a clip of a table lies: the first place that has it, or None."""
+        folder, name = os.path.split(path)
+        for place in self.places_of(folder):
+            if name in self.listing(place).files:
+                return os.path.join(place, name)
+        return None
+
+    def identity(self, clip: str) -> str:
+        """A clip that was found, by a name that is the same however its folder was reached."""
+        folder, name = os.path.split(clip)
+        if folder not in self.real:
+            self.real[folder] = os.path.realpath(folder)
+        return os.path.join(self.real[folder], name)
 
 
 def columns_of(dataset: str, table: Path) -> tuple[str, str, str]:
@@ -176,26 +254,28 @@ def columns_of(dataset: str, table: Path) -> tuple[str, str, str]:
     raise ValueError(f"{table}: it has no columns {wanted}")
 
 
-def read_set(dataset: str, folder: Path) -> Iterator[dict[str, Any]]:
+def read_set(folders: Folders) -> Iterator[dict[str, Any]]:
     """The triplets of a public set that are of one of the four categories, from all its tables.
 
     Notes on stderr say what is left out: files that are none of its tables, rows that are bad, and
     rows of other categories. Assumed, as no row is published: OpenVE-3M's columns, after the one
     reader seen; that the refined instruction is the instruction of ReCo-Data, as for all readers.
     """
-    for table in find_tables(folder):
+    dataset = folders.dataset
+    for table in folders.tables():
+        name = str(table.relative_to(folders.places[0]))
         try:
-            names = columns_of(dataset, table)
+            columns = columns_of(dataset, table)
         except (ValueError, OSError) as error:
             note(f"skipped {error}")
             continue
         problems: list[str] = []
         others = 0
-        for row in read_table(table, *names):
+        for row in read_table(table, *columns):
             if row.problem:
                 problems.append(f"{row.place}: {row.problem}")
                 continue
-            category = category_of(dataset, str(table.relative_to(folder)), row.fields)
+            category = category_of(dataset, name, row.fields)
             if category is None:
                 others += 1
                 continue
@@ -212,67 +292,20 @@ def read_set(dataset: str, folder: Path) -> Iterator[dict[str, Any]]:
             note(f"{table}: {others} rows are left out, they are of none of our categories")
 
 
-class Clips:
-    """The clips of a data set. Each folder is listed once, however many clips are looked up.
-
-    Paths start in one of the folders, in its videos/ or its videos_folders/, and may begin with the
-    name of the folder or of the set. A folder on the way may be doubled: archives are often
-    unpacked inside of the folder that they contain.
-    """
-
-    def __init__(self, dataset: str, folders: list[Path]) -> None:
-        self.dataset = dataset
-        self.folders = [folder.absolute() for folder in folders]
-        self.names: dict[str, set[str]] = {}  # of the files in each folder that was listed
-        self.real: dict[str, str] = {}  # where each of those folders really is
-        for folder in self.folders:
-            if not folder.is_dir():
-                raise ValueError(f"{folder}: there is no such folder")
-
-    def files(self, folder: str) -> set[str]:
-        if folder not in self.names:
-            try:
-                self.names[folder] = {e.name for e in os.scandir(folder) if e.is_file()}
-            except OSError:  # there is no such folder, or it cannot be read
-                self.names[folder] = set()
-        return self.names[folder]
-
-    def find(self, path: str) -> str | None:
-        """Where a clip lies: the first place that has it, or None."""
-        for folder in self.folders:
-            inside = path.removeprefix(f"{self.dataset}/").removeprefix(f"{folder.name}/")
-            parts = PurePosixPath(inside).parts
-            for base in (folder, folder / "videos", folder / "videos_folders"):
-                for depth in range(len(parts)):
-                    # From depth 1 on, the folder at that depth is doubled.
-                    doubled = parts[:depth] + parts[max(0, depth - 1) :]
-                    place = os.path.join(base, *doubled)
-                    if os.path.basename(place) in self.files(os.path.dirname(place)):
-                        return place
-        return None
-
-    def identity(self, place: str) -> str:
-        """A clip that was found, by a name that is the same however its folder was reached."""
-        folder, name = os.path.split(place)
-        if folder not in self.real:
-            self.real[folder] = os.path.realpath(folder)
-        return os.path.join(self.real[folder], name)
-
-
 class Benchmark:
     """The clips of OpenVE-Bench, which an editor that will be judged on them must not train on."""
 
     def __init__(self, folder: Path) -> None:
-        clips = Clips("OpenVE-Bench", [folder])
+        folders = Folders("OpenVE-Bench", [folder])
         self.stems: set[str] = set()
         self.edits: set[tuple[str, int]] = set()  # instruction, and size of the source in bytes
         table = folder / "benchmark_videos.csv"
         for row in triplets(table, "edited_type", "original_video", "prompt"):
             path = PurePosixPath(row["original_video"])
             self.stems.add(path.stem)
-            place = clips.find(str(path)) or clips.find(path.name)
-            if place:
-                self.edits.add(self.edit(row["prompt"], place))
+            clip = folders.find(str(path)) or folders.find(path.name)
+            if clip:
+                self.edits.add(self.edit(row["prompt"], clip))
 
     @staticmethod
     def edit(instruction: str, source: str) -> tuple[str, int]:
@@ -305,62 +338,78 @@ class Smallest:
         return [item for _, item in sorted(self.heap, reverse=True)]
 
 
-def stratified_sample(
-    folders: dict[str, list[Path]], count: int, seed: int, bench: Benchmark | None = None
-) -> list[str]:
-    """At most `count` triplets of each category from each set in `folders`, as JSON lines.
+class Drawn:
+    """What is drawn from one set, by category: the triplets, as JSON lines, and their numbers."""
 
-    Those with the smallest hash of (seed, paths, instruction) are taken, so the order of files and
-    rows does not matter. A pair of clips counts once, in whatever set it is found first. Prints a
-    table with the numbers of triplets that are available, lack a clip ("not found") or are taken.
-    Raises ValueError for a set of which nothing is found.
+    def __init__(self, count: int) -> None:
+        self.kept = {category: Smallest(count) for category in CATEGORIES}
+        self.available: Counter[str] = Counter()  # pairs of the tables, each counted once
+        self.missing: Counter[str] = Counter()  # those of them of which a clip was not found
+        self.located = 0  # rows whose clips were found
+        self.in_bench = 0  # pairs that are left out, because they are the benchmark's
+
+
+def draw_from_set(
+    folders: Folders, count: int, seed: int, seen: set[int], bench: Benchmark | None
+) -> Drawn:
+    """Draw from one set; `seen` has the pairs of other sets, and gets those of this one."""
+    drawn = Drawn(count)
+    for row in tqdm(read_set(folders), desc=folders.dataset, unit=" rows", disable=None):
+        category = row["category"]
+        source, target = folders.find(row["src_video"]), folders.find(row["tgt_video"])
+        if source and target:
+            drawn.located += 1
+            pair = hash((folders.identity(source), folders.identity(target)))
+        else:
+            pair = hash((row["src_video"], row["tgt_video"]))
+        if pair in seen:
+            continue
+        seen.add(pair)
+        if source is None or target is None:
+            drawn.available[category] += 1
+            drawn.missing[category] += 1
+            continue
+        if bench and bench.holds(row["prompt"], source, target):
+            drawn.in_bench += 1
+            continue
+        drawn.available[category] += 1
+        # Paths as they stand in the table: where the set lies does not change the sample.
+        key = (seed, *(row[name] for name in COLUMNS))
+        digest = hashlib.sha256(repr(key).encode()).hexdigest()
+        line = json.dumps(row | dict(src_video=source, tgt_video=target))
+        drawn.kept[category].add(int(digest[:16], 16), line)
+    return drawn
+
+
+def stratified_sample(
+    places: dict[str, list[Path]], count: int, seed: int, bench: Benchmark | None = None
+) -> list[str]:
+    """At most `count` triplets of each category from each set, as JSON lines.
+
+    places: the folders of each set, that of its tables first. Triplets with the smallest hash of
+    (seed, paths, instruction) are taken, so the order of files and rows does not matter. A pair of
+    clips counts once, in the set where it is found first. Prints how many triplets of each category
+    are available, lack a clip ("not found") and are taken.
+    Raises ValueError for a set of which no clips are found.
     """
     lines: list[str] = []
     report = [("data set", "category", "asked", "available", "not found", "taken")]
     totals = [0, 0, 0, 0]
-    seen: set[int] = set()  # hashes of pairs
+    seen: set[int] = set()
     in_bench = 0
-    for dataset, places in folders.items():
-        clips = Clips(dataset, places)
-        samples = {category: Smallest(count) for category in CATEGORIES}
-        available: Counter[str] = Counter()
-        missing: Counter[str] = Counter()
-        located = 0
-        rows = tqdm(read_set(dataset, places[0]), desc=dataset, unit=" rows", disable=None)
-        for row in rows:
-            category = row["category"]
-            source = clips.find(row["src_video"])
-            target = clips.find(row["tgt_video"])
-            found = source is not None and target is not None
-            if found:
-                located += 1
-                pair = hash((clips.identity(source), clips.identity(target)))
-            else:
-                pair = hash((row["src_video"], row["tgt_video"]))
-            if pair in seen:
-                continue
-            seen.add(pair)
-            if found and bench and bench.holds(row["prompt"], source, target):
-                in_bench += 1
-                continue
-            available[category] += 1
-            if not found:
-                missing[category] += 1
-                continue
-            values = [row[name] for name in COLUMNS]
-            digest = hashlib.sha256(repr((seed, *values)).encode()).hexdigest()
-            line = json.dumps(row | dict(src_video=source, tgt_video=target))
-            samples[category].add(int(digest[:16], 16), line)
-        if located == 0:
-            there = "; ".join(f"{place} holds {contents(place)}" for place in places)
+    for dataset in places:
+        folders = Folders(dataset, places[dataset])
+        drawn = draw_from_set(folders, count, seed, seen, bench)
+        if drawn.located == 0:
             raise ValueError(
-                f"{missing.total()} triplets of {dataset}, none with its clips: name the folder of "
-                f"its tables and, after it, that of its clips ({there})"
+                f"{drawn.missing.total()} triplets of {dataset}, none with its clips: name the "
+                f"folder of its tables and, after it, that of its clips ({folders.contents()})"
             )
-        for category, sample in samples.items():
-            taken = sample.items()
-            numbers = count, available[category], missing[category], len(taken)
+        in_bench += drawn.in_bench
+        for category, kept in drawn.kept.items():
+            taken = kept.items()
             lines += taken
+            numbers = [count, drawn.available[category], drawn.missing[category], len(taken)]
             report.append((dataset, category, *numbers))
             totals = [total + number for total, number in zip(totals, numbers, strict=True)]
     report.append(("all", "", *totals))
@@ -593,11 +642,11 @@ def main(argv: list[str] | None = None) -> None:
         dataset = TripletDataset(args.file, args.root, args.frames)
         lines = caption(dataset, args.out, args.url, args.model, args.workers)
     else:
-        folders = {name: vars(args)[name] for name in SETS if vars(args)[name]}
-        if not folders:
+        places = {name: vars(args)[name] for name in SETS if vars(args)[name]}
+        if not places:
             raise ValueError("name a data set, such as --openve DIR")
         bench = Benchmark(args.bench) if args.bench else None
-        lines = stratified_sample(folders, args.count, args.seed, bench)
+        lines = stratified_sample(places, args.count, args.seed, bench)
     cli.write_text(args.out, "".join(f"{line}\n" for line in lines))
     print(f"{args.out}: {len(lines)} triplets")
 
