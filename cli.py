@@ -245,6 +245,11 @@ def edit_parser() -> Parser:
         help="of the VAE's decoder; bfloat16 halves the memory peak of an edit (default float32)",
     )
     run.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an edit that was stopped, from its last step",
+    )
+    run.add_argument(
         "--offload", action="store_true", help="keep only the network in use on the GPU"
     )
     return parser

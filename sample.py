@@ -33,6 +33,8 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -70,18 +72,77 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def denoise(
-    velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, shift: float
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    steps: int,
+    shift: float,
+    unfinished: Unfinished | None = None,
 ) -> Tensor:
     """Algorithm 2, lines 5-7: Euler's method from noise at t = 1 to clean latents at t = 0.
 
-    velocity(z, t) is dz/dt, of z's shape; t is (1,). noise is (1, C, t, h, w), float32.
+    velocity(z, t) is dz/dt, of z's shape; t is (1,). noise is (1, C, t, h, w), float32. unfinished:
+    where the steps of an edit that may be stopped are kept, and continued from.
     """
-    z = noise
+    z, first = (noise, 0) if unfinished is None else unfinished.load(noise)
     times = timesteps(steps, shift).to(noise.device)
-    for k in progress(range(steps), desc="denoising", unit="step"):
+    bar = progress(range(first, steps), desc="denoising", unit="step", initial=first, total=steps)
+    for k in bar:
         t, t_next = times[k], times[k + 1]
         z = z + (t_next - t) * velocity(z, t.view(1))
+        if unfinished is not None:
+            unfinished.save(z, k + 1)
     return z
+
+
+class Unfinished:
+    """The latents of an edit that was stopped, in a file beside its output, for `--resume`.
+
+    They are written at most every SAVE_SECONDS, so a short edit leaves no file.
+    """
+
+    SAVE_SECONDS = 30
+
+    def __init__(self, args: Namespace) -> None:
+        self.path = args.out.with_name(f"{args.out.name}.unfinished.safetensors")
+        self.resume = args.resume
+        source = args.video.stat()
+        names = ("checkpoint", "prompt", "routing_depth", "steps", "shift", "seed", "dtype")
+        names += ("max_pixels", "max_frames")
+        edit = {name: str(getattr(args, name)) for name in names}
+        edit["video"] = f"{source.st_size} bytes, {source.st_mtime_ns}"
+        self.edit = edit  # what must be the same for the steps to be worth anything
+        self.saved_at = time.monotonic()
+
+    def load(self, noise: Tensor) -> tuple[Tensor, int]:
+        """z and the number of steps done: the noise and 0 unless `--resume` finds more.
+
+        Raises ValueError if there is nothing to resume, or it is of another edit.
+        """
+        if not self.resume:
+            return noise, 0
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                edit = dict(file.metadata())
+                z = file.get_tensor("z").to(noise.device)
+        except (OSError, SafetensorError):
+            raise ValueError(f"--resume: there is no unfinished edit at {self.path}") from None
+        done = int(edit.pop("done"))
+        different = [name for name in self.edit if self.edit[name] != edit.get(name)]
+        if different:
+            raise ValueError(
+                f"--resume: {self.path} is of another edit, which differs in {', '.join(different)}"
+            )
+        return z, done
+
+    def save(self, z: Tensor, done: int) -> None:
+        if RANK > 0 or time.monotonic() - self.saved_at < self.SAVE_SECONDS:
+            return
+        with cli.replacing(self.path) as temporary:
+            save_file({"z": z.cpu()}, temporary, self.edit | {"done": str(done)})
+        self.saved_at = time.monotonic()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 # --- Clips longer than the model's window ---------------------------------------------------------
@@ -302,12 +363,14 @@ def edit_frames(
     keep_source: bool = False,
     times: dict[str, float] | None = None,
     spread: Spread | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Iterator[Tensor]:
     """`edit_video` for a clip that is read when needed, and whose edit is yielded block by block.
 
     frames is called for each pass over the clip; shape is the clip's (T, H, W). Yields uint8
     (n, H, W, 3) blocks, T frames in all. Memory grows with the latents, not with the frames.
     spread: how several processes share the work; each of them then yields the whole edit.
+    unfinished: where the steps done are kept until the edit is written.
     """
     times = {} if times is None else times
     offload = device is not None
@@ -340,7 +403,8 @@ def edit_frames(
 
     with stage("denoise", times, device, model.dit, offload=offload):
         noise = initial_noise(source.shape, seed).to(device)  # Alg. 2, line 4
-        latents = denoise(velocity, noise, steps or config.sampling_steps, shift)  # lines 5-7
+        steps = steps or config.sampling_steps
+        latents = denoise(velocity, noise, steps, shift, unfinished)  # lines 5-7
 
     with stage("decode", times, device, vae.decoder, vae.conv2, offload=offload):
         edited = decode(vae, latents, shape)  # Alg. 2, line 8
@@ -526,6 +590,7 @@ def edit(args: Namespace) -> None:
         model, vae = load_model(args)
     note_foreign_clip(args, model, vae, clip.frames[0])
     spread = share_out(args, model, vae, shape)
+    unfinished = Unfinished(args)
 
     # Frames are decoded, scaled and written as they come: no clip is held in memory.
     blocks = edit_frames(
@@ -541,6 +606,7 @@ def edit(args: Namespace) -> None:
         keep_source=args.keep_source,
         times=times,
         spread=spread,
+        unfinished=unfinished,
     )
     try:
         if RANK > 0:
@@ -552,6 +618,7 @@ def edit(args: Namespace) -> None:
         raise cli.Stop(
             f"out of memory on {args.device}: add --offload, or --max-pixels with a smaller number"
         ) from None
+    unfinished.remove()
     if args.compare:
         with stage("compare", times, args.device):
             edited = video.read_video(args.out)

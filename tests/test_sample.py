@@ -18,6 +18,7 @@ from test_video import encode
 import rvedit
 import sample
 from mllm import EditEncoder
+from model import WanDiT
 from shapes import ShapesDataset
 
 ROOT = Path(__file__).parents[1]
@@ -376,6 +377,43 @@ def test_options_reach_the_model(checkpoint, tmp_path):
     ):
         assert not torch.equal(plain, frames(*options)), options
     assert torch.equal(plain, frames("--offload"))
+
+
+def test_an_edit_that_was_stopped_goes_on_from_its_last_step(checkpoint, tmp_path, monkeypatch):
+    """Interrupted at its third step of four, it takes the last two and gives the same file."""
+    clip = encode(tmp_path / "in.mp4", images=images(5))
+    monkeypatch.setattr(sample.Unfinished, "SAVE_SECONDS", 0)
+    run(checkpoint, clip, tmp_path / "whole.mp4", "--steps", "4")
+    calls = []
+    forward = WanDiT.forward
+
+    def interrupted(*args, **kwargs):
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(WanDiT, "forward", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(checkpoint, clip, tmp_path / "out.mp4", "--steps", "4")
+    assert stop.value.code == 130
+    run(checkpoint, clip, tmp_path / "out.mp4", "--steps", "4", "--resume")
+    assert len(calls) == 5
+    assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"in.mp4", "out.mp4", "whole.mp4"}  # nothing is left over
+
+
+def test_only_the_same_edit_is_resumed(checkpoint, tmp_path, monkeypatch, capsys):
+    clip = encode(tmp_path / "in.mp4", images=images(2))
+    out = tmp_path / "out.mp4"
+    command = ["--video", clip, "--prompt", "add snow", "--checkpoint", checkpoint, "--out", out]
+    assert "there is no unfinished edit" in expect_error(capsys, *command, "--resume")
+    args = sample.parse_arguments([*map(str, command), "--steps", "2"])
+    monkeypatch.setattr(sample.Unfinished, "SAVE_SECONDS", 0)
+    sample.Unfinished(args).save(torch.zeros(1, 8, 1, 4, 4), 1)
+    error = expect_error(capsys, *command, "--resume", "--steps", "2", "--seed", "7")
+    assert "is of another edit, which differs in seed" in error
 
 
 def damaged(tmp_path, how):
