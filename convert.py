@@ -318,7 +318,7 @@ def open_kiwi_release(folder: Path) -> Opened:
     for theirs, ours in KIWI_LIMITS.items():
         if theirs in encoder:
             fields[ours] = weights.checked(encoder[theirs], int, file, ours)
-    return Opened(fields, folder, tokenizer, with_native_connectors(tensors), LORA)
+    return Opened(folder, fields, folder, tokenizer, with_native_connectors(tensors), LORA)
 
 
 def open_wan_and_qwen(wan: Path, qwen: Path) -> Opened:
@@ -337,7 +337,8 @@ def open_wan_and_qwen(wan: Path, qwen: Path) -> Opened:
         qwen=qwen_config(qwen / "config.json", tokenizer),
         routing_depth=dit.num_blocks // 2,
     )
-    return Opened(fields, wan, tokenizer, tensors, NEW_TO_WAN_AND_QWEN)
+    source = f"{wan} with {qwen}"
+    return Opened(source, fields, wan, tokenizer, tensors, NEW_TO_WAN_AND_QWEN)
 
 
 def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
@@ -371,7 +372,7 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
     else:
         may_lack.append(LORA)
     tensors = with_native_connectors(base.tensors | trained)
-    return Opened(fields, file, base.tokenizer, tensors, "|".join(may_lack) or None)
+    return Opened(file, fields, file, base.tokenizer, tensors, "|".join(may_lack) or None)
 
 
 def note_references(names: Iterable[str], source: Path) -> None:

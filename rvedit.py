@@ -294,27 +294,21 @@ def load(
 
     Raises ValueError for anything that does not fit, before any weights are read.
     """
-    if path is None and wan is None and qwen is None:
-        path = TOY
-    path, wan, qwen = _as_path(path), _as_path(wan), _as_path(qwen)
     opened = _open(path, wan, qwen)
-    config = RVEDiTConfig(**opened.fields)
-    weights.check_sizes(config, opened.config_file)
+    config = _config(opened)
     with torch.device("meta"):
         model = RVEDiT(config, opened.tokenizer)
-        vae = WanVAE(config.vae)
     if shard is not None:
         shard(model)
-
-    source = path or f"{wan} with {qwen}"
     tensors, vae_tensors = weights.split(opened.tensors, "vae.")
-    weights.match(model, tensors, source, opened.may_lack)  # both fit before either is read
-    weights.fill(vae, vae_tensors, f"the VAE of {source}", device)
+    weights.match(model, tensors, opened.source, opened.may_lack)  # before the VAE's are read
+
+    vae = _filled_vae(config, vae_tensors, opened.source, device)
     vae.conv2.to(decoder_dtype)
     vae.decoder.to(decoder_dtype)
-    fresh = weights.fill(model, tensors, source, device, dtype, opened.may_lack)
+    fresh = weights.fill(model, tensors, opened.source, device, dtype, opened.may_lack)
     initialise(model, names=fresh)
-    return model.eval(), vae.eval().requires_grad_(False)
+    return model.eval(), vae
 
 
 def load_vae(
@@ -324,23 +318,38 @@ def load_vae(
     device: torch.device | str = "cpu",
 ) -> tuple[RVEDiTConfig, WanVAE]:
     """Only the configuration and the VAE, in float32, of what `load` takes."""
-    if path is None and wan is None and qwen is None:
-        path = TOY
-    opened = _open(_as_path(path), _as_path(wan), _as_path(qwen))
+    opened = _open(path, wan, qwen)
+    config = _config(opened)
+    _, vae_tensors = weights.split(opened.tensors, "vae.")
+    return config, _filled_vae(config, vae_tensors, opened.source, device)
+
+
+def _config(opened: weights.Opened) -> RVEDiTConfig:
     config = RVEDiTConfig(**opened.fields)
+    weights.check_sizes(config, opened.config_file)
+    return config
+
+
+def _filled_vae(
+    config: RVEDiTConfig,
+    tensors: dict[str, weights.Stored],
+    source: Path | str,
+    device: torch.device | str,
+) -> WanVAE:
+    """The frozen VAE, in float32."""
     with torch.device("meta"):
         vae = WanVAE(config.vae)
-    _, vae_tensors = weights.split(opened.tensors, "vae.")
-    weights.fill(vae, vae_tensors, f"the VAE of {path or wan}", device)
-    return config, vae.eval().requires_grad_(False)
+    weights.fill(vae, tensors, f"the VAE of {source}", device)
+    return vae.eval().requires_grad_(False)
 
 
-def _as_path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)
-
-
-def _open(path: Path | None, wan: Path | None, qwen: Path | None) -> weights.Opened:
+def _open(
+    path: str | Path | None, wan: str | Path | None, qwen: str | Path | None
+) -> weights.Opened:
     """What `load` was given: names and shapes of its tensors, its configuration and tokenizer."""
+    if path is None and wan is None and qwen is None:
+        path = TOY
+    path, wan, qwen = (None if given is None else Path(given) for given in (path, wan, qwen))
     for folder in (wan, qwen):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"{folder} is not a folder")
@@ -367,7 +376,8 @@ def _open_ours(folder: Path) -> weights.Opened:
         fields["num_image_tokens"] = fields.get("num_editing_tokens")
         tensors["encoder.image_queries"] = tensors["encoder.queries"]
     config = weights.build_config(RVEDiTConfig, fields, file)
-    return weights.Opened(vars(config), file, weights.read_tokenizer(folder), tensors)
+    tokenizer = weights.read_tokenizer(folder)
+    return weights.Opened(folder, vars(config), file, tokenizer, tensors)
 
 
 def layout(path: str | Path) -> str:

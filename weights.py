@@ -42,6 +42,7 @@ class Stored(NamedTuple):
 class Opened(NamedTuple):
     """A checkpoint of any layout, opened and brought to our names."""
 
+    source: Path | str  # what it is, for messages
     fields: dict[str, Any]  # of an RVEDiTConfig
     config_file: Path  # where they stand: config.json, or a folder with several files
     tokenizer: Tokenizer

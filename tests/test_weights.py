@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import make_clip, randomise, relative_error, tiny_config, tiny_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import rvedit
@@ -874,6 +874,17 @@ def test_a_failed_save_leaves_the_former_checkpoint(tmp_path, monkeypatch, faili
             rvedit.save(tmp_path / "ours", *changed(1))
     assert names(tmp_path) == ["ours"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()} == before
+
+
+def test_a_full_disk_is_one_line_with_the_checkpoints_name(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match="ours cannot be written: I/O error: No space left") as error:
+        rvedit.save(tmp_path / "ours", *original())
+    assert "partial" not in str(error.value)
+    assert names(tmp_path) == []
 
 
 def test_a_failed_first_save_leaves_nothing(tmp_path, monkeypatch):
