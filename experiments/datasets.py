@@ -585,16 +585,16 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     )
 
     code = commands.add_parser("encode", help="write the VAE latents of every triplet, once")
-    code.add_argument("--checkpoint", type=Path, help="the model to train; default: the toy")
-    code.add_argument("--wan", type=Path, help="or a start for training: the folder of Wan2.2")
-    code.add_argument("--qwen", type=Path, help="the folder of Qwen2.5-VL, likewise")
+    code.add_argument("--checkpoint", type=Path, help="the model that will be trained")
+    code.add_argument("--wan", type=Path, help="or the folders that training will start from:")
+    code.add_argument("--qwen", type=Path, help="Wan2.2-TI2V-5B and Qwen2.5-VL-3B-Instruct")
     code.add_argument(
         "--size",
         nargs=3,
         type=natural,
         action="append",
         metavar=("T", "H", "W"),
-        help="as of train.py, may be given several times (default 81 704 1280)",
+        help="that of train.py, may be given several times (default 81 704 1280)",
     )
     code.add_argument("--device", type=cli.device_of, help="default: a GPU if there is one")
     code.add_argument("--out", type=Path, required=True, help="the folder to write, or go on with")
@@ -619,6 +619,8 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 
 
 def encode_table(args: Namespace) -> None:
+    if not (args.checkpoint or args.wan or args.qwen):
+        raise ValueError("name the model that will be trained: --checkpoint, or --wan and --qwen")
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == torch.device("cuda"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -421,6 +421,7 @@ def test_sample_trains_as_it_is(tmp_path: Path):
         (["check", "{}/none.csv"], "none.csv"),
         (["check", "{}/local_add.csv"], "no src_video in columns original_video, video, prompt"),
         (["check", "{}/local_add.csv", "--clips", "0"], "--clips: '0' is not a whole number"),
+        (["encode", "{}/local_add.csv", "--out", "{}/x.latents"], "name the model"),
         (["other"], "other"),
     ],
 )
