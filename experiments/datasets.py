@@ -46,8 +46,9 @@ import cli
 if __name__ == "__main__":
     cli.begin()
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 import rvedit
@@ -505,6 +506,30 @@ def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: i
 # --- Latents --------------------------------------------------------------------------------------
 
 
+def clips_to_encode(
+    dataset: TripletDataset,
+    index: int,
+    latents: Latents,
+    sizes: list[tuple[int, int, int]],
+    factor: int,
+) -> list[tuple[Path, Tensor, Tensor]]:
+    """A triplet's source and target at each size of which `latents` lacks the file, with its path.
+
+    Raises ValueError or OSError for a triplet that is broken.
+    """
+    row = dataset.row(index)
+    item = None
+    clips = []
+    for size in sizes:
+        file = latents.file(row["src_video"], row["tgt_video"], size)
+        if file.is_file():
+            continue
+        item = item or dataset[index]
+        source, target = fit_pair(item, size, factor, keep_aspect=True)
+        clips.append((file, source, target))
+    return clips
+
+
 @torch.no_grad()
 def encode(
     dataset: TripletDataset,
@@ -521,22 +546,19 @@ def encode(
     written = 0
     for index in tqdm(range(rank, len(dataset), ranks), unit=" triplets", disable=None):
         try:
-            row = dataset.row(index)
-            for size in sizes:
-                file = latents.file(row["src_video"], row["tgt_video"], size)
-                if file.is_file():
-                    continue
-                source, target = fit_pair(dataset[index], size, factor, keep_aspect=True)
-                tensors = {
-                    "source": latents_of(vae, source[None])[0].cpu(),
-                    "target": latents_of(vae, target[None])[0].cpu(),
-                }
-                file.parent.mkdir(exist_ok=True)
-                with cli.replacing(file) as temporary:
-                    save_file(tensors, temporary)
-                written += 1
+            clips = clips_to_encode(dataset, index, latents, sizes, factor)
         except (ValueError, OSError) as error:
             note(f"left out: triplet {index + 1}: {one_line(error)}")
+            continue
+        for file, source, target in clips:
+            tensors = {
+                "source": latents_of(vae, source[None])[0].cpu(),
+                "target": latents_of(vae, target[None])[0].cpu(),
+            }
+            file.parent.mkdir(exist_ok=True)
+            with cli.replacing(file) as temporary:
+                temporary.write_bytes(safetensors.torch.save(tensors))
+            written += 1
     print(f"{latents.folder}: {written} files written for {len(dataset)} triplets")
 
 
