@@ -66,6 +66,9 @@ COPIED_AUDIO = {
 # The largest side that x264 encodes, in pixels.
 MAX_SIDE = 16_384
 
+# Titles and other tags need not be valid UTF-8. PyAV 18 has to be told, 19 takes them anyhow.
+ANY_TAGS = {"metadata_errors": "replace"} if av.__version__.startswith("18.") else {}
+
 # MPEG-TS and its like are made to be joined and left at any moment: their clock starts anywhere,
 # and they declare no length.
 BROADCAST = av.format.Flags.ts_discont.value
@@ -124,9 +127,8 @@ def _open(path: Path) -> InputContainer:
         raise ValueError(f"{path}: the file is empty")
     # The lists keep FFmpeg from opening anything else, whatever the file says.
     options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
-    # "file:" keeps a name such as "a:b.mp4" from being taken for a protocol. Tags of a file need
-    # not be valid UTF-8.
-    return av.open(f"file:{path}", options=options, metadata_errors="replace")
+    # "file:" keeps a name such as "a:b.mp4" from being taken for a protocol.
+    return av.open(f"file:{path}", options=options, **ANY_TAGS)
 
 
 def _why_unreadable(path: Path, error: av.FFmpegError) -> str:
