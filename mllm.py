@@ -62,13 +62,65 @@ def smart_resize(
     return new_height, new_width
 
 
-def resize(frames: Tensor, factor: int, min_pixels: int, max_pixels: int) -> Tensor:
-    """Resize uint8 frames (T, 3, H, W) to the size that `smart_resize` chooses."""
-    size = smart_resize(frames.shape[2], frames.shape[3], factor, min_pixels, max_pixels)
+def pillow_weights(length: int, new_length: int) -> tuple[Tensor, Tensor]:
+    """Pillow's antialiased bicubic filter for one axis: indices and weights, (new_length, taps).
+
+    A new pixel is the sum of weights * old pixels at the indices. Weights are whole, in units of
+    2^-22.
+    """
+    scale = length / new_length
+    stretch = max(scale, 1.0)  # the filter is 4 new pixels wide when shrinking, else 4 old ones
+    center = (torch.arange(new_length, dtype=torch.float64)[:, None] + 0.5) * scale
+    first = (center - 2 * stretch + 0.5).trunc().clamp(min=0)
+    end = (center + 2 * stretch + 0.5).trunc().clamp(max=length)
+    index = first + torch.arange(2 * math.ceil(2 * stretch) + 1)  # (new_length, taps)
+
+    distance = ((index - center + 0.5) * (1 / stretch)).abs()
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = (((distance - 5) * distance + 8) * distance - 4) * -0.5
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    weights = weights * (index < end)
+    weights = weights / weights.sum(dim=1, keepdim=True) * 2**22
+    weights = (weights + 0.5 * weights.sign()).trunc().int()  # halves are rounded away from zero
+    return index.clamp(max=length - 1).long(), weights
+
+
+def resize_axis(x: Tensor, dim: int, new_length: int) -> Tensor:
+    """Resize one axis of uint8 frames (T, 3, H, W) as Pillow does, bit for bit."""
+    index, weights = pillow_weights(x.shape[dim], new_length)
+    x = x.movedim(dim, 0).contiguous()  # (length, ...)
+    total = torch.full((new_length, *x.shape[1:]), 2**21, dtype=torch.int32)  # a half, to round
+    for tap in range(weights.shape[1]):
+        total += x[index[:, tap]] * weights[:, tap].view(-1, 1, 1, 1)
+    return (total >> 22).clamp(0, 255).to(torch.uint8).movedim(0, dim)
+
+
+def resize_as_pillow(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """`PIL.Image.resize`, bicubic, of uint8 frames (T, 3, H, W), bit for bit.
+
+    Width first, with a rounding in between. Pillow 13 takes the height first for a few sizes.
+    """
+    height, width = size
+    if width != frames.shape[3]:
+        frames = resize_axis(frames, 3, width)
+    if height != frames.shape[2]:
+        frames = resize_axis(frames, 2, height)
+    return frames
+
+
+def resize_as_torchvision(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """torchvision's antialiased bicubic `resize` of uint8 frames (T, 3, H, W): float32, rounded."""
     if size == frames.shape[2:]:
         return frames
-    # On uint8, PyTorch's antialiased bicubic is Pillow's, up to one rounding.
-    return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
+    resized = F.interpolate(frames.float(), size=size, mode="bicubic", antialias=True)
+    return resized.clamp(0, 255).round().to(torch.uint8)
+
+
+def normalise(frames: Tensor) -> Tensor:
+    """uint8 frames (T, 3, H, W) -> float32, as Qwen takes them."""
+    mean = torch.tensor(PIXEL_MEAN).view(3, 1, 1)
+    std = torch.tensor(PIXEL_STD).view(3, 1, 1)
+    return (frames / 255 - mean) / std
 
 
 def cut_patches(frames: Tensor, config: VisionConfig) -> tuple[Tensor, tuple[int, int, int]]:
@@ -103,15 +155,25 @@ def preprocess_frames(
         frames = frames[chosen]
     x = frames.permute(0, 3, 1, 2)  # (T, 3, H, W)
 
-    # Kiwi-Edit resizes twice: its frame loader to multiples of two visual tokens, with a small
-    # lower bound, and then its video loader to multiples of one.
+    # Kiwi-Edit resizes twice: each frame, by Pillow, to multiples of two visual tokens, with a
+    # small lower bound, and then all of them, by torchvision, to multiples of one.
     token = config.patch_size * config.spatial_merge_size  # side of a visual token, in pixels
-    x = resize(x, 2 * token, 4 * (2 * token) ** 2, max_pixels)
-    x = resize(x, token, min_pixels, max_pixels)
+    size = smart_resize(*x.shape[2:], 2 * token, 4 * (2 * token) ** 2, max_pixels)
+    x = resize_as_pillow(x, size)
+    size = smart_resize(*x.shape[2:], token, min_pixels, max_pixels)
+    x = resize_as_torchvision(x, size)
+    return cut_patches(normalise(x), config)
 
-    mean = torch.tensor(PIXEL_MEAN).view(3, 1, 1)
-    std = torch.tensor(PIXEL_STD).view(3, 1, 1)
-    return cut_patches((x / 255 - mean) / std, config)
+
+def preprocess_still(frames: Tensor, config: VisionConfig) -> tuple[Tensor, tuple[int, int, int]]:
+    """Turn one frame, uint8 (1, H, W, 3), into patches by Kiwi-Edit's image path, and their grid.
+
+    It is resized once, to between 4 and 16384 visual tokens, which is Qwen's own range for images.
+    """
+    x = frames.permute(0, 3, 1, 2)  # (1, 3, H, W)
+    token = config.patch_size * config.spatial_merge_size
+    size = smart_resize(*x.shape[2:], token, 4 * token**2, 16384 * token**2)
+    return cut_patches(normalise(resize_as_pillow(x, size)), config)
 
 
 # --- The chat text --------------------------------------------------------------------------------
@@ -132,13 +194,19 @@ class Chat(NamedTuple):
 
 
 def chat_ids(
-    tokenizer: Tokenizer, instruction: str, num_visual: int, num_queries: int, config: QwenConfig
+    tokenizer: Tokenizer,
+    instruction: str,
+    num_visual: int,
+    num_queries: int,
+    config: QwenConfig,
+    still: bool = False,
 ) -> Chat:
     """Tokenize Qwen's chat text of an edit, the layout that Kiwi-Edit was trained with:
 
         system prompt, <|vision_start|>, num_visual × <|video_pad|>, <|vision_end|>,
         instruction, num_queries × <|object_ref_start|>, <|im_end|>, newline
 
+    A still has <|image_pad|> in the place of <|video_pad|>.
     The parts meet at special tokens, so tokenizing them one by one gives the ids of the whole text.
     An instruction is always ordinary text: an `<|im_end|>` in it does not end the turn. Raises
     ValueError if the instruction is empty or too long for the model, or if the tokenizer is not the
@@ -146,9 +214,11 @@ def chat_ids(
     """
     if not instruction.strip():
         raise ValueError("the instruction is empty: say what to change in the video")
-    placeholders = ("<|video_pad|>", "<|object_ref_start|>")
+    visual_token = "<|image_pad|>" if still else "<|video_pad|>"
+    visual_id = config.image_token_id if still else config.video_token_id
+    placeholders = (visual_token, "<|object_ref_start|>")
     placeholder_ids = [tokenizer.token_to_id(name) for name in placeholders]
-    if placeholder_ids != [config.video_token_id, config.query_token_id]:
+    if placeholder_ids != [visual_id, config.query_token_id]:
         raise ValueError(
             f"the tokenizer has the model's placeholder tokens at {placeholder_ids}: "
             "it is another model's"
@@ -161,7 +231,7 @@ def chat_ids(
     words = encode(instruction, special_as_text=True)
     closing = encode("<|im_end|>\n")
     vision_end = encode("<|vision_end|>")
-    before_words = encode(CHAT_START) + [config.video_token_id] * num_visual + vision_end
+    before_words = encode(CHAT_START) + [visual_id] * num_visual + vision_end
     after_words = [config.query_token_id] * num_queries + closing
     ids = before_words + words + after_words
 
@@ -197,6 +267,7 @@ class EncoderInputs(NamedTuple):
     grid_thw: Tensor  # (B, 3), each clip's patch grid
     attention_mask: Tensor | None  # (B, N), True at real tokens; None if B = 1
     spans: list[tuple[slice, slice]]  # where visual tokens and instruction are in each sequence
+    still: bool  # all of them are stills, for the image path
 
 
 def pad(
@@ -230,8 +301,11 @@ class EditEncoder(nn.Module):
         in_dim, dim = qwen.config.hidden_size, config.dit.dim
         queries = torch.empty(config.num_editing_tokens, in_dim)
         self.queries = nn.Parameter(nn.init.trunc_normal_(queries, std=0.02))
-        image_queries = torch.empty(config.num_image_tokens, in_dim)  # for stills
-        self.image_queries = nn.Parameter(nn.init.trunc_normal_(image_queries, std=0.02))
+        # Kiwi-Edit reads a still with queries of its own. Without them it is read as a short clip.
+        self.image_queries = None
+        if config.num_image_tokens:
+            queries = torch.empty(config.num_image_tokens, in_dim)
+            self.image_queries = nn.Parameter(nn.init.trunc_normal_(queries, std=0.02))
         self.editing_connector = connector(in_dim, dim)
         self.visual_connector = connector(in_dim, dim)
         self.textual_connector = connector(in_dim, dim)
@@ -241,21 +315,27 @@ class EditEncoder(nn.Module):
         return self.encode(self.prepare(frames, instructions))
 
     def prepare(self, frames: list[Tensor], instructions: list[str]) -> EncoderInputs:
-        """Do the part of `forward` that needs no weights, so that a data loader can do it."""
+        """Do the part of `forward` that needs no weights, so that a data loader can do it.
+
+        Raises ValueError for stills (clips of one frame) beside longer clips, if the model has
+        queries for stills.
+        """
         config, qwen = self.config, self.qwen.config
+        still = False
+        if self.image_queries is not None:
+            still = len(frames[0]) == 1
+            if any((len(clip) == 1) != still for clip in frames):
+                raise ValueError("stills and clips cannot share a minibatch")
+        num_queries = config.num_image_tokens if still else config.num_editing_tokens
+        limits = (config.max_mllm_frames, config.min_mllm_pixels, config.max_mllm_pixels)
         rows, patches, grids, spans = [], [], [], []
         for clip, instruction in zip(frames, instructions, strict=True):
-            clip_patches, grid = preprocess_frames(
-                clip,
-                qwen.vision,
-                config.max_mllm_frames,
-                config.min_mllm_pixels,
-                config.max_mllm_pixels,
-            )
+            if still:
+                clip_patches, grid = preprocess_still(clip, qwen.vision)
+            else:
+                clip_patches, grid = preprocess_frames(clip, qwen.vision, *limits)
             num_visual = len(clip_patches) // qwen.vision.spatial_merge_size**2
-            chat = chat_ids(
-                self.tokenizer, instruction, num_visual, config.num_editing_tokens, qwen
-            )
+            chat = chat_ids(self.tokenizer, instruction, num_visual, num_queries, qwen, still)
             rows.append(torch.tensor(chat.ids))
             patches.append(clip_patches)
             grids.append(grid)
@@ -263,22 +343,28 @@ class EditEncoder(nn.Module):
 
         some_text_token = int(rows[0][0])  # fills the padding: any id but a placeholder's will do
         input_ids, mask = pad(rows, "left", value=some_text_token)
-        return EncoderInputs(input_ids, torch.cat(patches), torch.tensor(grids), mask, spans)
+        return EncoderInputs(input_ids, torch.cat(patches), torch.tensor(grids), mask, spans, still)
 
     def encode(self, inputs: EncoderInputs) -> Condition:
         """Do the part of `forward` that is the network."""
-        input_ids, pixel_values, grid_thw, mask, spans = inputs
+        input_ids, pixel_values, grid_thw, mask, spans, still = inputs
         device = self.queries.device
         grid_thw = grid_thw.cpu()  # under FSDP2 every input of `encode` arrives on the GPU
         if mask is not None:
             mask = mask.to(device)
+        queries = self.image_queries if still else self.queries
+        if self.image_queries is not None:
+            unused = self.queries if still else self.image_queries
+            # One rank may read a clip while another reads a still. FSDP2's collectives match only
+            # if both kinds of queries get a gradient on every rank.
+            queries = queries + 0 * unused.sum()
         hidden = self.qwen(
-            input_ids.to(device), pixel_values.to(device), grid_thw, self.queries, mask
+            input_ids.to(device), pixel_values.to(device), grid_thw, queries, mask
         )  # (B, N, d of Qwen)
 
         # "Last-position hidden states" (§4.2): the last K positions, not the K placeholders. As in
         # Kiwi-Edit, the two closing tokens are among them and the first two placeholders are not.
-        num_queries = len(self.queries)
+        num_queries = len(queries)
         editing = self.editing_connector(hidden[:, -num_queries:])  # X_e (B, K, d)
 
         at_clip = [row[visual] for row, (visual, _) in zip(hidden, spans, strict=True)]

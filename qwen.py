@@ -52,7 +52,8 @@ class QwenConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1_000_000.0
     mrope_section: tuple[int, ...] = (16, 24, 24)  # rotary frequencies for time, row, column
-    video_token_id: int = 151656  # <|video_pad|>, the placeholder of a visual token
+    image_token_id: int = 151655  # <|image_pad|>, the placeholder of a still's visual token
+    video_token_id: int = 151656  # <|video_pad|>, the placeholder of a clip's visual token
     query_token_id: int = 151646  # <|object_ref_start|>, the placeholder of an editing-token query
 
     def __post_init__(self) -> None:
@@ -69,7 +70,8 @@ class QwenConfig:
 
         Raises ValueError if a field is missing.
         """
-        text = config_json | config_json.get("text_config", {}) | {"query_token_id": query_token_id}
+        defaults = {"image_token_id": cls.image_token_id, "query_token_id": query_token_id}
+        text = defaults | config_json | config_json.get("text_config", {})
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         text |= rope
         try:
@@ -311,19 +313,26 @@ class Qwen2_5_VL(nn.Module):
     ) -> Tensor:
         """Return the last hidden states (B, N, d), after the final norm.
 
-        input_ids: (B, N); each row has placeholders for one clip's visual tokens and for K queries.
+        input_ids: (B, N); each row has placeholders for the visual tokens of one clip or still, and
+        for K queries.
         pixel_values, grid_thw: see `encode_video`. queries: (K, d).
         attention_mask: (B, N), True at real tokens, or None if there is no padding.
         """
-        is_video = (input_ids == self.config.video_token_id)[..., None]  # (B, N, 1)
+        is_visual = self.is_visual(input_ids)[..., None]  # (B, N, 1)
         is_query = (input_ids == self.config.query_token_id)[..., None]
         visual = self.encode_video(pixel_values, grid_thw)  # (M, d)
         x = self.model.embed_tokens(input_ids)  # (B, N, d)
-        x = x.masked_scatter(is_video, visual.to(x.dtype))
+        x = x.masked_scatter(is_visual, visual.to(x.dtype))
         x = x.masked_scatter(is_query, queries.to(x.dtype).expand(len(x), -1, -1))
 
         positions = self.position_ids(input_ids, grid_thw, attention_mask)
         return self.decode(x, positions, attention_mask)
+
+    def is_visual(self, input_ids: Tensor) -> Tensor:
+        """Where input_ids (B, N) has the placeholders of visual tokens, (B, N)."""
+        of_clip = input_ids == self.config.video_token_id
+        of_still = input_ids == self.config.image_token_id
+        return of_clip | of_still
 
     def encode_video(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Patches (P, 3 * 2 * patch²) of B clips, grid_thw (B, 3) on the CPU -> visual (M, d)."""
@@ -334,6 +343,8 @@ class Qwen2_5_VL(nn.Module):
         self, input_ids: Tensor, grid_thw: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
         """M-RoPE positions (3, B, N): time, row and column of each token. A sequence has one clip.
+
+        A still is a clip of one pair of frames.
 
         - Text before the clip counts 0, 1, 2, ... on all three axes.
         - The clip's first token is at the next number on all axes. From there rows and columns
@@ -355,15 +366,15 @@ class Qwen2_5_VL(nn.Module):
         in_clip = torch.cat(clips).to(device)  # (M, 3), counted from the clip's first token
         extent = ((sizes - 1) * step).amax(1, keepdim=True).to(device) + 1  # (B, 1)
 
-        is_video = input_ids == self.config.video_token_id  # (B, N)
-        is_real = torch.ones_like(is_video) if attention_mask is None else attention_mask.bool()
-        num_text = (is_real & ~is_video).cumsum(-1)  # text tokens up to and including this one
-        after_clip = is_video.cumsum(-1) > 0
+        is_visual = self.is_visual(input_ids)  # (B, N)
+        is_real = torch.ones_like(is_visual) if attention_mask is None else attention_mask.bool()
+        num_text = (is_real & ~is_visual).cumsum(-1)  # text tokens up to and including this one
+        after_clip = is_visual.cumsum(-1) > 0
         text = num_text - 1 + after_clip * extent  # (B, N), right at text tokens
 
-        is_video, is_real = is_video[..., None], is_real[..., None]  # (B, N, 1)
-        cell = in_clip.new_zeros(*input_ids.shape, 3).masked_scatter(is_video, in_clip)
-        positions = torch.where(is_video, num_text[..., None] + cell, text[..., None])  # (B, N, 3)
+        is_visual, is_real = is_visual[..., None], is_real[..., None]  # (B, N, 1)
+        cell = in_clip.new_zeros(*input_ids.shape, 3).masked_scatter(is_visual, in_clip)
+        positions = torch.where(is_visual, num_text[..., None] + cell, text[..., None])  # (B, N, 3)
         return (positions * is_real).movedim(-1, 0)
 
     def decode(self, x: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:

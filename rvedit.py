@@ -98,7 +98,8 @@ class RVEDiTConfig:
     qwen: QwenConfig
     routing_depth: int  # L_s of Eq. 3: blocks 1 ... L_s read only the editing tokens
     num_editing_tokens: int = 512  # K for clips
-    num_image_tokens: int = 512  # K for stills, which have queries of their own; Kiwi-Edit has 256
+    # K for stills, which have queries of their own; Kiwi-Edit has 256. 0: they are read as clips.
+    num_image_tokens: int = 512
     align_weight: float = 0.75  # λ_align of Eq. 6
     temperature: float = 0.07  # τ of Eq. 5
     # LoRA on q, k, v, o of the language tower (§5). Its alpha is the rank, so that its scale is 1.
@@ -196,12 +197,13 @@ def preset(name: str) -> RVEDiTConfig:
                 num_key_value_heads=2,
                 max_position_embeddings=1024,
                 mrope_section=(4, 6, 6),
+                image_token_id=12,
                 video_token_id=13,
                 query_token_id=3,
             ),
             routing_depth=3,
             num_editing_tokens=16,
-            num_image_tokens=16,
+            num_image_tokens=0,  # the built-in checkpoint was trained on stills as clips of one frame
             align_weight=0.005,  # with more, it edits fewer clips: RESULTS.md
             lora_rank=0,  # there is no pretrained Qwen to adapt: the MLLM trains whole
             max_mllm_frames=4,
@@ -371,10 +373,7 @@ def _open_ours(folder: Path) -> weights.Opened:
     fields = weights.read_json(file)
     fields.pop("model_type")
     tensors = weights.open_folder(folder, "model")
-    if "num_image_tokens" not in fields and "encoder.queries" in tensors:
-        # An older checkpoint, of clips alone: stills begin with the queries for clips.
-        fields["num_image_tokens"] = fields.get("num_editing_tokens")
-        tensors["encoder.image_queries"] = tensors["encoder.queries"]
+    fields.setdefault("num_image_tokens", 0)  # older checkpoints read stills as clips of one frame
     config = weights.build_config(RVEDiTConfig, fields, file)
     tokenizer = weights.read_tokenizer(folder)
     return weights.Opened(folder, vars(config), file, tokenizer, tensors)

@@ -218,7 +218,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "qwen.query_token_id": (0, 2**24),
     "routing_depth": (0, 256),
     "num_editing_tokens": (1, 65_536),
-    "num_image_tokens": (1, 65_536),
+    "num_image_tokens": (0, 65_536),
     "align_weight": (0, 1e6),
     "temperature": (1e-4, 1e4),
     "lora_rank": (0, 65_536),

@@ -148,7 +148,7 @@ class Draws(Dataset):
             seed,
             align_from,
         )
-        [(clip, _)] = encoder.prepare([torch.zeros(*extent, 3, dtype=torch.uint8)], ["x"])[-1]
+        [(clip, _)] = encoder.prepare([torch.zeros(*extent, 3, dtype=torch.uint8)], ["x"]).spans
         self.visual = clip.stop - clip.start
 
     def __getitem__(self, number: int) -> Draw:
@@ -276,9 +276,8 @@ class Reader:
             encoder.qwen.config.vision,
             encoder.config.max_mllm_frames,
         )
-        ids, _, grids, _, [(clip, _)] = encoder.prepare(
-            [torch.zeros(*extent, 3, dtype=torch.uint8)], ["x"]
-        )
+        inputs = encoder.prepare([torch.zeros(*extent, 3, dtype=torch.uint8)], ["x"])
+        ids, grids, [(clip, _)] = inputs.input_ids, inputs.grid_thw, inputs.spans
         self.grid, self.V, self.before = (
             tuple(grids[0].tolist()),
             clip.stop - clip.start,

@@ -22,6 +22,7 @@ SPECIAL_TOKENS = [
     "<|object_ref_start|>",
     "<|vision_start|>",
     "<|vision_end|>",
+    "<|image_pad|>",
     "<|video_pad|>",
 ]
 
@@ -166,6 +167,7 @@ def tiny_config(**changes):
             num_key_value_heads=1,
             max_position_embeddings=600,
             mrope_section=(2, 2, 2),
+            image_token_id=tokenizer.token_to_id("<|image_pad|>"),
             video_token_id=tokenizer.token_to_id("<|video_pad|>"),
             query_token_id=tokenizer.token_to_id("<|object_ref_start|>"),
         ),

@@ -124,19 +124,29 @@ def hidden_states(
     grid_thw: Tensor,
     queries: Tensor,
     attention_mask: Tensor | None = None,
+    still: bool = False,
 ) -> Tensor:
-    """transformers' last hidden states for the arguments of our `Qwen2_5_VL.forward`."""
+    """transformers' last hidden states for the arguments of our `Qwen2_5_VL.forward`.
+
+    still: give it the patches as an image's and not as a video's.
+    """
     embeddings = peer.get_input_embeddings()(input_ids)
     is_query = (input_ids == config.query_token_id)[..., None]
     queries = queries.to(embeddings.dtype).expand(len(input_ids), -1, -1)
+    grid_thw = grid_thw.to(input_ids.device)
+    if still:
+        visual = dict(pixel_values=pixel_values, image_grid_thw=grid_thw)
+        token_types = (input_ids == config.image_token_id).int()
+    else:
+        visual = dict(pixel_values_videos=pixel_values, video_grid_thw=grid_thw)
+        token_types = (input_ids == config.video_token_id).int() * 2
     return peer(
         input_ids=input_ids,
         inputs_embeds=embeddings.masked_scatter(is_query, queries),
         attention_mask=attention_mask,
-        pixel_values_videos=pixel_values,
-        video_grid_thw=grid_thw.to(input_ids.device),
-        mm_token_type_ids=(input_ids == config.video_token_id).int() * 2,
+        mm_token_type_ids=token_types,
         use_cache=False,
+        **visual,
     ).last_hidden_state
 
 
