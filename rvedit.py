@@ -203,7 +203,7 @@ def preset(name: str) -> RVEDiTConfig:
             ),
             routing_depth=3,
             num_editing_tokens=16,
-            num_image_tokens=0,  # the built-in checkpoint was trained on stills as clips of one frame
+            num_image_tokens=0,  # the built-in checkpoint learned stills as clips of one frame
             align_weight=0.005,  # with more, it edits fewer clips: RESULTS.md
             lora_rank=0,  # there is no pretrained Qwen to adapt: the MLLM trains whole
             max_mllm_frames=4,
