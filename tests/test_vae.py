@@ -22,6 +22,7 @@ from vae import VAEConfig, WanVAE
 
 FULL = VAEConfig(160, 256, 48, (1, 2, 4, 4), 2, (False, True, True))  # Wan2.2-TI2V-5B
 TOY = VAEConfig(8, 8, 4, (1, 2, 2), 1, (True, True), (0.3, -0.1, 0.2, 0.0), (0.5, 2.0, 1.0, 0.7))
+DEEP = replace(FULL, dim=16, dec_dim=16, z_dim=8)
 CONFIGS = {
     "full stages": replace(FULL, dim=4, dec_dim=6, z_dim=3, latents_std=(0.5, 0.8, 2.0)),
     "toy": TOY,
@@ -94,9 +95,7 @@ def test_decoded_frames_are_clamped() -> None:
     )  # 20 times the error before the clamp
 
 
-@pytest.mark.parametrize(
-    "config", [TOY, replace(FULL, dim=16, dec_dim=16, z_dim=8)], ids=["toy", "full stages"]
-)
+@pytest.mark.parametrize("config", [TOY, DEEP], ids=["toy", "full stages"])
 @torch.no_grad()
 def test_bfloat16_stays_near_float32(config: VAEConfig) -> None:
     """A bfloat16 model takes and returns float32 and is within 2e-2 of diffusers in float32.
@@ -111,6 +110,35 @@ def test_bfloat16_stays_near_float32(config: VAEConfig) -> None:
     assert encoded.dtype == decoded.dtype == torch.float32
     assert (encoded - expected_latents).norm() < 2e-2 * expected_latents.norm()
     assert (decoded - expected_video).norm() < 2e-2 * expected_video.norm()
+
+
+@torch.no_grad()
+def test_a_float16_encoder_is_8_times_nearer_than_a_bfloat16_one() -> None:
+    """It is off by at most 2e-3 of the latents' spread. Either gives its result in float32."""
+    vae, _ = make_pair(DEEP)
+    video = random_video(DEEP, 1, 9, 2, 2)
+    exact = vae.encode(video)
+    errors = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        vae.encoder_dtype = dtype
+        latents = vae.encode(video)
+        assert latents.dtype == torch.float32
+        errors[dtype] = (latents - exact).std() / exact.std()
+    assert 1e-5 < errors[torch.float16] < 2e-3
+    assert errors[torch.bfloat16] > 5 * errors[torch.float16]
+
+
+@torch.no_grad()
+def test_an_overflow_in_float16_is_encoded_again_in_float32() -> None:
+    """From frame 5 on, in the third latent, values exceed 65504; what came before stays float16's."""
+    vae, _ = make_pair(TOY)
+    video = random_video(TOY, 1, 13, 2, 2)
+    video[:, :, 5:] *= 3e5
+    exact = vae.encode(video)
+    vae.encoder_dtype = torch.float16
+    latents = vae.encode(video)
+    assert error(latents, exact) < 3e-3
+    assert not torch.equal(latents[:, :, :2], exact[:, :, :2])
 
 
 def gradients(
