@@ -116,9 +116,7 @@ def measure(job: Job, rounds: int, device: torch.device, limit: float = math.inf
     row: dict[str, Any] = {"part": job.part, "size": job.size, "flops": job.flops}
     if job.plan is not None:
         row["plan"] = job.plan
-    # A compiled part is called "step, compiled".
-    trains = job.part.split(",")[0] in workloads.WITH_GRADIENTS
-    with torch.set_grad_enabled(trains):
+    with torch.set_grad_enabled(job.gradients):
         if not job.warm:
             row |= compare(job)
         row |= repeat(job, rounds, device, limit)

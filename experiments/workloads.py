@@ -34,7 +34,7 @@ from vae import WanVAE
 
 Runs = dict[str, Callable[[], Any]]  # what is compared: "ours", and perhaps a peer's
 
-WITH_GRADIENTS = ("step", "info_nce", "rank")
+WITH_GRADIENTS = ("step", "info_nce")
 RANKS = 8  # of which part "rank" is the first
 
 # --- Algorithm 1 to the letter, which `train.training_step` is measured against -------------------
@@ -336,6 +336,7 @@ class Job(NamedTuple):
     expected: Tensor | None = None  # the result is compared with this one
     seconds: Callable[[], float] | None = None  # of the last run, if not those of the clock
     warm: bool = False  # it has run before
+    gradients: bool = False  # it makes some
 
 
 def changed(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
@@ -358,7 +359,14 @@ def jobs_of_parts(config: RVEDiTConfig, args: argparse.Namespace) -> Iterator[Jo
         for name in chosen:
             candidates = runs[name] if args.peer else {"ours": runs[name]["ours"]}
             counted = work.get(f"literal {name}", work[name]) / work[name]
-            yield Job(label(name, args), size, candidates, work[name], counted)
+            yield Job(
+                part=label(name, args),
+                size=size,
+                runs=candidates,
+                flops=work[name],
+                counted=counted,
+                gradients=name in WITH_GRADIENTS,
+            )
 
 
 def rank_job(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> Job:
@@ -372,6 +380,7 @@ def rank_job(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> Job:
         runs={"ours": rank_step(config, options, args.device)},
         flops=samples * flops(config, size, ("step",), args)["step"],
         plan=planned_bytes(config, args.preset, tuple(size), dtype),
+        gradients=True,
     )
 
 
