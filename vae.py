@@ -18,6 +18,7 @@ Shapes: B batch, C channels; T H W frames, height, width of a video or activatio
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -447,8 +448,11 @@ class WanVAE(nn.Module):
     def _posterior_mean(self, block: Tensor, cache: Cache, dtype: torch.dtype) -> Tensor:
         """Encode frames (B, 3, T, H, W) with products in `dtype` -> (B, z_dim, t, h, w) float32."""
         weight = self.conv1.weight
+        mixed = contextlib.nullcontext()  # the meta device has no autocast
+        if weight.dtype != dtype:
+            mixed = torch.autocast(weight.device.type, dtype=dtype)
         x = patchify(block.to(dtype), self.config.patch_size)
-        with torch.autocast(weight.device.type, dtype=dtype, enabled=weight.dtype != dtype):
+        with mixed:
             x = self.conv1(self.encoder(x, cache))  # (B, 2 * z_dim, t, h, w)
         mean, _ = x.chunk(2, dim=1)  # the other half is the log-variance
         return mean.float()

@@ -130,7 +130,7 @@ def test_a_float16_encoder_is_8_times_nearer_than_a_bfloat16_one() -> None:
 
 @torch.no_grad()
 def test_an_overflow_in_float16_is_encoded_again_in_float32() -> None:
-    """From frame 5 on, in the third latent, values exceed 65504; what came before stays float16's."""
+    """From frame 5 on, in the third latent, values exceed 65504. Those before stay float16's."""
     vae, _ = make_pair(TOY)
     video = random_video(TOY, 1, 13, 2, 2)
     video[:, :, 5:] *= 3e5
@@ -300,6 +300,8 @@ def test_full_size_model_has_the_official_parameters() -> None:
     }
     assert sum(parameter.numel() for parameter in model.parameters()) == 704_688_668
     assert (FULL.spatial_factor, FULL.temporal_factor) == (16, 4)
+    # Without weights it can be run to count its operations.
+    assert model.encode(torch.zeros(1, 3, 5, 32, 32, device="meta")).shape == (1, 48, 2, 2, 2)
 
 
 def test_training_lowers_the_reconstruction_error() -> None:
