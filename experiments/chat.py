@@ -41,7 +41,6 @@ LONGEST_PAUSE = 60  # seconds, whatever a server's Retry-After says
 TIMEOUT = 300  # seconds of one try, from the first byte sent to the last byte read
 LONGEST_REPLY = 2**23  # bytes
 LONGEST_SIDE, QUALITY = 512, 85  # of the frames that are sent, in pixels and of JPEG (App. D.3)
-CUT_OFF = ("length", "max_tokens", "content_filter")  # finish_reason of an answer that is not whole
 # What servers say of an account that will not get an answer to any question.
 HOPELESS = ("insufficient_quota", "billing", "api key not valid")
 HOPELESS += ("invalid_api_key", "invalid api key", "incorrect api key")
@@ -51,12 +50,15 @@ class Refused(cli.Stop):
     """The server will not answer other questions either."""
 
 
-class CutOff(ValueError):
-    """The server ended the answer before its end; `answer` is what there is of it."""
+class Answer(str):
+    """The text of an answer, which also knows why the server ended it (None: it did not say)."""
 
-    def __init__(self, answer: str, reason: str) -> None:
-        super().__init__(f"the server cut the answer off (finish_reason: {reason})")
-        self.answer, self.reason = answer, reason
+    finish_reason: str | None = None
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the server ended it before the model did: "8" may be the start of "80"."""
+        return self.finish_reason in ("length", "max_tokens", "content_filter")
 
 
 # --- The exchange with the server -----------------------------------------------------------------
@@ -192,11 +194,13 @@ def _error(body: bytes) -> str:
         return ""
 
 
-def _answer(body: bytes) -> tuple[str, str | None]:
-    """The text of the answer in a reply, and its finish_reason; ValueError if it holds none."""
+def _answer(body: bytes) -> Answer:
+    """The answer in a reply; ValueError if it holds none."""
     try:
         choice = _parse(body)["choices"][0]
-        return _text(choice["message"]["content"]), choice.get("finish_reason")
+        answer = Answer(_text(choice["message"]["content"]))
+        answer.finish_reason = choice.get("finish_reason")
+        return answer
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         said = _error(body) or body.decode("utf-8", "replace")
         raise ValueError(f"the reply is no answer ({error!r}): {said}") from None
@@ -224,7 +228,7 @@ def _check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
+    except ValueError:  # the port is no number
         raise Refused(problem) from None
     if "@" in url:
         raise Refused(
@@ -298,7 +302,7 @@ class _Again(Exception):
         self.seconds = seconds
 
 
-def _ask_once(request: Request) -> str:
+def _ask_once(request: Request) -> Answer:
     """One try: raises _Again, ValueError if another does not help, Refused if none ever does."""
     try:
         status, headers, body = _exchange(request)
@@ -307,7 +311,7 @@ def _ask_once(request: Request) -> str:
     said = f"{status}: {_error(body) or body.decode('utf-8', 'replace')}"
     if 300 <= status < 400:
         place = headers.get("Location", "nowhere")
-        raise Refused(f"{status}: not followed to {place}, which would get the key")
+        raise Refused(f"{status}: a redirect to {place} is refused, the key would go there")
     if status in (401, 402, 403, 404) or any(words in _error(body).lower() for words in HOPELESS):
         raise Refused(said)
     if status >= 500 or status in (408, 429):
@@ -315,24 +319,20 @@ def _ask_once(request: Request) -> str:
     if status != 200:
         raise ValueError(said)
     try:
-        answer, reason = _answer(body)
+        return _answer(body)
     except ValueError as error:
         raise _Again(str(error)) from None
-    if reason in CUT_OFF:
-        raise CutOff(answer, reason)
-    return answer
 
 
 def ask(
     url: str, model: str, content: str | list, system: str = "", key: str = "OPENAI_API_KEY"
-) -> str:
+) -> Answer:
     """Ask one question, in one turn of a chat, and return the text of the answer.
 
     url: of the server, such as http://localhost:8000/v1. content: the question, a text or a list of
     parts. system: the system prompt, if there is one. key: the environment variable with the key,
     which is in no message and no answer.
-    Raises ValueError if there is no answer to this question, CutOff if it is not whole, and Refused
-    if there is none to any question.
+    Raises ValueError if there is no answer to this question, Refused if there is none to any.
     """
     _check_url(url)
     secret = _read_key(key)
@@ -352,15 +352,16 @@ def ask(
 
     for tries, pause in enumerate(PAUSES, 1):
         try:
-            return _hide(_ask_once(Request(url, body, headers)), secret)
+            answer = _ask_once(Request(url, body, headers))
+            hidden = Answer(_hide(answer, secret))
+            hidden.finish_reason = answer.finish_reason
+            return hidden
         except _Again as again:
             if tries == 3 and isinstance(again.__cause__, URLError):
                 raise refusal(again) from None  # the server is not there
             failure = told(again)
             if tries < len(PAUSES):
                 time.sleep(max(pause, again.seconds))
-        except CutOff as error:
-            raise CutOff(_hide(error.answer, secret), error.reason) from None
         except ValueError as error:
             raise ValueError(told(error)) from None
         except Refused as error:

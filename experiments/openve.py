@@ -226,13 +226,9 @@ def ask_judge(rubric: str, source: Path, edit: Path, url: str, model: str, key: 
         content.append({"type": "text", "text": header})
         content += chat.image_parts(video.read_video(path).frames, FRAMES)
     content.append({"type": "text", "text": TASK})
-    scores = None
     for _ in range(TRIES):
-        try:
-            answer = chat.ask(url, model, content, rubric, key)
-            scores = parse_scores(answer)
-        except chat.CutOff as error:
-            answer = error.answer  # "8" may be the start of "80": nothing of it is read
+        answer = chat.ask(url, model, content, rubric, key)
+        scores = None if answer.is_cut_off else parse_scores(answer)
         if scores:
             break
     return {"scores": scores, "answer": answer}
