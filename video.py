@@ -1,5 +1,7 @@
 """Reading and writing video with PyAV: whatever FFmpeg decodes comes in as RGB, H.264 goes out.
 
+Stills (PNG, JPEG, WebP) are clips of one frame and are written as stills too.
+
 An edited clip has the length, resolution, timing and audio of its source (Eq. 1 of the paper).
 Beside the frames, `read_video` therefore keeps what `write_video` needs to put edited frames in
 their place:
@@ -54,8 +56,14 @@ import cli
 CONTAINERS = (
     "mov matroska avi mpegts mpeg mpegvideo flv asf ogg gif apng mxf nut rm dv wtv ivf obu "
     "h264 hevc vvc m4v mjpeg vc1 yuv4mpegpipe dhav "
+    "png_pipe jpeg_pipe webp_pipe "
     "mp3 wav flac aac"
 ).split()
+
+# Stills are told by their first bytes: FFmpeg would go by the name, and take one with a "%" in it
+# for a series of files.
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+STILLS = (".png", ".jpg", ".jpeg", ".webp")  # the endings of stills that are written
 
 # Audio codecs that players expect in a file with this ending. They are copied, others become AAC.
 COPIED_AUDIO = {
@@ -63,8 +71,9 @@ COPIED_AUDIO = {
     ".mov": "aac mp3 ac3 eac3 alac pcm_s16le pcm_s16be pcm_s24le pcm_s24be".split(),
 }
 
-# The largest side that x264 encodes, in pixels.
-MAX_SIDE = 16_384
+# The largest side in pixels: of H.264 as x264 writes it, and of stills.
+MAX_SIDE = {".mp4": 16_384, ".mov": 16_384, ".webp": 16_383}
+MAX_SIDE |= {".png": 65_500, ".jpg": 65_500, ".jpeg": 65_500}
 
 # Titles and other tags need not be valid UTF-8. PyAV 18 has to be told, 19 takes them anyhow.
 ANY_TAGS = {"metadata_errors": "replace"} if av.__version__.startswith("18.") else {}
@@ -103,6 +112,7 @@ class Video:
     start: Fraction  # seconds on the file's own clock that are time 0 here
     pixel_aspect: Fraction  # width : height of one pixel
     path: Path  # the file it came from, where the audio still is
+    is_still: bool  # a picture, not a clip: one frame and no sound
     total: int  # number of frames in the file: more than T if only its first were read
     sound: dict[str, list[SoundTrack]] = field(default_factory=dict)  # by ending: `prepare_sound`
 
@@ -127,14 +137,31 @@ def _open(path: Path) -> InputContainer:
         raise ValueError(f"{path}: the file is empty")
     # The lists keep FFmpeg from opening anything else, whatever the file says.
     options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+    still = _still_format(path)
     # "file:" keeps a name such as "a:b.mp4" from being taken for a protocol.
-    return av.open(f"file:{path}", options=options, **ANY_TAGS)
+    return av.open(f"file:{path}", format=still, options=options, **ANY_TAGS)
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(512)
+
+
+def _still_format(path: Path) -> str | None:
+    """FFmpeg's format of a still; None for clips, animated PNG and Motion JPEG among them."""
+    head = _head(path)
+    if head.startswith(PNG) and b"acTL" not in head:
+        return "png_pipe"
+    if head.startswith(JPEG) and path.suffix.lower() not in (".mjpeg", ".mjpg"):
+        return "jpeg_pipe"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp_pipe"
+    return None
 
 
 def _why_unreadable(path: Path, error: av.FFmpegError) -> str:
     """The one line for a file that FFmpeg fails to open or to decode."""
-    with path.open("rb") as file:
-        head = file.read(512)
+    head = _head(path)
     reason = error.strerror
     if isinstance(error, av.ArgumentError):  # it is not in the list of containers
         reason = "its format is not read"
@@ -223,8 +250,8 @@ def _is_shown(packet: Packet) -> bool:
 # their size. Each function below returns where the file should end, in bytes, or 0 if unknown.
 
 
-def _end_of_avi(path: Path) -> int:
-    """An AVI file is one chunk: "RIFF", then the size of the rest."""
+def _end_of_riff(path: Path) -> int:
+    """An AVI or WebP file is one chunk: "RIFF", then the size of the rest."""
     with path.open("rb") as file:
         header = file.read(8)
     size = int.from_bytes(header[4:], "little")
@@ -262,9 +289,30 @@ def _end_of_mp4(path: Path) -> int:
     return end
 
 
+def _end_of_png(path: Path) -> int:
+    """A PNG file ends with an empty chunk of this name."""
+    return 0 if b"IEND" in path.read_bytes() else sys.maxsize
+
+
+def _end_of_jpeg(path: Path) -> int:
+    """A JPEG file is a row of segments, the last of them followed by data up to a marker.
+
+    Segments may hold a preview with markers of its own, so they are passed over.
+    """
+    data = path.read_bytes()
+    position = 2
+    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return 0 if data.find(b"\xff\xd9", position) > 0 else sys.maxsize
+
+
 def _declared_end(path: Path, kind: str) -> int:
-    if kind == "avi":
-        return _end_of_avi(path)
+    if kind == "png_pipe":
+        return _end_of_png(path)
+    if kind == "jpeg_pipe":
+        return _end_of_jpeg(path)
+    if kind in ("avi", "webp_pipe"):
+        return _end_of_riff(path)
     if kind.startswith("matroska"):
         return _end_of_matroska(path)
     if kind.startswith("mov"):
@@ -511,9 +559,43 @@ def _rgb(frame: VideoFrame, size: tuple[int, int], scaler: sws.VideoReformatter)
     return _on_white(image) if transparent else image
 
 
+# How to turn an image upright, by its orientation in EXIF: swap its axes?, then the steps (-1:
+# flip) along H and W.
+EXIF_TURNS = {
+    1: (False, 1, 1),
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, 1, -1),
+    7: (True, -1, -1),
+    8: (True, -1, 1),
+}
+
+
+def _exif_orientation(path: Path) -> int:
+    """The orientation that a camera stored in a JPEG, PNG or WebP file, 1 to 8."""
+    data = path.read_bytes()
+    for name, length in ((b"Exif\0\0", 6), (b"eXIf", 4), (b"EXIF", 8)):
+        # EXIF is a small TIFF file: byte order, the place of its table, entries of 12 bytes.
+        tiff = data[data.find(name) + length :] if name in data else b""
+        if tiff[:4] not in (b"II*\0", b"MM\0*"):
+            continue
+        order = "little" if tiff[:1] == b"I" else "big"
+        table = int.from_bytes(tiff[4:8], order)
+        count = int.from_bytes(tiff[table : table + 2], order)
+        for entry in range(table + 2, table + 2 + 12 * count, 12):
+            if int.from_bytes(tiff[entry : entry + 2], order) == 0x0112:
+                return int.from_bytes(tiff[entry + 8 : entry + 10], order)
+    return 1
+
+
 def _orientation(frame: VideoFrame) -> tuple[bool, int, int]:
-    """How to turn an image upright: swap its axes?, then the steps (-1: flip) along H and W."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    """How to turn a frame of a clip upright, in the form of `EXIF_TURNS`."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV 18.1 does not know the EXIF that FFmpeg finds in Motion JPEG
+        matrix = None
     if matrix is None:
         return False, 1, 1
     # Nine int32. The first two rows, (a b .) and (c d .), take (x, y) to (a·x + c·y, b·x + d·y).
@@ -655,13 +737,18 @@ def _read_frames(path: Path, limit: int | None) -> Video:
     with _open(path) as container:
         stream = _video_stream(container, path)
         scaler = sws.VideoReformatter()
+        is_still = container.format.name.endswith("_pipe")
+        limit = 1 if is_still else limit
         capacity = min(contents.packets, limit or contents.packets)
         _check_memory(path, capacity, stream.codec_context.height, stream.codec_context.width)
         for item in _deinterlace(itertools.islice(_decode(container, stream), limit)):
             frame = item.frame
             if frames is None:
                 size = (frame.height, frame.width)
-                swap, down, right = _orientation(frame)
+                if is_still:
+                    swap, down, right = EXIF_TURNS.get(_exif_orientation(path), EXIF_TURNS[1])
+                else:
+                    swap, down, right = _orientation(frame)
                 shape = (*size[::-1], 3) if swap else (*size, 3)
                 # Once, at full length: stacking a list of frames would take the memory twice.
                 frames = torch.empty((max(1, capacity), *shape), dtype=torch.uint8)
@@ -678,18 +765,21 @@ def _read_frames(path: Path, limit: int | None) -> Video:
             raise ValueError(f"{path}: damaged, not one frame can be decoded")
         clock = _clock(pts, dts, stream, frame.duration, contents.start or Fraction(0))
         aspect = stream.sample_aspect_ratio or Fraction(1)
-    complete = limit is None or len(pts) < limit
+    complete = is_still or limit is None or len(pts) < limit
     return Video(
         frames[: len(pts)],
         **vars(clock),
         pixel_aspect=1 / aspect if swap else aspect,
         path=path,
+        is_still=is_still,
         total=len(pts) if complete else max(contents.packets, len(pts)),
     )
 
 
 def read_video(path: str | Path, max_frames: int | None = None) -> Video:
     """Read a clip of any container and codec that FFmpeg decodes, or only its first frames.
+
+    A still (PNG, JPEG, WebP) is a clip of one frame, upright as its EXIF says.
 
     Raises OSError or ValueError, in one line that names the file, if no video or not all of it is
     there, or if its frames do not fit into memory.
@@ -940,8 +1030,8 @@ def check_writable(path: str | Path) -> None:
     if path.is_dir():
         example = path / "edited.mp4"
         raise IsADirectoryError(f"{path}: is a folder; name a file in it, such as {example}")
-    if path.suffix.lower() not in COPIED_AUDIO:
-        endings = " or ".join(COPIED_AUDIO)
+    if path.suffix.lower() not in (*COPIED_AUDIO, *STILLS):
+        endings = f"{' or '.join(COPIED_AUDIO)}, that of a still in {', '.join(STILLS)}"
         raise ValueError(f"{path}: the name of a video to write must end in {endings}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first")
@@ -953,12 +1043,15 @@ def check_writable(path: str | Path) -> None:
 
 def check_size(path: str | Path, height: int, width: int) -> None:
     """Raise ValueError, in one line, if frames of this size cannot be written to `path`."""
-    if max(height, width) > MAX_SIDE:
+    ending = Path(path).suffix.lower()
+    limit = MAX_SIDE[ending]
+    if max(height, width) > limit:
+        format_ = ending[1:].upper() if ending in STILLS else "H.264"
         raise ValueError(
-            f"{path}: its frames of {width}x{height} cannot be written, H.264 allows {MAX_SIDE} "
+            f"{path}: frames of {width}x{height} cannot be written, {format_} allows {limit} "
             f"pixels a side; scale the clip down first"
         )
-    if min(height, width) < 2:
+    if min(height, width) < 2 and ending not in STILLS:
         raise ValueError(f"{path}: a video needs two pixels a side, not {width}x{height}")
 
 
@@ -969,7 +1062,14 @@ def prepare_edit(clip: Video, path: str | Path) -> None:
     """
     check_writable(path)
     check_size(path, *clip.frames.shape[1:3])
-    prepare_sound(clip, path)
+    if Path(path).suffix.lower() not in STILLS:
+        prepare_sound(clip, path)
+    elif len(clip.timestamps) > 1:
+        raise ValueError(_not_one_frame(path))
+
+
+def _not_one_frame(path: str | Path) -> str:
+    return f"{path}: can hold one picture and not a clip; name a file that ends in .mp4 or .mov"
 
 
 def _add_video(
@@ -1040,20 +1140,50 @@ def _images(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         yield from block
 
 
+def _write_still(path: Path, image: Tensor) -> tuple[int, int]:
+    """Write a uint8 (H, W, 3) image without loss, or in JPEG's best quality."""
+    height, width = image.shape[:2]
+    if path.suffix.lower() == ".png":
+        codec, form, options = "png", "rgb24", {}
+    elif path.suffix.lower() == ".webp":
+        codec, form, options = "libwebp", "bgra", {"lossless": "1"}
+    else:
+        codec, form, options = "mjpeg", "yuvj444p", {"qmin": "1", "qmax": "1"}
+    context = CodecContext.create(codec, "w")
+    context.width = width
+    context.height = height
+    context.pix_fmt = form
+    context.time_base = Fraction(1)
+    context.options = options
+    frame = sws.VideoReformatter().reformat(
+        VideoFrame.from_ndarray(image.contiguous().cpu().numpy(), "rgb24"),
+        format=form,
+        interpolation=SCALING,
+        dst_colorspace=sws.Colorspace.ITU601,  # JPEG's
+        dst_color_range=sws.ColorRange.JPEG,
+    )
+    frame.pts = 0
+    with cli.replacing(path) as temporary:
+        packets = [*context.encode(frame), *context.encode(None)]
+        temporary.write_bytes(b"".join(bytes(packet) for packet in packets))
+    return height, width
+
+
 def write_video(
     path: str | Path,
     frames: Tensor | Iterable[Tensor],
     like: Video | None = None,
     fps: Fraction | int = 24,
 ) -> tuple[int, int]:
-    """Write a clip as H.264 to an .mp4 or .mov file, complete or not at all.
+    """Write a clip as H.264 to an .mp4 or .mov file, or a still; complete or not at all.
 
     frames: uint8 (T, H, W, 3), or an iterable of such blocks, for clips that are too long to be
     held twice.
     like: the clip of T frames whose timing, pixel aspect and audio this one gets. Without it the
     clip runs at `fps` and is silent.
-    Returns (height, width) as written: 4:2:0 has no odd sides, so an odd one loses its last row or
-    column. Raises OSError or ValueError if the file cannot be written.
+    A `path` that ends in .png, .webp or .jpg takes one frame, without loss but for JPEG.
+    Returns (height, width) as written: H.264 in 4:2:0 has no odd sides, so an odd one loses its
+    last row or column. Raises OSError or ValueError if the file cannot be written.
     """
     check_writable(path)
     path = Path(path)
@@ -1062,6 +1192,10 @@ def write_video(
     if first is None:
         raise ValueError(f"{path}: nothing to write, a video needs at least one frame")
     check_size(path, *first.shape[:2])
+    if path.suffix.lower() in STILLS:
+        if next(images, None) is not None:
+            raise ValueError(_not_one_frame(path))
+        return _write_still(path, first)
     images = itertools.chain([first], images)
     height, width = first.shape[0] // 2 * 2, first.shape[1] // 2 * 2
     sound = prepare_sound(like, path) if like else []

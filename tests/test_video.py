@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image, ImageOps
 
 import video
 
@@ -623,8 +624,8 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         (folder, IsADirectoryError, "is a folder"),
         (tmp_path / "missing" / "a.mp4", FileNotFoundError, "there is no folder"),
         (tmp_path / "file" / "a.mp4", FileNotFoundError, "there is no folder"),
-        (tmp_path / "a.avi", ValueError, "must end in .mp4 or .mov"),
-        (tmp_path / "a", ValueError, "must end in .mp4 or .mov"),
+        (tmp_path / "a.avi", ValueError, "must end in .mp4 or .mov, that of a still in .png"),
+        (tmp_path / "a", ValueError, "must end in .mp4 or .mov, that of a still in .png"),
     ]:
         with pytest.raises(error, match=message) as caught:
             video.check_writable(path)
@@ -1363,6 +1364,116 @@ def test_collected_cases(tmp_path: Path, name: str, frames: int, seconds: float)
     end = (clip.timestamps[-1] + clip.last_duration) * clip.time_base
     assert float(end) == pytest.approx(seconds, abs=0.05)
     assert decoded(tmp_path / "out.mp4")[0] == times(clip)
+
+
+# --- stills ---------------------------------------------------------------------------------------
+
+
+def picture(height: int = 45, width: int = 61) -> np.ndarray:
+    """A smooth picture with odd sides that looks different from every side."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([4 * x, 5 * y, 2 * (x + y)], -1).clip(0, 255).astype(np.uint8)
+
+
+def save_still(path: Path, kind: str) -> np.ndarray:
+    """Write a still with Pillow. Returns the picture that a viewer shows, (H, W, 3)."""
+    rgb = picture()
+    alpha = rgb[..., 0]
+    image = Image.fromarray(rgb)
+    shown = rgb
+    options = dict(quality=97, subsampling=0) if path.suffix == ".jpg" else {}
+    if path.suffix == ".webp":
+        options = dict(lossless=True)
+    if kind == "alpha":
+        image = Image.fromarray(np.dstack([rgb, alpha]))
+        share = alpha[..., None] / 255
+        shown = np.round(rgb * share + 255 * (1 - share))
+    elif kind == "palette":
+        image = image.quantize(64)
+        shown = np.array(image.convert("RGB"))
+    elif kind == "grey":
+        image = image.convert("L")
+        shown = np.array(image.convert("RGB"))
+    elif kind == "16 bits":
+        image = Image.fromarray(rgb[..., 0].astype(np.uint16) * 257)
+        shown = rgb[..., :1].repeat(3, axis=2)
+    elif kind == "CMYK":
+        image = image.convert("CMYK")
+    elif kind.startswith("turned"):
+        exif = Image.Exif()
+        exif[0x0112] = int(kind[-1])
+        options["exif"] = exif
+    image.save(path, **options)
+    if kind.startswith("turned"):
+        shown = np.array(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+    return shown
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        *[("in.png", kind) for kind in ("colour", "alpha", "palette", "grey", "16 bits")],
+        *[("in.jpg", kind) for kind in ("colour", "grey", "CMYK")],
+        *[("in.webp", kind) for kind in ("colour", "alpha")],
+        *[("in.jpg", f"turned {i}") for i in range(1, 9)],
+        *[("in.png", "turned 6"), ("in.webp", "turned 6")],
+        *[("100%03d.png", "colour"), ("100%03d.jpg", "colour")],
+    ],
+)
+def test_stills_are_read_as_viewers_show_them(tmp_path: Path, name: str, kind: str) -> None:
+    """One frame, upright, with odd sides, transparent pixels on white; Pillow is the reference."""
+    shown = save_still(tmp_path / name, kind)
+    clip = video.read_video(tmp_path / name)
+    assert clip.is_still and clip.total == 1 and clip.timestamps == [0]
+    assert clip.frames.shape == (1, *shown.shape)
+    error = np.abs(clip.frames[0].numpy() - shown.astype(float))
+    assert error.max() <= (4 if name.endswith(".jpg") else 1)
+
+
+@pytest.mark.parametrize("name", ["in.png", "in.jpg", "in.webp"])
+def test_stills_cut_short_are_refused(tmp_path: Path, name: str) -> None:
+    """Decoders would fill the rest with grey."""
+    save_still(tmp_path / name, "turned 1")
+    data = (tmp_path / name).read_bytes()
+    for length in (len(data) // 3, len(data) - 3):
+        (tmp_path / name).write_bytes(data[:length])
+        with pytest.raises(ValueError, match=f"{name}: .*(cut short|damaged)"):
+            video.read_video(tmp_path / name)
+    (tmp_path / name).write_bytes(data + b"a film behind it, as phones append")
+    assert len(video.read_video(tmp_path / name).frames) == 1
+
+
+@pytest.mark.parametrize("name, worst", [("a.png", 0), ("a.webp", 0), ("a.jpg", 5), ("a.JPEG", 5)])
+def test_stills_are_written_without_loss_where_the_format_allows(
+    tmp_path: Path, name: str, worst: int
+) -> None:
+    """Odd sides stay; Pillow reads what was written."""
+    frames = torch.from_numpy(picture())[None]
+    save_still(tmp_path / "in.png", "colour")
+    clip = video.read_video(tmp_path / "in.png")
+    video.prepare_edit(clip, tmp_path / name)
+    assert video.write_video(tmp_path / name, iter(frames.split(1)), clip) == (45, 61)
+    again = np.array(Image.open(tmp_path / name).convert("RGB"))
+    assert np.abs(again.astype(int) - picture()).max() <= worst
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in.png", name])
+
+
+def test_a_clip_is_no_still_but_a_still_may_become_a_clip(tmp_path: Path) -> None:
+    """Several frames are refused before the edit and at writing, in one line."""
+    clip = video.read_video(encode(tmp_path / "in.mp4", grey_levels(3)))
+    for write in (
+        lambda: video.prepare_edit(clip, tmp_path / "a.png"),
+        lambda: video.write_video(tmp_path / "a.png", clip.frames, clip),
+    ):
+        with pytest.raises(ValueError, match="a.png: can hold one picture and not a clip"):
+            write()
+    assert not (tmp_path / "a.png").exists() and not clip.is_still
+
+    save_still(tmp_path / "in.png", "colour")
+    still = edited(tmp_path / "in.png", tmp_path / "a.mp4")
+    again = video.read_video(tmp_path / "a.mp4")
+    assert again.frames.shape == (1, 44, 60, 3) and not again.is_still
+    assert (again.frames.int() - still.frames[:, :44, :60].int()).abs().float().mean() < 3
 
 
 # --- real clips -----------------------------------------------------------------------------------
