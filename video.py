@@ -103,9 +103,11 @@ class SoundTrack:
 
 @dataclass
 class Video:
-    """A clip in memory, and what it takes to write it, or an edit of it, back."""
+    """A clip, and what it takes to write it, or an edit of it, back."""
 
-    frames: Tensor  # uint8 (T, H, W, 3), RGB, upright, in display order
+    frames: Tensor | None  # uint8 (T, H, W, 3), RGB, upright. None: `blocks` decodes them
+    height: int  # H
+    width: int  # W
     timestamps: list[int]  # T presentation times, strictly increasing, in units of `time_base`
     last_duration: int  # how long the last frame is shown, in units of `time_base`
     time_base: Fraction  # seconds. As coarse as is exact: a constant rate counts 0, 1, 2, ...
@@ -121,6 +123,16 @@ class Video:
         """Frames per second, on average."""
         ticks = self.timestamps[-1] + self.last_duration - self.timestamps[0]
         return len(self.timestamps) / (ticks * self.time_base)
+
+    def blocks(self, length: int) -> Iterator[Tensor]:
+        """Yield the frames in order, as uint8 (at most `length`, H, W, 3). Any number of times."""
+        if self.frames is not None:
+            yield from self.frames.split(length)
+            return
+        with _explained(self.path), _open(self.path) as container:
+            images = _Reader(container, self.path, len(self.timestamps)).images()
+            while block := list(itertools.islice(images, length)):
+                yield torch.from_numpy(np.stack(block))
 
 
 # --- Opening a file -------------------------------------------------------------------------------
@@ -155,6 +167,8 @@ def _still_format(path: Path) -> str | None:
     if head.startswith(JPEG) and path.suffix.lower() not in (".mjpeg", ".mjpg"):
         return "jpeg_pipe"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        if b"ANIM" in head:
+            raise ValueError(f"{path}: is an animated WebP, which FFmpeg cannot decode; convert it")
         return "webp_pipe"
     return None
 
@@ -165,8 +179,6 @@ def _why_unreadable(path: Path, error: av.FFmpegError) -> str:
     reason = error.strerror
     if isinstance(error, av.ArgumentError):  # it is not in the list of containers
         reason = "its format is not read"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP" and b"ANIM" in head:
-        return f"{path}: is an animated WebP, which FFmpeg cannot decode; convert it first"
     if b"\0" not in head and not any(byte > 127 for byte in head):
         reason = "it is a text; playlists and scripts are not followed"
     return f"{path}: not a video file, or cut short or damaged ({reason})"
@@ -730,50 +742,89 @@ def _check_memory(path: Path, count: int, height: int, width: int) -> None:
         )
 
 
-def _read_frames(path: Path, limit: int | None) -> Video:
-    contents = _scan(path)
-    frames = None
-    pts, dts = [], []
-    with _open(path) as container:
-        stream = _video_stream(container, path)
-        scaler = sws.VideoReformatter()
-        is_still = container.format.name.endswith("_pipe")
-        limit = 1 if is_still else limit
-        capacity = min(contents.packets, limit or contents.packets)
-        _check_memory(path, capacity, stream.codec_context.height, stream.codec_context.width)
-        for item in _deinterlace(itertools.islice(_decode(container, stream), limit)):
-            frame = item.frame
-            if frames is None:
-                size = (frame.height, frame.width)
-                if is_still:
-                    swap, down, right = EXIF_TURNS.get(_exif_orientation(path), EXIF_TURNS[1])
-                else:
-                    swap, down, right = _orientation(frame)
-                shape = (*size[::-1], 3) if swap else (*size, 3)
-                # Once, at full length: stacking a list of frames would take the memory twice.
-                frames = torch.empty((max(1, capacity), *shape), dtype=torch.uint8)
-            elif len(pts) == len(frames):  # a codec that puts several frames into a packet
-                frames = torch.cat([frames, torch.empty_like(frames)])
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn FFmpeg's errors into one line that names the file."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise ValueError(_why_unreadable(path, error)) from error
 
+
+class _Reader:
+    """One pass over the frames of an open file, of which it keeps the times."""
+
+    def __init__(self, container: InputContainer, path: Path, limit: int | None) -> None:
+        self.container = container
+        self.path = path
+        self.stream = _video_stream(container, path)
+        self.is_still = container.format.name.endswith("_pipe")
+        self.limit = 1 if self.is_still else limit
+        self.pts: list[int | None] = []
+        self.dts: list[int | None] = []
+
+    def frames(self) -> Iterator[Shown]:
+        """Decode at most `limit` frames."""
+        shown = itertools.islice(_decode(self.container, self.stream), self.limit)
+        for item in shown:
+            frame = item.frame
+            if not self.pts:  # all frames are shown as the first one is
+                self.height, self.width = frame.height, frame.width  # as stored
+                self.swap, self.down, self.right = self._turn(frame)
+            self.pts.append(item.pts)
+            self.dts.append(item.dts)
+            self.last_duration = frame.duration
+            yield item
+        if not self.pts:
+            raise ValueError(f"{self.path}: damaged, not one frame can be decoded")
+
+    def _turn(self, frame: VideoFrame) -> tuple[bool, int, int]:
+        if self.is_still:
+            return EXIF_TURNS.get(_exif_orientation(self.path), EXIF_TURNS[1])
+        return _orientation(frame)
+
+    def images(self) -> Iterator[np.ndarray]:
+        """Decode at most `limit` frames to upright uint8 (H, W, 3)."""
+        scaler = sws.VideoReformatter()
+        for item in _deinterlace(self.frames()):
             # A stream that changes its size midway is scaled to that of its first frame.
-            stored = _rgb(frame, size, scaler)
-            upright = stored.swapaxes(0, 1) if swap else stored
-            frames.numpy()[len(pts)] = upright[::down, ::right]
-            pts.append(item.pts)
-            dts.append(item.dts)
-        if frames is None:
-            raise ValueError(f"{path}: damaged, not one frame can be decoded")
-        clock = _clock(pts, dts, stream, frame.duration, contents.start or Fraction(0))
-        aspect = stream.sample_aspect_ratio or Fraction(1)
-    complete = is_still or limit is None or len(pts) < limit
-    return Video(
-        frames[: len(pts)],
-        **vars(clock),
-        pixel_aspect=1 / aspect if swap else aspect,
-        path=path,
-        is_still=is_still,
-        total=len(pts) if complete else max(contents.packets, len(pts)),
-    )
+            stored = _rgb(item.frame, (self.height, self.width), scaler)
+            upright = stored.swapaxes(0, 1) if self.swap else stored
+            yield upright[:: self.down, :: self.right]
+
+    def describe(self, contents: _Contents) -> Video:
+        """The clip without its frames, once all of them were passed."""
+        first = contents.start or Fraction(0)
+        clock = _clock(self.pts, self.dts, self.stream, self.last_duration, first)
+        aspect = self.stream.sample_aspect_ratio or Fraction(1)
+        count = len(self.pts)
+        complete = self.is_still or self.limit is None or count < self.limit
+        return Video(
+            frames=None,
+            height=self.width if self.swap else self.height,
+            width=self.height if self.swap else self.width,
+            **vars(clock),
+            pixel_aspect=1 / aspect if self.swap else aspect,
+            path=self.path,
+            is_still=self.is_still,
+            total=count if complete else max(contents.packets, count),
+        )
+
+
+def open_video(path: str | Path, max_frames: int | None = None) -> Video:
+    """Read all about a clip but its frames, which `Video.blocks` then decodes as often as needed.
+
+    For clips that do not fit into memory. All frames are decoded once, so that their number and
+    times are exact and damage is found. Arguments and errors are those of `read_video`.
+    """
+    path = Path(path)
+    with _explained(path):
+        contents = _scan(path)
+        with _open(path) as container:
+            reader = _Reader(container, path, max_frames)
+            for _ in reader.frames():
+                pass
+            return reader.describe(contents)
 
 
 def read_video(path: str | Path, max_frames: int | None = None) -> Video:
@@ -785,10 +836,24 @@ def read_video(path: str | Path, max_frames: int | None = None) -> Video:
     there, or if its frames do not fit into memory.
     """
     path = Path(path)
-    try:
-        return _read_frames(path, max_frames)
-    except av.FFmpegError as error:
-        raise ValueError(_why_unreadable(path, error)) from error
+    with _explained(path):
+        contents = _scan(path)
+        with _open(path) as container:
+            reader = _Reader(container, path, max_frames)
+            context = reader.stream.codec_context
+            capacity = max(1, min(contents.packets, reader.limit or contents.packets))
+            _check_memory(path, capacity, context.height, context.width)
+            frames = None
+            for i, image in enumerate(reader.images()):
+                if frames is None:
+                    # Once, at full length: stacking a list of frames would take the memory twice.
+                    frames = torch.empty((capacity, *image.shape), dtype=torch.uint8)
+                elif i == len(frames):  # a codec that puts several frames into a packet
+                    frames = torch.cat([frames, torch.empty_like(frames)])
+                frames.numpy()[i] = image
+            clip = reader.describe(contents)
+    clip.frames = frames[: len(clip.timestamps)]
+    return clip
 
 
 # --- Sound ----------------------------------------------------------------------------------------
@@ -1061,7 +1126,7 @@ def prepare_edit(clip: Video, path: str | Path) -> None:
     Raises OSError or ValueError, in one line, if it cannot. Faults of the sound are only noted.
     """
     check_writable(path)
-    check_size(path, *clip.frames.shape[1:3])
+    check_size(path, clip.height, clip.width)
     if Path(path).suffix.lower() not in STILLS:
         prepare_sound(clip, path)
     elif len(clip.timestamps) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -1305,9 +1305,8 @@ def test_sizes_beyond_h264_are_refused_before_the_edit(
 ) -> None:
     """16,384 pixels a side can be written, more are refused in one line, and nothing is left."""
     frames = torch.zeros(1, *size, 3, dtype=torch.uint8)
-    like = dataclasses.replace(
-        video.read_video(encode(tmp_path / "in.mp4", grey_levels(1))), frames=frames
-    )
+    like = video.read_video(encode(tmp_path / "in.mp4", grey_levels(1)))
+    like.height, like.width = size
     for check in (
         lambda: video.check_size(tmp_path / "out.mp4", *size),
         lambda: video.prepare_edit(like, tmp_path / "out.mp4"),
@@ -1474,6 +1473,73 @@ def test_a_clip_is_no_still_but_a_still_may_become_a_clip(tmp_path: Path) -> Non
     again = video.read_video(tmp_path / "a.mp4")
     assert again.frames.shape == (1, 44, 60, 3) and not again.is_still
     assert (again.frames.int() - still.frames[:, :44, :60].int()).abs().float().mean() < 3
+
+
+# --- clips larger than memory ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("in.mp4", {"rotation": (90, True), "audio": "aac"}),
+        ("in.avi", {"codec": "mpeg4"}),
+        ("in.mkv", {"codec": "mpeg2video", "flags": "+ildct+ilme", "top": "1"}),
+        ("in.png", {"codec": "png", "pix_fmt": "rgb24"}),
+    ],
+)
+def test_an_opened_clip_gives_the_frames_of_a_read_one(
+    tmp_path: Path, name: str, options: dict, limit: int | None
+) -> None:
+    """All that is known of them is the same; blocks may be asked for again and again."""
+    images = grey_levels(1 if name == "in.png" else 11)
+    encode(tmp_path / name, images, **options)
+    whole = video.read_video(tmp_path / name, limit)
+    opened = video.open_video(tmp_path / name, limit)
+    assert opened.frames is None
+    assert dataclasses.replace(opened, frames=whole.frames) == whole
+    for length in (3, 4, 100):
+        blocks = list(opened.blocks(length))
+        assert torch.equal(torch.cat(blocks), whole.frames)
+        assert [len(block) for block in blocks] == [len(b) for b in whole.blocks(length)]
+
+
+def test_a_clip_larger_than_memory_is_edited_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened, passed on and written with its sound: blocks are asked for as they are needed."""
+    monkeypatch.setattr(video, "_available_memory", lambda: 0)
+    source = flash_and_beep(tmp_path / "in.mp4")
+    with pytest.raises(ValueError, match="GB of memory"):
+        video.read_video(source)
+    clip = video.open_video(source)
+    video.prepare_edit(clip, tmp_path / "out.mp4")
+    given = []
+
+    def inverted() -> Iterator[torch.Tensor]:
+        for block in clip.blocks(8):
+            given.append(len(block))
+            yield 255 - block
+
+    video.write_video(tmp_path / "out.mp4", inverted(), clip)
+    assert given == [8] * 9 + [3]
+    means = [image.mean() for image in decoded(tmp_path / "out.mp4")[1]]
+    expected = [255 - image.mean() for image in decoded(source)[1]]
+    assert np.abs(np.subtract(means, expected)).max() < 3
+    assert packet_list(tmp_path / "out.mp4", "audio") == packet_list(source, "audio")
+
+
+def test_an_opened_clip_with_a_damaged_frame_is_refused_at_once(tmp_path: Path) -> None:
+    """Not in the middle of the edit."""
+    source = encode(tmp_path / "in.mp4", grey_levels(30), g="10", bf="0", sc_threshold="0")
+    with av.open(str(source)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux() if packet.size]
+    data = bytearray(source.read_bytes())
+    position, size = places[15]
+    data[position : position + size] = b"\xff" * size
+    source.write_bytes(data)
+    with pytest.raises(ValueError, match="in.mp4: .*damaged"):
+        video.open_video(source)
 
 
 # --- real clips -----------------------------------------------------------------------------------
