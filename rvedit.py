@@ -328,7 +328,7 @@ def load_vae(
 
 def _config(opened: weights.Opened) -> RVEDiTConfig:
     config = RVEDiTConfig(**opened.fields)
-    weights.check_sizes(config, opened.config_file)
+    weights.check_together(config, opened.tokenizer, opened.config_file)
     return config
 
 

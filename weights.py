@@ -209,7 +209,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "qwen.num_hidden_layers": (1, 256),
     "qwen.num_attention_heads": (1, 1024),
     "qwen.num_key_value_heads": (1, 1024),
-    "qwen.max_position_embeddings": (1, 2**24),
+    "qwen.max_position_embeddings": (512, 2**24),  # the chat text alone may take some hundreds
     "qwen.rms_norm_eps": (1e-12, 0.1),
     "qwen.rope_theta": (1, 1e12),
     "qwen.mrope_section": (0, 65_536),
@@ -290,13 +290,16 @@ def _checked_tuple(value: Any, kinds: tuple[Any, ...], file: Path, path: str) ->
     return tuple(checked(item, kinds[0], file, path) for item in value)
 
 
-def check_sizes(config: Any, file: Path) -> None:
+def check_together(config: Any, tokenizer: Tokenizer, file: Path) -> None:
     """Raise ValueError if the numbers of an RVEDiTConfig are right one by one, but not together."""
     dit, vae, qwen = config.dit, config.vae, config.qwen
     vision = qwen.vision
     token_side = vision.patch_size * vision.spatial_merge_size
     head_dim = qwen.hidden_size // qwen.num_attention_heads
-    token_ids = (qwen.video_token_id, qwen.query_token_id)
+    video_pad, image_pad, query = (
+        tokenizer.token_to_id(token)
+        for token in ("<|video_pad|>", "<|image_pad|>", "<|object_ref_start|>")
+    )
     rules = {
         "dit.in_channels and dit.out_channels must be vae.z_dim": (
             dit.in_channels == dit.out_channels == vae.z_dim
@@ -328,8 +331,15 @@ def check_sizes(config: Any, file: Path) -> None:
         "qwen.mrope_section must be three numbers with half of a head's channels as their sum": (
             len(qwen.mrope_section) == 3 and 2 * sum(qwen.mrope_section) == head_dim
         ),
-        "qwen.video_token_id and qwen.query_token_id must differ and be below qwen.vocab_size": (
-            len(set(token_ids)) == 2 and max(token_ids) < qwen.vocab_size
+        "qwen.vocab_size must not be less than the tokenizer's": (
+            qwen.vocab_size >= tokenizer.get_vocab_size()
+        ),
+        f"qwen.video_token_id must be the tokenizer's {video_pad}": (
+            qwen.video_token_id == video_pad
+        ),
+        f"qwen.query_token_id must be the tokenizer's {query}": qwen.query_token_id == query,
+        f"qwen.image_token_id must be the tokenizer's {image_pad}": (
+            config.num_image_tokens == 0 or qwen.image_token_id == image_pad
         ),
         "min_mllm_pixels must not exceed max_mllm_pixels": (
             config.min_mllm_pixels <= config.max_mllm_pixels
