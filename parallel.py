@@ -140,7 +140,7 @@ def from_first_rank(value: Any) -> Any:
 
 
 def fail_together(problem: str | None) -> None:
-    """End all ranks if any of them has a problem; rank 0 prints the first one, as a ValueError."""
+    """End all ranks if any has a problem: rank 0 by a ValueError with the first one."""
     problems = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     found = [text for text in problems if text is not None]
@@ -164,7 +164,7 @@ def on_first_rank(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def check_shared(folder: Path) -> None:
-    """Raise ValueError unless all ranks see the same folder.
+    """End all ranks unless they see the same folder.
 
     Without a shared file system, each node would keep its own part of every checkpoint.
     """
@@ -300,7 +300,7 @@ def write_shards(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
 def read_shards(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
     """Fill the tensors of `state`, in place, with what any number of ranks has written.
 
-    Raises ValueError, on all ranks, if a file is damaged or the tensors are those of another model.
+    Ends all ranks if a file is damaged, or if the tensors are those of another model.
     """
     on_first_rank(check_format, folder)
     # The ranks share the work: each looks at some of the files.

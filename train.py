@@ -1129,6 +1129,10 @@ def main(argv: list[str] | None = None) -> None:
     with Signals() as signals, parallel.processes() as device:
         try:
             launch(args, device, signals)
+        except (ValueError, OSError, cli.Stop) as error:
+            # Printed here and not by `guarded`: torchrun sends SIGTERM to this rank as soon as
+            # another one has ended, and only within `Signals` does that not end it.
+            cli.fail(error)
         except torch.OutOfMemoryError:
             cli.fail(
                 f"out of memory on {device}: take more GPUs, a smaller --batch, or smaller or "

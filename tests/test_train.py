@@ -592,6 +592,44 @@ def test_four_ranks_train_as_one_and_any_number_goes_on(alone, pair, start, tmp_
             assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+def two_nodes(start, outs):
+    """Two torchruns of two ranks each on this machine, with a folder for each of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for number, out in enumerate(outs):
+        place = ["--nnodes", "2", "--node_rank", str(number), "--nproc_per_node", "2"]
+        place += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+        command = [sys.executable, "-m", "torch.distributed.run", *place, str(ROOT / "train.py")]
+        command += options(start, out, "--steps", 10, "--batch", 1)
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        nodes.append(subprocess.Popen(command, env=ENVIRONMENT, **pipes))
+    printed = [node.communicate()[1] for node in nodes]
+    return [node.returncode for node in nodes], printed
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process(start, alone, tmp_path):
+    """Sharded inside a node, replicated across the nodes (HSDP); one process goes on alone."""
+    codes, printed = two_nodes(start, [tmp_path / "run"] * 2)
+    assert codes == [0, 0], printed[0][-3000:]
+    assert losses_differ_by(log(tmp_path / "run"), log(alone)) < 1e-5
+    assert distance(trained(tmp_path / "run"), trained(alone)) < 1e-4
+    out = fork_at(tmp_path / "run", 5, tmp_path / "on")
+    train.main(["--out", str(out), "--resume"])
+    assert json.loads((out / "run.json").read_text())["options"]["accumulate"] == 4
+    assert losses_differ_by(log(out), log(alone)) < 1e-5
+
+
+@pytest.mark.slow
+def test_nodes_that_do_not_share_a_folder_are_refused(start, tmp_path):
+    codes, printed = two_nodes(start, [tmp_path / "a", tmp_path / "b"])
+    assert 0 not in codes
+    assert "does not see the files of rank 0" in printed[0] and "error: " not in printed[1]
+    assert not [*tmp_path.glob("*/checkpoints"), *tmp_path.glob("*/.token*")]
+
+
 # --- Signals, mishaps, mistakes -------------------------------------------------------------------
 
 
