@@ -269,7 +269,8 @@ def train_from(start: Path, out: Path, options: list[str]) -> None:
     """A run of train.py on moving shapes, from its last checkpoint if it has one."""
     if not start.exists():
         raise ValueError(f"{start} does not exist yet: an earlier stage makes it")
-    train.main(["--checkpoint", str(start), "--out", str(out), "--resume", *options])
+    resume = ["--resume"] if (out / "run.json").exists() else []
+    train.main(["--checkpoint", str(start), "--out", str(out), *resume, *options])
 
 
 def train_stage(run: Path, stage: str, options: list[str]) -> None:
