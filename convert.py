@@ -156,6 +156,13 @@ def with_native_connectors(tensors: dict[str, Any]) -> dict[str, Any]:
     return tensors | copies
 
 
+def with_image_queries(tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """Stills begin with the queries for clips, where a source has none for them."""
+    if "encoder.image_queries" in tensors or "encoder.queries" not in tensors:
+        return tensors
+    return tensors | {"encoder.image_queries": tensors["encoder.queries"]}
+
+
 # --- Tensors: the folders and files of the public releases ----------------------------------------
 
 STEM = "diffusion_pytorch_model"  # how Wan and Diffusers call their files
@@ -302,7 +309,7 @@ KIWI_LIMITS = {"max_frames": "max_mllm_frames", "max_pixels_per_frame": "max_mll
 
 def open_kiwi_release(folder: Path) -> Opened:
     """Kiwi-Edit's release, with L_s = L: its blocks never saw native tokens."""
-    tensors = open_kiwi(folder)
+    tensors = with_image_queries(open_kiwi(folder))
     tokenizer = weights.read_tokenizer(folder / "processor")
     dit = dit_config(folder / "transformer" / "config.json", tensors)
     fields = dict(
@@ -354,17 +361,18 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
     may_lack = []
 
     dit = dataclasses.replace(base.fields["dit"], bf16_timestep=True)
-    if not any(key.startswith("dit.") for key in trained):
+    first_stage = not any(key.startswith("dit.") for key in trained)
+    if first_stage:
         note(f"{file} is of Kiwi-Edit's first stage, which trains no DiT: train it before editing")
         may_lack.append(SOURCE_EMBEDDING)
-    image_queries = shape_of(trained, "encoder.image_queries", 2, file)
-    if "encoder.queries" not in trained and SOURCE_EMBEDDING in may_lack:
-        trained["encoder.queries"] = trained["encoder.image_queries"]
+        if "encoder.image_queries" in trained:
+            trained.setdefault("encoder.queries", trained["encoder.image_queries"])
+    trained = with_image_queries(trained)
     fields = base.fields | dict(
         dit=dit,
         routing_depth=dit.num_blocks,  # it never saw native tokens
         num_editing_tokens=shape_of(trained, "encoder.queries", 2, file)[0],
-        num_image_tokens=image_queries[0],
+        num_image_tokens=shape_of(trained, "encoder.image_queries", 2, file)[0],
     )
     if any(re.search(LORA, key) for key in trained):
         lora = "encoder.qwen.model.layers.0.self_attn.q_proj.lora_A"

@@ -136,9 +136,14 @@ def _open_shards(index: Path, shards: list[Path], weight_map: dict[str, str]) ->
     tensors = {}
     for shard in shards:
         tensors |= open_file(shard)
+    nowhere = weight_map.keys() - tensors.keys()
+    if nowhere:
+        raise ValueError(
+            f"{index} lists {len(nowhere)} tensors that none of its files has ({_few(nowhere)}): "
+            f"download it again"
+        )
     found = {key: tensor.file.name for key, tensor in tensors.items()}
-    keys = found.keys() | weight_map.keys()
-    wrong = [key for key in keys if found.get(key) != weight_map.get(key)]
+    wrong = [key for key in found if found[key] != weight_map.get(key)]
     if wrong:
         raise ValueError(
             f"{index} and its shards disagree on {len(wrong)} keys, such as {_few(wrong)}"
