@@ -1,109 +1,76 @@
-"""A synthetic data set without files: clips of moving shapes, an edit in words, and the exact clip after it.
+"""A synthetic data set without files: moving shapes, an edit in words, and the exact clip after it.
 
-The edits are of the paper's four categories (§5), or two of them in one instruction; every clip is drawn anew.
-The words fix the target, by these rules of the shapes' world: an object has one of 8 forms, 8 colours and 3 sizes; it
-stands still or moves in one of 8 directions, all at one speed, and bounces off the margins; of overlapping objects the
-later is on top, and an added one is the last. It is named by attributes that no other object shares all of; "on the
-left" is left, in every frame, of all others of its colour and form.
+The edits are of the paper's four categories (§5), or two of them in one instruction. The words fix
+the target, because the world has these rules:
+- An object has one of 8 forms, 8 colours and 3 sizes. It stands still or moves in one of 8
+  directions, always at the same speed, and bounces off the margins.
+- Of overlapping objects the later one is on top, and an added object is the last.
+- An object is named by attributes that no other object shares all of. "On the left" means: in every
+  frame further left than all other objects of its colour and form.
 
-Letters: T frames, H height, W width; a clip is uint8 (T, H, W, 3). Lengths are in units of min(H, W), y points down.
+Letters: T frames, H height, W width; a clip is uint8 (T, H, W, 3). Lengths are in units of
+min(H, W), and y points down.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-# --- Vocabulary -----------------------------------------------------------------------------------
+import people
+from scenes import (
+    CATEGORIES,
+    COMPOSITION,
+    EVERYTHING,
+    FORMS,
+    HUELESS,
+    NOT_THERE,
+    PLACES,
+    SIDES,
+    SIZES,
+    STYLES,
+    Extent,
+    Scene,
+    Shape,
+    exchange,
+    is_clear,
+    is_furthest,
+    new_shape,
+    pick,
+    render,
+    sample_scene,
+    twins_of,
+    visible_colors,
+)
 
-CATEGORIES = ("Local Change", "Local Remove", "Local Add", "Global Style")
-COMPOSITION = "Composition"  # two edits in one instruction
-EVERYTHING = (*CATEGORIES, COMPOSITION)
-TRAINING_MIX = (
-    *EVERYTHING,
-    "Local Change",
-    "Local Remove",
-    "Local Change",
-)  # more of what is learnt last
+# What training draws from: what is learnt last comes more often.
+TRAINING_MIX = (*EVERYTHING, "Local Change", "Local Remove", "Local Change")
+
+# The clips that the built-in checkpoint was last trained on, and that it is measured on.
+TOY_EXTENT: Extent = (9, 128, 128)
+
+# How instructions are worded. "plain": by the templates of this file. "people": a third by these,
+# the rest by people.py. "held-out": by people.py, each with words that "people" never has.
+WORDINGS = ("plain", "people", "held-out")
+
+# --- Instructions ---------------------------------------------------------------------------------
 
 # fmt: off
-COLORS = {"red": (214, 48, 58), "orange": (242, 134, 36), "yellow": (248, 208, 54), "green": (46, 148, 84),
-          "cyan": (52, 196, 208), "blue": (44, 92, 206), "purple": (128, 62, 172), "pink": (242, 128, 178)}
-SIZES = {"small": 0.105, "medium": 0.145, "large": 0.2}  # radius
-FORMS = {  # signed distance, near the outline, from a form of radius 1; symmetric, so x is >= 0; m: numpy or torch
-    "circle": lambda m, x, y: m.hypot(x, y) - 0.95,
-    "ring": lambda m, x, y: m.abs(m.hypot(x, y) - 0.72) - 0.28,
-    "square": lambda m, x, y: m.maximum(x, m.abs(y)) - 0.86,
-    "diamond": lambda m, x, y: 0.8 * x + 0.6 * m.abs(y) - 0.72,
-    "triangle": lambda m, x, y: m.maximum(y - 0.2, 0.866 * x - 0.5 * (y - 0.2)) - 0.62,
-    "cross": lambda m, x, y: m.maximum(m.maximum(x, m.abs(y)) - 1, m.minimum(x, m.abs(y)) - 0.36),
-    # a square on its corner and two half discs
-    "heart": lambda m, x, y: m.minimum(0.7071 * (x + m.abs(y)), m.hypot(x - 0.4243, y + 0.4243)) - 0.6,
-    # the plane folded onto one of the ten edges: from a tip at 1.2 to a notch at 0.6, 36 degrees away
-    "star": lambda m, x, y: m.hypot(x, y) * m.cos(m.abs((m.arctan2(x, -y) + 0.628) % 1.257 - 0.628) - 1.1125) - 0.531,
-}
-MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1),
-           "diagonally up and left": (-1, -1), "diagonally up and right": (1, -1),
-           "diagonally down and left": (-1, 1), "diagonally down and right": (1, 1)}
-SPEED = 0.03  # a frame, diagonally too
-MARGIN = 0.18  # the least distance of an object's centre from the border
-PLACES = {"at the top left": (1, 1), "at the top": (2, 1), "at the top right": (3, 1),  # quarters of the frame
-          "on the left": (1, 2), "in the center": (2, 2), "on the right": (3, 2),
-          "at the bottom left": (1, 3), "at the bottom": (2, 3), "at the bottom right": (3, 3)}
-SIDES = {"on the left": (0, 1), "on the right": (0, -1), "at the top": (1, 1), "at the bottom": (1, -1)}  # axis, sign
-PATTERNS = {  # the share of the second tone, cut to [0, 1]; u, v: rotated coordinates, ramp: u from 0 to 1 in a frame,
-    # k: wave number, edge: makes the zeros of a wave edges of one pixel
-    "plain": lambda m, u, v, ramp, k, edge: 0 * u,
-    "gradient": lambda m, u, v, ramp, k, edge: ramp,
-    "striped": lambda m, u, v, ramp, k, edge: 0.5 + edge * m.sin(k * u),
-    "checkered": lambda m, u, v, ramp, k, edge: 0.5 + edge * m.sin(k * u) * m.sin(k * v),
-    "cloudy": lambda m, u, v, ramp, k, edge: (
-        0.5 + 0.25 * (m.sin(k / 2 * u + 2 * m.sin(k / 3 * v)) + m.sin(k / 1.5 * v + m.sin(k * u)))
-    ),
-}
-BACKGROUNDS = {  # the two tones of a pattern
-    "cream": ((250, 243, 226), (235, 219, 187)), "sand": ((229, 211, 173), (205, 181, 138)),
-    "sky": ((206, 227, 244), (170, 202, 230)), "mint": ((211, 235, 221), (172, 212, 190)),
-    "lavender": ((226, 218, 242), (197, 185, 226)), "gray": ((214, 217, 222), (181, 186, 194)),
-    "slate": ((98, 110, 128), (74, 84, 101)), "navy": ((40, 52, 92), (25, 33, 64)),
-    "charcoal": ((66, 68, 74), (44, 45, 50)), "forest": ((48, 82, 70), (31, 58, 50)),
-}
-STYLES = {  # what a clip in that style is called
-    "gray": ("a black and white film", "a gray film without any color"),
-    "sepia": ("an old sepia film", "a faded brown sepia photograph"),
-    "green": ("a green night vision recording", "footage from a green night vision camera"),
-    "negative": ("a photographic negative", "a film negative with inverted colors"),
-    "night": ("a scene at night in blue moonlight", "a dark blue night scene"),
-    "sunset": ("a scene in warm orange sunset light", "a warm scene at sunset"),
-    "pastel": ("a pale pastel painting", "a soft picture in pale pastel colors"),
-    "mosaic": ("a mosaic of large square tiles", "a coarse mosaic of square blocks"),
-}
-LUMA = (0.299, 0.587, 0.114)
-COLOR_MAPS = {  # rgb -> M rgb + b; all styles but the mosaic are such maps
-    "gray": (np.outer((1, 1, 1), LUMA), (0, 0, 0)),
-    "sepia": (np.outer((0.92, 0.78, 0.6), LUMA), (20, 12, 4)),
-    "green": (np.outer((0.3, 0.85, 0.4), LUMA), (0, 16, 6)),
-    "negative": (-np.eye(3), (255, 255, 255)),
-    "night": (np.diag((0.32, 0.42, 0.62)), (4, 10, 34)),
-    "sunset": (np.diag((0.9, 0.58, 0.4)), (46, 14, 6)),
-    "pastel": (np.eye(3) * 0.4, (153, 153, 153)),
-}
-HUELESS = ("gray", "sepia", "green", "negative")  # the caption of such a clip names no colours
-
-REMOVE = ("remove {}", "delete {}", "erase {}", "take away {}", "get rid of {}", "remove {} from the video")
-CHANGE = {  # what changes; the words
-    ("color",): ("make {} {}", "paint {} {}", "turn {} {}", "change the color of {} to {}", "recolor {} in {}"),
-    ("form",): ("turn {} into a {} of the same color", "change the shape of {} to a {}", "reshape {} into a {}"),
+REMOVE = ("remove {}", "delete {}", "erase {}", "take away {}", "get rid of {}",
+          "remove {} from the video")
+CHANGE = {  # what changes, and the words for it
+    ("color",): ("make {} {}", "paint {} {}", "turn {} {}", "change the color of {} to {}",
+                 "recolor {} in {}"),
+    ("form",): ("turn {} into a {} of the same color", "change the shape of {} to a {}",
+                "reshape {} into a {}"),
     ("size",): ("make {} {}", "resize {} to {}", "change the size of {} to {}"),
-    ("color", "form"): ("replace {} with a {} {} of the same size", "swap {} for a {} {} of the same size"),
+    ("color", "form"): ("replace {} with a {} {} of the same size",
+                        "swap {} for a {} {} of the same size"),
 }
 ADD = ("{} a {} {place}, {moving}", "{} a {} {place} that {moves}", "{place}, {} a {} {moving}")
 ADD_VERBS = ("add", "insert", "place", "put", "draw")
@@ -112,295 +79,187 @@ RESTYLE = ("turn the video into {}", "make the whole video look like {}", "resty
 JOIN = ("{} and {}", "{}, and {}", "{}, then {}", "{} and also {}")
 # fmt: on
 
-# What a clip must satisfy to be clear
+# What a clip must satisfy, so that its edit can be seen.
 MIN_AREA = 0.02  # part of the clip that the edit changes
 MIN_CHANGE = 24  # of 255, root mean square over what is changed
-MIN_CONTRAST = 100  # RGB distance of a shape from the background
-MIN_GAP = 0.15  # "on the left" is further left by so much
 
-# --- Scenes and how they are drawn ----------------------------------------------------------------
-
-Extent = tuple[int, int, int]  # of a clip: T, H, W
-TOY_EXTENT: Extent = (
-    9,
-    128,
-    128,
-)  # of the clips that the built-in toy was last trained on, and is measured on
-
-
-@dataclass(frozen=True)
-class Shape:
-    form: str
-    color: str
-    size: str
-    motion: str
-    x: float  # centre in the first frame
-    y: float
-
-
-@dataclass(frozen=True)
-class Scene:
-    pattern: str  # of the background
-    tone: str
-    angle: float
-    period: float
-    shapes: tuple[Shape, ...]  # the last is on top
-    style: str | None = None
-
-
-@functools.lru_cache(maxsize=64)
-def trajectory(shape: Shape, extent: Extent) -> np.ndarray:
-    """The centre in every frame, (T, 2) as (x, y): straight on, reflected at the margins."""
-    step = np.array(MOTIONS[shape.motion]) * SPEED
-    step = step / math.sqrt(max(1, np.count_nonzero(step)))
-    T, H, W = extent
-    span = np.array([W, H]) / min(H, W) - 2 * MARGIN
-    way = np.array([shape.x, shape.y]) - MARGIN + step * np.arange(T)[:, None]
-    return MARGIN + span - np.abs(way % (2 * span) - span)  # a triangle wave
-
-
-@functools.lru_cache(maxsize=16)  # source and target have most shapes in common
-def _raster(shape: Shape, extent: Extent) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray]:
-    """The box (T, h, w) of pixels that a shape comes to, how much of each it covers, and its colour (T, h, 1, 3)."""
-    radius, unit = SIZES[shape.size], min(extent[1:])
-    box, offsets = [slice(None)], []
-    for pixels, centers in zip(
-        extent[1:], trajectory(shape, extent).T[::-1], strict=True
-    ):  # rows, columns
-        low = max(0, math.floor((centers.min() - 1.25 * radius) * unit))
-        high = min(pixels, math.ceil((centers.max() + 1.25 * radius) * unit))
-        positions = (np.arange(low, high) + 0.5) / unit - centers[:, None]
-        box.append(slice(low, high))
-        offsets.append(
-            (positions / radius).astype(np.float32)
-        )  # (T, pixels), in radii from the centre
-    y, x = offsets[0][:, :, None], offsets[1][:, None, :]
-    distance = FORMS[shape.form](np, np.abs(x), y) * (radius * unit)  # (T, h, w), pixels
-    light = 1.02 - 0.08 * y[..., None]  # a little brighter at the top
-    return (
-        tuple(box),
-        np.clip(0.5 - distance, 0, 1),
-        np.array(COLORS[shape.color], np.float32) * light,
-    )
-
-
-def _clear(scene: Scene, extent: Extent) -> bool:
-    """Whether, in 3/4 of the frames, at least half of every shape is seen and it touches no other of its colour."""
-    uncovered = np.ones(extent, np.float32)
-    for shape in reversed(scene.shapes):
-        box, coverage, _ = _raster(shape, extent)
-        seen = (coverage * uncovered[box]).sum((1, 2)) / coverage.sum((1, 2))
-        if (seen < 0.5).mean() > 0.25:
-            return False
-        uncovered[box] *= 1 - coverage
-    for a, b in itertools.combinations(scene.shapes, 2):
-        apart = np.linalg.norm(trajectory(a, extent) - trajectory(b, extent), axis=1) / (
-            SIZES[a.size] + SIZES[b.size]
-        )
-        if a.color == b.color and (apart < 1).mean() > 0.25:
-            return False
-    return True
-
-
-def _background(scene: Scene, extent: Extent) -> np.ndarray:
-    """The background, the same in every frame, (H, W, 3)."""
-    unit = min(extent[1:])
-    y, x = ((np.arange(pixels, dtype=np.float32) + 0.5) / unit for pixels in extent[1:])
-    u = x * math.cos(scene.angle) + y[:, None] * math.sin(
-        scene.angle
-    )  # (H, W), rotated coordinates
-    v = y[:, None] * math.cos(scene.angle) - x * math.sin(scene.angle)
-    ramp, k = (u - u.min()) / (u.max() - u.min()), 2 * math.pi / scene.period
-    mix = PATTERNS[scene.pattern](np, u, v, ramp, k, unit / k)
-    first, second = np.array(BACKGROUNDS[scene.tone], np.float32)
-    return first + np.clip(mix, 0, 1)[..., None] * (second - first)
-
-
-def stylize(frames: np.ndarray, style: str) -> np.ndarray:
-    """A uint8 clip (T, H, W, 3) in one of `STYLES`."""
-    if style != "mosaic":
-        matrix, bias = (np.asarray(a, np.float32) for a in COLOR_MAPS[style])
-        return np.clip(frames.astype(np.float32) @ matrix.T + bias + 0.5, 0, 255).astype(np.uint8)
-    unit, tiles = min(frames.shape[1:3]), frames.astype(np.float32)
-    for axis in (1, 2):  # averages over sixths of the shorter side
-        starts = np.unique(np.arange(frames.shape[axis]) * 6 // unit, return_index=True)[1]
-        lengths = np.diff(starts, append=frames.shape[axis])
-        tiles = np.add.reduceat(tiles, starts, axis) / lengths.reshape(
-            [-1 if a == axis else 1 for a in range(4)]
-        )
-        tiles = tiles.repeat(lengths, axis)
-    return (tiles + 0.5).astype(np.uint8)
-
-
-def render(scene: Scene, extent: Extent) -> np.ndarray:
-    """Draw a scene: uint8 (T, H, W, 3)."""
-    canvas = np.broadcast_to(_background(scene, extent), (*extent, 3)).copy()
-    for shape in scene.shapes:
-        box, coverage, color = _raster(shape, extent)
-        canvas[box] += coverage[..., None] * (color - canvas[box])
-    frames = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
-    return stylize(frames, scene.style) if scene.style else frames
-
-
-# --- Words and edits ------------------------------------------------------------------------------
-
-
-def _pick(rng: np.random.Generator, options: Sequence | dict) -> Any:
-    return list(options)[int(rng.integers(len(options)))]
+# --- Words ----------------------------------------------------------------------------------------
 
 
 def _moving(shape: Shape) -> str:
     return "standing still" if shape.motion == "still" else f"moving {shape.motion}"
 
 
+def _listed(things: list[str]) -> str:
+    """ "a, b and c"."""
+    if len(things) < 2:
+        return things[0] if things else "nothing"
+    return ", ".join(things[:-1]) + " and " + things[-1]
+
+
 def caption(scene: Scene) -> str:
-    """One sentence about all that a clip shows."""
-    hue = scene.style not in HUELESS
-    things = [f"a {s.size} {s.color if hue else ''} {s.form} {_moving(s)}" for s in scene.shapes]
-    things = ", ".join(things[:-1]) + " and " * (len(things) > 1) + things[-1]
+    """One sentence that says all that a clip shows."""
+    has_hue = scene.style not in HUELESS
+    things = []
+    for shape in scene.shapes:
+        color = shape.color if has_hue else ""
+        things.append(f"a {shape.size} {color} {shape.form} {_moving(shape)}")
     kind = STYLES[scene.style][0] if scene.style else "a video"
-    sentence = f"{kind.capitalize()} of {things} on a {scene.pattern} {scene.tone if hue else ''} background."
-    return " ".join(sentence.split())
+    tone = scene.tone if has_hue else ""
+    ground = f"a {scene.pattern} {tone} background"
+    sentence = f"{kind.capitalize()} of {_listed(things)} on {ground}."
+    return " ".join(sentence.split())  # without the gaps where no colour is named
 
 
 def refer(rng: np.random.Generator, shape: Shape, pool: Sequence[Shape], extent: Extent) -> str:
     """Words that name one shape of a pool and no other; "" if there are none."""
-
-    def alike(*attributes: str) -> list[Shape]:
-        return [
-            s
-            for s in pool
-            if s != shape and all(getattr(s, a) == getattr(shape, a) for a in attributes)
-        ]
-
-    twins = alike("color", "form")
-    names = [
-        not alike("form") and f"the {shape.form}",
-        not twins and f"the {shape.color} {shape.form}",
-        not alike("size", "color", "form") and f"the {shape.size} {shape.color} {shape.form}",
-        not alike("motion", "color", "form") and f"the {shape.color} {shape.form} {_moving(shape)}",
-    ]
-    for side, (axis, sign) in SIDES.items():
-        gaps = [
-            sign * (trajectory(twin, extent) - trajectory(shape, extent))[:, axis] for twin in twins
-        ]
-        names.append(
-            bool(twins) and np.min(gaps) > MIN_GAP and f"the {shape.color} {shape.form} {side}"
-        )
-    return _pick(rng, [name for name in names if name] or [""])
+    names = []
+    if not twins_of(shape, pool, "form"):
+        names.append(f"the {shape.form}")
+    twins = twins_of(shape, pool, "color", "form")
+    if not twins:
+        names.append(f"the {shape.color} {shape.form}")
+    if not twins_of(shape, pool, "size", "color", "form"):
+        names.append(f"the {shape.size} {shape.color} {shape.form}")
+    if not twins_of(shape, pool, "motion", "color", "form"):
+        names.append(f"the {shape.color} {shape.form} {_moving(shape)}")
+    for side in SIDES:
+        if twins and is_furthest(shape, twins, side, extent):
+            names.append(f"the {shape.color} {shape.form} {side}")
+    return pick(rng, names or [""])
 
 
-@functools.cache
-def _colors(tone: str) -> list[str]:
-    """The colours that stand out from a background."""
-    distance = {
-        color: np.linalg.norm(np.subtract(BACKGROUNDS[tone], rgb), axis=1)
-        for color, rgb in COLORS.items()
-    }
-    return [color for color in COLORS if distance[color].min() > MIN_CONTRAST]
+# --- Edits ----------------------------------------------------------------------------------------
 
 
-def _sample_scene(rng: np.random.Generator, count: int, extent: Extent) -> Scene:
-    """Some shapes on a background; a fifth of them differ from the one below in size, place and motion only."""
-    angle, period = rng.uniform((0, 0.3), (math.pi, 0.5)).tolist()
-    scene = Scene(_pick(rng, PATTERNS), _pick(rng, BACKGROUNDS), angle, period, ())
-    for _ in range(count):
-        form, color = _pick(rng, FORMS), _pick(rng, _colors(scene.tone))
-        if scene.shapes and rng.random() < 0.2:
-            form, color = scene.shapes[-1].form, scene.shapes[-1].color
-        motion, start = _pick(rng, MOTIONS), []
-        for direction, pixels in zip(MOTIONS[motion], extent[:0:-1], strict=True):  # along W, H
-            low, high = MARGIN, pixels / min(extent[1:]) - MARGIN
-            travel = direction * SPEED * (extent[0] - 1)
-            if abs(travel) < high - low:  # there is room to move without bouncing
-                low, high = low - min(travel, 0), high - max(travel, 0)
-            start.append(rng.uniform(low, high))
-        shape = Shape(form, color, _pick(rng, SIZES), motion, *start)
-        scene = replace(scene, shapes=(*scene.shapes, shape))
-    return scene
+def _restyle(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str]:
+    style = pick(rng, STYLES)
+    template = pick(rng, RESTYLE)
+    return replace(scene, style=style), template.format(pick(rng, STYLES[style]))
 
 
 def _add(rng: np.random.Generator, scene: Scene, extent: Extent) -> tuple[Scene, str]:
-    """A new shape on one of the places; it does not move towards the border it is near."""
-    _, H, W = extent
-    place = _pick(rng, PLACES)
-    column, row = PLACES[place]
-    center = np.array([column * W, row * H]) / (4 * min(H, W))
-    inward = [
-        m for m, (dx, dy) in MOTIONS.items() if (column - 2) * dx <= 0 and (row - 2) * dy <= 0
-    ]
-    looks = _pick(rng, FORMS), _pick(rng, _colors(scene.tone)), _pick(rng, SIZES)
-    shape = Shape(*looks, _pick(rng, inward), *center.tolist())
-    thing, moving = f"{shape.size} {shape.color} {shape.form}", _moving(shape)
+    place = pick(rng, PLACES)
+    shape = new_shape(rng, scene, place, extent)
+    moving = _moving(shape)
     moves = moving.replace("standing", "stands").replace("moving", "moves")
-    words = _pick(rng, ADD).format(
-        _pick(rng, ADD_VERBS), thing, place=place, moving=moving, moves=moves
-    )
+    template, verb = pick(rng, ADD), pick(rng, ADD_VERBS)
+    thing = f"{shape.size} {shape.color} {shape.form}"
+    words = template.format(verb, thing, place=place, moving=moving, moves=moves)
     return replace(scene, shapes=(*scene.shapes, shape)), words
+
+
+def _change(rng: np.random.Generator, scene: Scene, shape: Shape, name: str) -> tuple[Scene, str]:
+    """Other values for some attributes of a shape that is called `name`."""
+    values = {"color": visible_colors(scene.tone), "form": list(FORMS), "size": list(SIZES)}
+    attributes = pick(rng, CHANGE)
+    new = {}
+    for attribute in attributes:
+        former = getattr(shape, attribute)
+        new[attribute] = pick(rng, [value for value in values[attribute] if value != former])
+    words = pick(rng, CHANGE[attributes]).format(name, *new.values())
+    return exchange(scene, shape, replace(shape, **new)), words.replace(" a orange", " an orange")
 
 
 def _edit(
     rng: np.random.Generator, category: str, scene: Scene, source: Scene, extent: Extent
 ) -> tuple[Scene, str]:
-    """One edit of a scene, in words that hold for it and for the source; "" if its object cannot be named."""
+    """One edit of a scene, in words that hold for it and for the source.
+
+    The words are "" if its object cannot be named.
+    """
     if category == "Global Style":
-        style = _pick(rng, STYLES)
-        return replace(scene, style=style), _pick(rng, RESTYLE).format(_pick(rng, STYLES[style]))
+        return _restyle(rng, scene)
     if category == "Local Add":
         return _add(rng, scene, extent)
-    shape = _pick(
-        rng, [s for s in scene.shapes if s in source.shapes]
-    )  # not one that was edited already
-    name = refer(rng, shape, tuple(dict.fromkeys(source.shapes + scene.shapes)), extent)
-    index = scene.shapes.index(shape)
-    below, above = scene.shapes[:index], scene.shapes[index + 1 :]
+    untouched = [shape for shape in scene.shapes if shape in source.shapes]
+    shape = pick(rng, untouched)
+    pool = tuple(dict.fromkeys(source.shapes + scene.shapes))  # without repetitions
+    name = refer(rng, shape, pool, extent)
     if category == "Local Remove":
-        return replace(scene, shapes=below + above), name and _pick(rng, REMOVE).format(name)
-    others = dict(color=_colors(scene.tone), form=FORMS, size=SIZES)
-    what = _pick(rng, CHANGE)
-    new = {
-        a: _pick(rng, [value for value in others[a] if value != getattr(shape, a)]) for a in what
-    }
-    words = _pick(rng, CHANGE[what]).format(name, *new.values()).replace(" a orange", " an orange")
-    return replace(scene, shapes=(*below, replace(shape, **new), *above)), name and words
+        target = exchange(scene, shape)
+        return target, pick(rng, REMOVE).format(name) if name else ""
+    target, words = _change(rng, scene, shape, name)
+    return target, words if name else ""
+
+
+def _as_typed(rng: np.random.Generator, instruction: str) -> str:
+    """Half of the instructions become sentences, the other half stay as people type them."""
+    if rng.random() < 0.5:
+        return f"{instruction[:1].upper()}{instruction[1:]}."
+    return instruction
 
 
 def _throw(rng: np.random.Generator, category: str, extent: Extent) -> tuple[Scene, Scene, str]:
-    """A source, its edit and the instruction, "" if the edit cannot be said."""
+    """A source, its edit and the instruction; this is "" if the edit cannot be said."""
     parts = [category]
     if category == COMPOSITION:  # at most one of the two is a style
-        parts = rng.permutation([_pick(rng, CATEGORIES[:3]), _pick(rng, CATEGORIES)]).tolist()
+        parts = rng.permutation([pick(rng, CATEGORIES[:3]), pick(rng, CATEGORIES)]).tolist()
     least = {"Local Add": 1, COMPOSITION: 3}.get(category, 2)
-    source = target = _sample_scene(rng, int(rng.integers(least, 5)), extent)
+    source = target = sample_scene(rng, int(rng.integers(least, 5)), extent)
     sentences = []
     for part in parts:
         target, words = _edit(rng, part, target, source, extent)
         sentences.append(words)
-    instruction = _pick(rng, JOIN).format(*sentences) if len(parts) == 2 else sentences[0]
-    if rng.random() < 0.5:  # the other half is as people type
-        instruction = f"{instruction[:1].upper()}{instruction[1:]}."
+    if category == COMPOSITION:
+        instruction = pick(rng, JOIN).format(*sentences)
+    else:
+        instruction = sentences[0]
+    instruction = _as_typed(rng, instruction)
     return source, target, instruction if all(sentences) else ""
 
 
 def draw_edit(
-    rng: np.random.Generator, category: str, extent: Extent, looked_at: Extent | None = None
+    rng: np.random.Generator,
+    category: str,
+    extent: Extent,
+    looked_at: Extent | None = None,
+    words: str = "plain",
 ) -> tuple[Scene, Scene, str]:
-    """A source, its edit and the instruction: the dice roll until both are clear, in frames of `looked_at`'s size."""
+    """Draw a source, its edit and the instruction, again and again until both scenes are clear.
+
+    looked_at: the size of the frames in which this is checked, `extent` by default.
+    words: one of WORDINGS.
+    """
     looked_at = looked_at or extent
     while True:
-        source, target, instruction = _throw(rng, category, extent)
-        if instruction and _clear(source, looked_at) and _clear(target, looked_at):
+        if words == "plain" or (words == "people" and category in EVERYTHING and _is_plain(rng)):
+            source, target, instruction = _throw(rng, category, extent)
+        else:
+            held_out = words == "held-out"
+            source, target, instruction = people.throw(rng, category, extent, held_out)
+        if instruction and is_clear(source, looked_at) and is_clear(target, looked_at):
             return source, target, instruction
+
+
+def _is_plain(rng: np.random.Generator) -> bool:
+    """Of the instructions "people" a third are plain ones, so that a model learns both."""
+    return rng.random() < 1 / 3
 
 
 # --- The data set ---------------------------------------------------------------------------------
 
 
-class ShapesDataset(Dataset):
-    """`size` clips, each a function of (seed, index) and the arguments alone; the categories take turns.
+class Sample(NamedTuple):
+    """One clip and its edit, before it becomes a dict of tensors."""
 
-    An item is a dict of source and target, uint8 (T, H, W, 3); mask, bool (T, H, W), of the pixels that the edit
-    changes (all of them for a style); instruction; caption of the target; category.
+    source: Scene
+    target: Scene
+    instruction: str
+    clips: tuple[np.ndarray, np.ndarray]  # source and target, uint8 (T, H, W, 3)
+    mask: np.ndarray  # bool (T, H, W): the pixels that the edit changes, all of them for a style
+
+
+class ShapesDataset(Dataset):
+    """`size` clips, each a function of (seed, index) and the arguments; the categories take turns.
+
+    words: how the instructions are worded, one of WORDINGS. All but "plain" also have the category
+    "Not There", whose target is the source.
+    coarse: check in small frames whether objects can be told apart, which is several times faster.
+    The draws are then others than without it, because the two checks can disagree.
+
+    An item is a dict of source and target, uint8 (T, H, W, 3); mask, bool (T, H, W), of the pixels
+    that the edit changes (all of them for a style); instruction; caption of the target; category.
     """
 
     def __init__(
@@ -411,46 +270,76 @@ class ShapesDataset(Dataset):
         height: int,
         width: int,
         categories: Sequence[str] = CATEGORIES,
+        coarse: bool = False,
+        words: str = "plain",
     ) -> None:
-        if not categories or not set(categories) <= {*EVERYTHING}:
-            raise ValueError(f"categories {categories}: choose from {', '.join(EVERYTHING)}")
+        if words not in WORDINGS:
+            raise ValueError(f"words {words!r}: choose from {', '.join(WORDINGS)}")
+        choices = EVERYTHING if words == "plain" else (*EVERYTHING, NOT_THERE)
+        if not categories or not set(categories) <= set(choices):
+            raise ValueError(f"categories {categories}: choose from {', '.join(choices)}")
         if frames < 1 or min(height, width) < 32:
-            raise ValueError(
-                f"{frames} x {height} x {width}: clips of shapes need at least 1 frame of 32 x 32"
-            )
+            size_text = f"{frames} x {height} x {width}"
+            raise ValueError(f"{size_text}: clips of shapes need at least 1 frame of 32 x 32")
         self.seed, self.size, self.categories = seed, size, tuple(categories)
         self.extent = (frames, height, width)
+        self.words = words
+        self.coarse = coarse
+        self.looked_at = self.extent
+        if coarse:  # the shorter side gets 32 to 63 pixels
+            factor = min(height, width) // 32
+            self.looked_at = (frames, height // factor, width // factor)
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        _, target, instruction, clips, mask = self.sample(index)
-        category = self.categories[index % len(self.categories)]
-        words = dict(instruction=instruction, caption=caption(target), category=category)
-        return (
-            dict(
-                zip(
-                    ("source", "target", "mask"), map(torch.from_numpy, (*clips, mask)), strict=True
-                )
-            )
-            | words
+    def at(self, extent: Extent) -> ShapesDataset:
+        """A set with the same arguments but another size of the clips."""
+        return ShapesDataset(
+            self.seed, self.size, *extent, self.categories, self.coarse, self.words
         )
 
-    def sample(
-        self, index: int
-    ) -> tuple[Scene, Scene, str, tuple[np.ndarray, np.ndarray], np.ndarray]:
-        """Source and target scene, instruction, the two clips and the mask; the dice roll until all is clear."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        _, target, instruction, (before, after), mask = self.sample(index)
+        return {
+            "source": torch.from_numpy(before),
+            "target": torch.from_numpy(after),
+            "mask": torch.from_numpy(mask),
+            "instruction": instruction,
+            "caption": caption(target),
+            "category": self._category(index),
+        }
+
+    def _category(self, index: int) -> str:
+        return self.categories[index % len(self.categories)]
+
+    def sample(self, index: int) -> Sample:
+        """Draw scenes, words and clips until the edit is large and strong enough to be seen."""
         if not 0 <= index < self.size:
             raise IndexError(f"clip {index} of {self.size}")
-        rng, category = (
-            np.random.default_rng((self.seed, index)),
-            self.categories[index % len(self.categories)],
-        )
+        rng = np.random.default_rng((self.seed, index))
         while True:
-            source, target, instruction = draw_edit(rng, category, self.extent)
-            clips = render(source, self.extent), render(target, self.extent)
-            mask = (clips[0] != clips[1]).any(-1) | (target.style is not None)
-            change = np.square(clips[0][mask].astype(np.float32) - clips[1][mask])
+            source, target, instruction = draw_edit(
+                rng, self._category(index), self.extent, self.looked_at, self.words
+            )
+            before, after = render(source, self.extent), render(target, self.extent)
+            mask = _differs(before, after)
+            if target.style is not None:
+                mask[:] = True
+            if target == source:  # a request for what is not there
+                return Sample(source, target, instruction, (before, after), mask)
+            change = np.square(before[mask].astype(np.float32) - after[mask])  # (pixels, 3)
             if mask.mean() >= MIN_AREA and change.mean() >= MIN_CHANGE**2:
-                return source, target, instruction, clips, mask
+                return Sample(source, target, instruction, (before, after), mask)
+
+
+def _differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The pixels in which two clips differ in any channel, (T, H, W)."""
+    differs = a != b  # (T, H, W, 3)
+    return differs[..., 0] | differs[..., 1] | differs[..., 2]  # any(-1) takes four times as long
+
+
+def training_set(seed: int, extent: Extent) -> ShapesDataset:
+    """What the toy is trained on, practically without end: people's words, coarse checks."""
+    mix = (*TRAINING_MIX, NOT_THERE)
+    return ShapesDataset(seed, 1_000_000, *extent, mix, coarse=True, words="people")
