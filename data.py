@@ -737,9 +737,7 @@ class Batches(Dataset):
         triplets = self.triplets
         if isinstance(triplets, ShapesDataset):
             # To paint at the size of the step is better than to cut shapes off.
-            triplets = ShapesDataset(
-                triplets.seed, len(triplets), *size, categories=triplets.categories
-            )
+            triplets = triplets.at(size)
         item = triplets[index]
         instruction = item["instruction"]
         caption = item["caption"] or instruction
@@ -750,6 +748,10 @@ class Batches(Dataset):
                 f"{name}: its instruction or caption makes {tokens} tokens, the model has room for "
                 f"{self.max_text_tokens} beside a clip"
             )
-        source, target = fit_pair(item, size, self.config.spatial_factor, self.keep_aspect)
+        if isinstance(triplets, ShapesDataset):
+            # A request for what is not there has its source as the target: nothing is broken.
+            source, target = item["source"], item["target"]
+        else:
+            source, target = fit_pair(item, size, self.config.spatial_factor, self.keep_aspect)
         latents = self.latents.read(item, size) if self.latents else None
         return Triplet(source, instruction, target, caption, latents)

@@ -78,7 +78,7 @@ from cli import number
 from muon import Muon, muon_rates
 from rvedit import RVEDiT, RVEDiTConfig
 from sample import edit_video
-from shapes import TRAINING_MIX, ShapesDataset
+from shapes import training_set
 from vae import WanVAE
 
 # --- Recipes --------------------------------------------------------------------------------------
@@ -701,9 +701,8 @@ def open_triplets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
         tables = [data.TripletDataset(file, args.root, max_frames) for file in args.data]
         return ConcatDataset(tables), ConcatDataset(tables)
     # Moving shapes, painted as they are needed; those of another seed validate.
-    training = ShapesDataset(args.seed, 1_000_000, *args.size[0], TRAINING_MIX)
-    validation = ShapesDataset(args.seed + 1, 1_000_000, *args.size[0], TRAINING_MIX)
-    return training, validation
+    size = args.size[0]
+    return training_set(args.seed, size), training_set(args.seed + 1, size)
 
 
 def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.Batches:

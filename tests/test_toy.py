@@ -1,24 +1,35 @@
-"""How the small checkpoint is made and judged."""
+"""How the built-in model is made, and how it is scored."""
 
-import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
 
+import av
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import make_clip, relative_error, tiny_model
 from tokenizers import Tokenizer
 
+import data
 import rvedit
 import sample
-from experiments import toy
+from experiments import ablation, learning, reading, scoring, toy
+from scenes import EVERYTHING, NOT_THERE, Scene, Shape
 from shapes import ShapesDataset
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.from_str(toy.train_tokenizer().to_str())
+
+
+# --- The tokenizer --------------------------------------------------------------------------------
 
 
 def test_the_tokenizer_fits_the_preset(tokenizer):
@@ -37,13 +48,19 @@ def test_the_tokenizer_encodes_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
-def test_words_of_the_instructions_are_tokens(tokenizer):
-    """Clips that it was not trained on: hardly more tokens than words and signs."""
-    shapes = ShapesDataset(11, 20, 5, 32, 32, toy.EVERYTHING)
-    for clip in map(shapes.__getitem__, range(20)):
-        for text in (clip["instruction"], clip["caption"]):
-            words = text.replace(",", " ,").replace(".", " .").split()
-            assert len(tokenizer.encode(text).ids) <= len(words) + 2, tokenizer.encode(text).tokens
+@pytest.mark.parametrize(("words", "most"), [("plain", 1.15), ("people", 1.4)])
+def test_words_of_the_instructions_are_tokens(tokenizer, words, most):
+    """Of clips that it was not trained on: hardly more tokens than words and signs."""
+    shapes = ShapesDataset(11, 60, 5, 32, 32, EVERYTHING, coarse=True, words=words)
+    num_words = num_tokens = 0
+    for index in range(60):
+        text = shapes.sample(index).instruction
+        num_words += len(text.replace(",", " ,").replace(".", " .").split())
+        num_tokens += len(tokenizer.encode(text).ids)
+    assert num_tokens <= most * num_words
+
+
+# --- The recipe -----------------------------------------------------------------------------------
 
 
 def test_reconstruction_without_noise_is_encoding_and_decoding():
@@ -54,41 +71,196 @@ def test_reconstruction_without_noise_is_encoding_and_decoding():
         assert relative_error(decoded.clamp(-1, 1), vae.decode(vae.encode(video))) < 1e-5
 
 
-def test_an_interrupted_vae_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
-    """Stopped before step 4 of 3 + 3 and begun again: the same weights, bit for bit. The last 3 leave the encoder."""
-    monkeypatch.setattr(toy, "CLIPS", ((2, 5, 32, 16), (1, 5, 32, 32)))
-    monkeypatch.setattr(toy, "SAVE_SECONDS", 0)
-    for name in "abc":
-        (tmp_path / name).mkdir()
-    whole = toy.train_vae(tmp_path / "a", (3, 3))
-    shorter = toy.train_vae(tmp_path / "c", (3, 1)).state_dict()
-
-    class Stops(toy.Crops):
-        def __getitem__(self, step):
-            if step == 4:
-                raise KeyboardInterrupt
-            return super().__getitem__(step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(toy, "Crops", Stops)
-        toy.train_vae(tmp_path / "b", (3, 3))
-    resumed = toy.train_vae(tmp_path / "b", (3, 3)).state_dict()
+def test_the_decoder_alone_leaves_the_latents_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "CROPS", ((2, 5, 32, 16), (1, 5, 32, 32)))
+    whole = toy.train_vae(tmp_path / "vae.pt", (2, 1)).state_dict()
     start = toy.untrained_vae().state_dict()
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed[name], value), name
-        attention = ".middle.1." in name
-        assert torch.equal(start[name], value) == attention, name
-        assert torch.equal(shorter[name], value) == (
-            attention or name.startswith(("encoder", "conv1"))
-        ), name
+    (tmp_path / "vae.pt").unlink()
+    longer = toy.train_vae(tmp_path / "vae.pt", (2, 2)).state_dict()
+    for name, value in whole.items():
+        of_encoder = name.startswith(("encoder", "conv1"))
+        of_attention = ".middle.1." in name
+        assert torch.equal(start[name], value) == of_attention, name
+        assert torch.equal(longer[name], value) == (of_encoder or of_attention), name
+
+
+@pytest.fixture
+def tiny_recipe(monkeypatch):
+    """The recipe with a small editor, on small clips, of which few make a minibatch."""
+    shipped = rvedit.preset("toy")
+    dit = replace(shipped.dit, dim=64, ffn_dim=96, num_heads=2, num_blocks=2)
+    small = replace(shipped, dit=dit, routing_depth=1)
+    monkeypatch.setattr(rvedit, "preset", lambda _: small)
+    monkeypatch.setattr(toy, "CROPS", ((1, 5, 32, 16), (1, 1, 32, 32)))
+    monkeypatch.setattr(toy, "EDITOR_SIZES", ((5, 32, 48), (1, 32, 32)))
+    monkeypatch.setattr(reading, "SIZES_READ", ((1, 32, 32), (5, 32, 48)))
+    monkeypatch.setattr(reading, "BATCH", 2)
+    monkeypatch.setattr(learning, "SAVE_SECONDS", 0)
+    options = "--vae-steps 12 8 --mllm-steps 20 --steps 20 --train --batch 2 "
+    options += "--accumulate 1 --workers 0"
+    return options.split()
+
+
+def stop_at(monkeypatch, dataset, step, error):
+    """Let a data set of minibatches stop once, at a step."""
+    kept = dataset.__getitem__
+    stopped = []
+
+    def getitem(self, key):
+        if not stopped and key == step:
+            stopped.append(step)
+            error()
+        return kept(self, key)
+
+    monkeypatch.setattr(dataset, "__getitem__", getitem)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_one_command_makes_the_model_and_goes_on_where_it_was_stopped(
+    tmp_path, monkeypatch, tiny_recipe
+):
+    """Stopped in each of its three trainings and begun again, it ends bit for bit the same."""
+    toy.main(["--run", str(tmp_path / "whole"), *tiny_recipe])
+    for dataset, step, error in (
+        (toy.Crops, 15, interrupt),
+        (reading.Lessons, 7, interrupt),
+        (data.Batches, (11, 0), terminate),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            stop_at(patch, dataset, step, error)
+            toy.main(["--run", str(tmp_path / "parts"), *tiny_recipe])
+    toy.main(["--run", str(tmp_path / "parts"), *tiny_recipe])
+    files = sorted(file.name for file in (tmp_path / "whole" / "model").iterdir())
+    for name in files:
+        whole, parts = (tmp_path / run / "model" / name for run in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes(), name
+
+    # Done is done: nothing is trained or written again.
+    for part in ("train_vae", "write_start", "export"):
+        monkeypatch.setattr(toy, part, None)
+    monkeypatch.setattr(toy.train, "main", None)
+    toy.main(["--run", str(tmp_path / "whole"), *tiny_recipe])
+
+    model, vae = rvedit.load(tmp_path / "whole" / "model")
+    expected = rvedit.preset("toy")
+    assert model.config.dit == expected.dit
+    assert model.config.routing_depth == expected.routing_depth
+    assert model.config.align_weight == expected.align_weight > 0
+    assert model.config.max_frames == 5 and model.config.max_pixels == 32 * 48
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+RED_BALL = Shape("circle", "red", "small", "still", 0.25, 0.25)
+BLUE_STAR = Shape("star", "blue", "large", "left", 0.75, 0.5)
+SCENE = Scene("striped", "sand", 0.5, 0.4, (RED_BALL, BLUE_STAR))
+
+
+def answers(rule, extent=(5, 64, 64)):
+    """All answers that a rule has to questions about SCENE, by question."""
+    found = {}
+    for seed in range(200):
+        question, answer = rule(np.random.default_rng(seed), SCENE, extent)
+        if question:
+            assert found.setdefault(question, answer) == answer
+    return found
+
+
+def test_answers_are_true():
+    attributes = answers(reading.ask_attribute)
+    assert attributes["what color is the star?"] == "blue"
+    assert attributes["what is the red one?"] == "circle"
+    assert attributes["how big is the circle?"] == "small"
+    assert attributes["where is the circle?"] == "at the top left"
+    assert attributes["how does the blue star move?"] == "left"
+    assert "how does the star move?" not in answers(reading.ask_attribute, (1, 64, 64))
+    assert answers(reading.ask_place) == {
+        "what is at the top left?": "small red circle",
+        "what is on the right?": "large blue star",
+    }
+    numbers = answers(reading.ask_number)
+    assert numbers["how many objects are there?"] == "two"
+    assert numbers["how many are red?"] == numbers["how many are star?"] == "one"
+    assert numbers["how many are green?"] == "no"
+    assert answers(reading.ask_background) == {"what is the background?": "striped sand"}
+
+
+def test_the_effect_of_an_edit_is_said_in_one_way():
+    def after(*shapes, **changes):
+        return reading.effect(SCENE, replace(SCENE, shapes=shapes, **changes))
+
+    green = replace(RED_BALL, color="green")
+    heart = Shape("heart", "pink", "small", "up", 0.5, 0.5)
+    assert after(BLUE_STAR) == "small red circle becomes nothing"
+    assert after(green, BLUE_STAR) == "small red circle becomes small green circle"
+    assert after(RED_BALL, BLUE_STAR, heart) == "new small pink heart"
+    assert after(RED_BALL, BLUE_STAR) == "nothing"
+    assert after(RED_BALL, BLUE_STAR, style="sepia") == "all becomes an old sepia film"
+    assert after(RED_BALL, BLUE_STAR, tone="white") == "background becomes white"
+
+
+@pytest.fixture(scope="module")
+def reader(tokenizer):
+    model = rvedit.RVEDiT(rvedit.preset("toy"), tokenizer)
+    rvedit.initialise(model)
+    return model
+
+
+def test_only_answers_are_predicted_and_padding_does_not_count(reader):
+    """A row alone has the logits that it has in a batch; what is asked for is what was answered."""
+    lessons = reading.Lessons(reader.encoder, batch=3)
+    lesson = lessons[1]
+    logits, targets = reading.next_token_logits(reader.encoder, lesson)
+    assert len(logits) == len(targets) == int((lesson.targets >= 0).sum())
+    texts = lessons.tokenizer.decode(targets.tolist(), skip_special_tokens=False)
+    assert texts.count("<|im_end|>") == 3 * reading.QUESTIONS
+
+    length = int((lesson.targets[0] >= 0).nonzero().max()) + 1
+    num_patches = len(lesson.patches) // 3
+    alone = reading.Lesson(
+        ids=lesson.ids[:1, :length],
+        targets=lesson.targets[:1, :length],
+        patches=lesson.patches[:num_patches],
+        grids=lesson.grids[:1],
+    )
+    expected, _ = reading.next_token_logits(reader.encoder, alone)
+    assert relative_error(logits[: len(expected)], expected) < 1e-5
+
+
+def test_reading_is_learned(reader, tmp_path, monkeypatch):
+    """Two clips that are read again and again are soon known by heart."""
+
+    class SameLesson(reading.Lessons):
+        def __getitem__(self, step):
+            return super().__getitem__(0)
+
+    def loss():
+        lesson = SameLesson(reader.encoder, batch=2)[0]
+        with torch.no_grad():
+            return F.cross_entropy(*reading.next_token_logits(reader.encoder, lesson))
+
+    monkeypatch.setattr(reading, "Lessons", SameLesson)
+    before = loss()
+    reading.read_lessons(reader, 40, 2, tmp_path / "mllm.pt")
+    assert loss() < before / 3
+
+
+# --- Scores ---------------------------------------------------------------------------------------
 
 
 def test_clips_are_edited_together_as_alone():
-    """Three clips with instructions of different lengths give the frames of `edit_video`, up to a rounding."""
+    """Three clips with instructions of different lengths give the frames of `edit_video`."""
     model, vae = tiny_model(sampling_steps=3)
     clips = torch.stack([make_clip(5, 32, 64, seed) for seed in range(3)])
     texts = ["remove it", "make the small red circle in the corner green", "add snow"]
-    together = toy.edit_clips(model, vae, clips, texts)
+    together = scoring.edit_clips(model, vae, clips, texts)
     for clip, text, edit in zip(clips, texts, together, strict=True):
         alone = sample.edit_video(model, vae, clip, text)
         assert (edit.int() - alone.int()).abs().max() <= 1
@@ -108,9 +280,10 @@ def synthetic_clip():
 def test_scores_of_the_bounds():
     """The target is perfect; the source is right outside only, and is no edit."""
     clip = synthetic_clip()
-    assert toy.score(clip["target"], clip, clip["target"]) == toy.Score(math.inf, math.inf, 0, True)
+    perfect = scoring.Score(math.inf, math.inf, 0, True)
+    assert scoring.score(clip["target"], clip, clip["target"]) == perfect
     inside = 10 * math.log10(255**2 / 100**2)
-    assert toy.score(clip["source"], clip, clip["target"]) == pytest.approx(
+    assert scoring.score(clip["source"], clip, clip["target"]) == pytest.approx(
         (inside, math.inf, 0, False)
     )
 
@@ -124,7 +297,7 @@ def test_an_edit_counts_from_two_thirds_of_the_way(done, edited):
     output = torch.where(clip["mask"][..., None], 100 + round(100 * done), clip["source"]).to(
         torch.uint8
     )
-    assert toy.score(output, clip, clip["target"]).edited is edited
+    assert scoring.score(output, clip, clip["target"]).edited is edited
 
 
 @pytest.mark.parametrize(
@@ -138,105 +311,109 @@ def test_an_edit_counts_only_if_the_rest_stays(levels, ceiling_levels, edited):
     def off(by):
         return torch.where(clip["mask"][..., None], clip["target"], clip["target"] + by)
 
-    result = toy.score(off(levels), clip, off(ceiling_levels))
+    result = scoring.score(off(levels), clip, off(ceiling_levels))
     assert result.edited is edited and result.outside == pytest.approx(
         20 * math.log10(255 / levels)
     )
 
 
 def test_temporal_error_is_of_the_changes():
-    """An offset that stays costs nothing; a flicker of 10 levels in one of 3 frames is 10 levels in each of 2 steps."""
+    """An offset that stays costs nothing; a flicker in one of 3 frames counts in 2 steps."""
     clip = synthetic_clip()
     steady, flicker = clip["target"] + 10, clip["target"].clone()
     flicker[1] += 10
-    assert toy.score(steady, clip, clip["target"]).temporal == 0
-    assert toy.score(flicker, clip, clip["target"]).temporal == pytest.approx(10)
+    assert scoring.score(steady, clip, clip["target"]).temporal == 0
+    assert scoring.score(flicker, clip, clip["target"]).temporal == pytest.approx(10)
 
 
 def test_a_mask_of_everything_has_no_outside():
     clip = synthetic_clip() | dict(mask=torch.ones(3, 4, 4, dtype=torch.bool))
-    result = toy.score(clip["target"], clip, clip["source"])
+    result = scoring.score(clip["target"], clip, clip["source"])
     assert math.isnan(result.outside) and result.edited
+
+
+def test_a_request_that_changes_nothing_is_met_by_the_source():
+    """Its mask is empty: only what stays is scored."""
+    clip = synthetic_clip()
+    clip |= dict(target=clip["source"], mask=torch.zeros(3, 4, 4, dtype=torch.bool))
+    result = scoring.score(clip["source"], clip, clip["source"])
+    assert math.isnan(result.inside) and result.edited
+    assert not scoring.score(clip["source"] + 60, clip, clip["source"]).edited
+
+
+def test_evaluation_prints_every_category_in_every_wording(capsys):
+    model, vae = tiny_model(sampling_steps=1)
+    scoring.evaluate(model, vae, 0, 1, (1, 32, 64), "held-out")
+    table = capsys.readouterr().out
+    for name in (*EVERYTHING, NOT_THERE):
+        assert table.count(name) == 3
+    assert table.count("target through the VAE") == 6
+
+
+# --- Requests in a person's words -----------------------------------------------------------------
+
+
+def test_requests_are_read_by_line(tmp_path):
+    file = tmp_path / "requests.txt"
+    file.write_text("# of the sample clip\n\nremove the ball\n  b/w \n")
+    assert scoring.read_requests(file) == ["remove the ball", "b/w"]
+    file.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="requests.txt holds no requests"):
+        scoring.read_requests(file)
+
+
+def test_our_own_list_has_sixty_different_requests():
+    requests = scoring.read_requests(rvedit.TOY.parents[1] / "experiments" / "requests.txt")
+    assert len(set(requests)) == len(requests) >= 60
+
+
+def test_the_contact_sheet_shows_the_clip_and_its_edits(tmp_path, monkeypatch, capsys):
+    """The sheet has a tile for each, in order; the last line counts what did something."""
+    clip = make_clip(5, 32, 48)
+    edits = iter([clip, 255 - clip])
+    monkeypatch.setattr(scoring.sample, "edit_video", lambda *_: next(edits))
+    monkeypatch.setattr(scoring.video, "read_video", lambda _: SimpleNamespace(frames=clip))
+    requests = tmp_path / "requests.txt"
+    requests.write_text("nothing\ninvert it\n")
+    scoring.try_requests(None, None, requests, tmp_path / "clip.mp4", tmp_path / "sheet.png", 2)
+    assert "1 of 2 requests change the clip" in capsys.readouterr().out
+    with av.open(str(tmp_path / "sheet.png")) as file:
+        (frame,) = file.decode(video=0)
+    sheet = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+    assert sheet.shape == (72, 104, 3)
+    assert torch.equal(sheet[2:34, 2:50], clip[2])
+    assert torch.equal(sheet[2:34, 54:102], clip[2])
+    assert torch.equal(sheet[38:70, 2:50], 255 - clip[2])
+
+
+# --- Command line ---------------------------------------------------------------------------------
 
 
 def test_several_processes_are_refused_before_they_write_over_each_other(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="2"):
-        toy.main(["clips"])
-    assert "toy.py is one process" in capsys.readouterr().err
+        toy.main([])
+    assert "toy is one process" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkeypatch, capsys):
-    """All steps with hardly any training; a second call goes on from the first, with nothing left to do."""
-    monkeypatch.setattr(rvedit, "TOY", tmp_path / "assets")
-    monkeypatch.setattr(toy, "CLIPS", ((1, 5, 32, 16),))
-    run = ["--run", str(tmp_path / "run")]
-    options = ["--steps", "1", "--batch", "2", "--size", "9", "32", "32", "--workers", "0"]
-    toy.main([*run, "--vae-steps", "1", "1", "vae"])
-    for stage in (
-        "clips",
-        "large_clips",
-        "large_stills",
-        "small_editor",
-        "narrow_editor",
-        "editor",
-        "ablate",
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            toy.main([*run, stage])
-        assert "does not exist yet: an earlier stage makes it" in capsys.readouterr().err
-    toy.main([*run, "stills", *options])
-    toy.main([*run, "clips", *options])
-    base, start = (rvedit.load(tmp_path / "run" / name)[0] for name in ("clips/model", "base"))
-    assert (base.config.routing_depth, base.config.align_weight) == (6, 0)
-    assert start.config == dataclasses.replace(
-        rvedit.preset("toy"), vae=start.config.vae, dit=base.config.dit
-    )
-    trained = base.encoder.editing_connector.state_dict()
-    assert all(
-        torch.equal(trained[name], p)
-        for name, p in start.encoder.visual_connector.state_dict().items()
-    )
-    for stage in ("large_clips", "large_stills", "small_editor", "narrow_editor"):
-        toy.main([*run, stage, *options])
-    stills, narrow = (
-        rvedit.load(tmp_path / "run" / name / "model")[0]
-        for name in ("large_stills", "narrow_editor")
-    )
-    assert stills.config == dataclasses.replace(narrow.config, align_weight=0)
-    assert narrow.config == start.config
-    toy.main(
-        [
-            *run,
-            "editor",
-            "--steps",
-            "1",
-            "--batch",
-            "2",
-            "--size",
-            "5",
-            "64",
-            "64",
-            "--workers",
-            "1",
-        ]
-    )
-    toy.main(run)
-    assert rvedit.load()[0].config == dataclasses.replace(
-        rvedit.preset("toy"), vae=start.config.vae
-    )
-    size = sum(file.stat().st_size for file in (tmp_path / "assets").iterdir())
-    assert size < 18e6
-    stored = {file.name: file.read_bytes() for file in (tmp_path / "assets").iterdir()}
-    toy.main(run)
-    assert stored == {file.name: file.read_bytes() for file in (tmp_path / "assets").iterdir()}
-    capsys.readouterr()
-    toy.main(["evaluate", "--clips", "1", "--size", "32"])
-    table = capsys.readouterr().out
-    assert [
-        table.count(name) for name in ("Local Add", "source unchanged", "target through the VAE")
-    ] == [3, 5, 5]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["ablate", "--run", "x"], "unrecognized arguments: --run x"),
+        (["evaluate", "--natural", "x"], "--natural FILE and --video CLIP go together"),
+        (["evaluate", "--natural", "nowhere.txt", "--video", "x"], "nowhere.txt"),
+        (["evaluate", "--lr", "1"], "unrecognized arguments: --lr 1"),
+        (["--run", "nowhere", "ablate"], "start does not exist yet"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        toy.main(options)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+# --- Slow -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -255,11 +432,10 @@ def test_one_command_makes_a_checkpoint_that_is_small_and_loads(tmp_path, monkey
         ("Composition", 0.88, 23.7, 1),
     ],
 )
-def test_the_built_in_checkpoint_edits(monkeypatch, category, share, inside, possible):
+def test_the_built_in_checkpoint_edits(category, share, inside, possible):
     """The README's table, with a margin."""
-    monkeypatch.setattr(toy, "EVERYTHING", (category,))
-    (_, _, edit), (_, _, source), (_, _, ceiling) = toy.assess(
-        *rvedit.load(), seed=2026, number=50, frames=9, size=128
+    (_, _, edit), (_, _, source), (_, _, ceiling) = scoring.assess(
+        *rvedit.load(), seed=2026, number=50, frames=9, height=128, categories=(category,)
     )
     assert edit[3] >= share and edit[0] > inside
     assert source[3] == 0 and ceiling[3] >= possible
@@ -267,12 +443,12 @@ def test_the_built_in_checkpoint_edits(monkeypatch, category, share, inside, pos
 
 @pytest.mark.slow
 def test_the_ablation_trains_every_variant_once(tmp_path, monkeypatch, capsys):
-    """Its table has the mean and the spread of what the runs' folders hold; a second call trains nothing."""
+    """Its table has mean and spread of the runs' scores; a second call trains nothing."""
     variants = {"full": [], "w/o GRTC (L_s = L)": ["--routing-depth", "6"]}
-    monkeypatch.setitem(toy.VARIANTS, "components", variants)
-    shutil.copytree(rvedit.TOY, tmp_path / "base")
-    run = ["--run", str(tmp_path), "ablate", "--seeds", "2", "--clips", "1"]
-    toy.main([*run, "--steps", "1", "--batch", "1", "--size", "5", "32", "32", "--workers", "0"])
+    monkeypatch.setitem(ablation.VARIANTS, "components", variants)
+    shutil.copytree(rvedit.TOY, tmp_path / "start")
+    run = ["--run", str(tmp_path), "ablate", "--seeds", "2", "--clips", "1", "--variant-steps", "1"]
+    toy.main([*run, "--train", "--batch", "1", "--size", "5", "32", "32", "--workers", "0"])
     table = capsys.readouterr().out.splitlines()[-4:]
     folders = sorted(folder.name for folder in (tmp_path / "ablate").iterdir())
     assert folders == ["full-0", "full-1", "w-o-L-s-L-0", "w-o-L-s-L-1"]

@@ -1,0 +1,200 @@
+"""How well a checkpoint edits clips of moving shapes, whose right edits are known.
+
+Letters: B clips, T H W frames, height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cli
+import rvedit
+import sample
+import video
+from scenes import EVERYTHING, NOT_THERE
+from shapes import ShapesDataset
+from vae import WanVAE
+from video import to_float, to_uint8
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# --- Scores ---------------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    inside: float  # PSNR inside the mask in dB; NaN if the edit changes nothing
+    outside: float  # PSNR outside it; NaN if the edit changes everything
+    temporal: float  # rms difference between the changes from frame to frame, of 255 levels
+    edited: bool
+
+
+def psnr(squared_error: Tensor) -> float:
+    return (10 * torch.log10(255**2 / squared_error.mean())).item()
+
+
+def score(output: Tensor, clip: dict[str, Any], ceiling: Tensor) -> Score:
+    """How close an output is to the target of a clip of `ShapesDataset`.
+
+    It counts as edited if both are true:
+    - Inside the mask, its squared error to the target is at most a quarter of that to the source.
+    - Outside, its PSNR is at least 28 dB, or within 3 dB of the ceiling's.
+    ceiling: the target through the VAE. All clips are uint8 (T, H, W, 3).
+    """
+    output, ceiling = output.float(), ceiling.float()
+    source, target, mask = clip["source"].float(), clip["target"].float(), clip["mask"]
+    error = (output - target).square()  # (T, H, W, 3)
+    error_to_source = (output - source).square()
+    temporal = (output.diff(dim=0) - target.diff(dim=0)).square().mean().sqrt().item()
+    outside = psnr(error[~mask])
+    limit = min(28, psnr((ceiling - target)[~mask].square()) - 3)
+    changed = not mask.any() or bool(error[mask].mean() <= error_to_source[mask].mean() / 4)
+    kept = not outside < limit  # also if nothing is outside, where both are NaN
+    return Score(psnr(error[mask]), outside, temporal, changed and kept)
+
+
+@torch.no_grad()
+def edit_clips(model: rvedit.RVEDiT, vae: WanVAE, clips: Tensor, instructions: list[str]) -> Tensor:
+    """`sample.edit_video` with its defaults for many clips at once: uint8 (B, T, H, W, 3)."""
+    contexts = model.contexts(model.encoder(list(clips), instructions))
+    source = vae.encode(to_float(clips))  # (B, C, T', H', W')
+    noise = sample.initial_noise((1, *source.shape[1:]), seed=0)  # the same for every clip
+    noise = noise.expand(len(source), -1, -1, -1, -1).to(source.device)
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        return model.dit(z, t.expand(len(z)), contexts, source)
+
+    latents = sample.denoise(velocity, noise, model.config.sampling_steps, shift=5.0)
+    return to_uint8(vae.decode(latents))
+
+
+def assess(
+    model: rvedit.RVEDiT,
+    vae: WanVAE,
+    seed: int,
+    number: int,
+    frames: int,
+    height: int,
+    width: int | None = None,
+    words: str = "plain",
+    categories: tuple[str, ...] = EVERYTHING,
+    batch: int = 25,
+) -> Iterator[tuple[str, str, list[float]]]:
+    """Yield category, what is scored and its mean `Score` over `number` clips.
+
+    Scored are the edits, and what bounds them: unchanged sources, and targets through the VAE.
+    Clips are square unless a width is given.
+    """
+    for category in categories:
+        extent = (frames, height, width or height)
+        shapes = ShapesDataset(seed, number, *extent, [category], words=words)
+        scores: dict[str, list[Score]] = {}
+        for first in tqdm(range(0, number, batch), desc=category, disable=None, leave=False):
+            clips = [shapes[i] for i in range(first, min(first + batch, number))]
+            sources = torch.stack([clip["source"] for clip in clips])
+            targets = torch.stack([clip["target"] for clip in clips])
+            edits = edit_clips(model, vae, sources, [clip["instruction"] for clip in clips])
+            with torch.no_grad():
+                ceilings = to_uint8(vae.decode(vae.encode(to_float(targets))))
+            outputs = {
+                "edit": edits,
+                "source unchanged": sources,
+                "target through the VAE": ceilings,
+            }
+            for name, videos in outputs.items():
+                for output, clip, ceiling in zip(videos, clips, ceilings, strict=True):
+                    scores.setdefault(name, []).append(score(output, clip, ceiling))
+        for name, rows in scores.items():
+            yield category, name, torch.tensor(rows, dtype=torch.float64).nanmean(0).tolist()
+
+
+def evaluate(
+    model: rvedit.RVEDiT,
+    vae: WanVAE,
+    seed: int,
+    number: int,
+    extent: tuple[int, int, int],
+    words: str = "plain",
+) -> None:
+    """Print a table of `assess`."""
+    categories = EVERYTHING if words == "plain" else (*EVERYTHING, NOT_THERE)
+    print(f"{'':<36}PSNR inside   outside   temporal error   edited")
+    rows = assess(model, vae, seed, number, *extent, words=words, categories=categories)
+    for category, name, (inside, outside, temporal, edited) in rows:
+        numbers = f"{inside:>8.2f} dB{outside:>7.2f} dB{temporal:>17.2f}{edited:>9.1%}"
+        print(f"{category:<13}{name:<23}{numbers}", flush=True)
+
+
+# --- Requests in a person's words -----------------------------------------------------------------
+
+MIN_SHARE = 0.01  # an edit changes at least so much of the clip ...
+MIN_DIFFERENCE = 32  # ... by this many of 255 levels in a channel
+
+
+def read_requests(path: Path) -> list[str]:
+    """The lines of a text file, without empty ones and comments (#). Raises ValueError if none."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    requests = [line for line in lines if line and not line.startswith("#")]
+    if not requests:
+        raise ValueError(f"{path} holds no requests: write one a line")
+    return requests
+
+
+def changed_share(before: Tensor, after: Tensor) -> float:
+    """The share of the pixels, of uint8 clips (T, H, W, 3), that differ strongly in a channel."""
+    difference = (after.int() - before.int()).abs().amax(-1)  # (T, H, W)
+    return (difference >= MIN_DIFFERENCE).float().mean().item()
+
+
+def contact_sheet(clips: list[Tensor], columns: int) -> Tensor:
+    """The middle frames of clips of one size, row by row: uint8 (height, width, 3)."""
+    tiles = []
+    for clip in clips:
+        frame = clip[len(clip) // 2]
+        tiles.append(torch.nn.functional.pad(frame, (0, 0, 2, 2, 2, 2), value=255))
+    while len(tiles) % columns:
+        tiles.append(torch.full_like(tiles[0], 255))
+    rows = []
+    for first in range(0, len(tiles), columns):
+        rows.append(torch.cat(tiles[first : first + columns], dim=1))
+    return torch.cat(rows)
+
+
+def write_png(path: Path, image: Tensor) -> None:
+    """Write uint8 (H, W, 3) as a PNG."""
+    frame = av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")
+    codec = av.CodecContext.create("png", "w")
+    codec.width, codec.height, codec.pix_fmt = frame.width, frame.height, "rgb24"
+    codec.time_base = 1
+    packets = codec.encode(frame) + codec.encode(None)
+    with cli.replacing(path) as temporary:
+        temporary.write_bytes(b"".join(bytes(packet) for packet in packets))
+
+
+def try_requests(
+    model: rvedit.RVEDiT, vae: WanVAE, requests: Path, clip: Path, out: Path, columns: int = 10
+) -> None:
+    """Edit a clip by each request of a file; write the clip and all edits as one PNG.
+
+    Prints how much each changed. Whether that is right is for a person to see.
+    """
+    texts = read_requests(requests)
+    source = video.read_video(clip).frames
+    edits = []
+    changed = 0
+    for number, text in enumerate(texts, start=1):
+        edit = sample.edit_video(model, vae, source, text)
+        share = changed_share(source, edit)
+        changed += share >= MIN_SHARE
+        edits.append(edit)
+        print(f"{number:>4}  {share:>6.1%} of the pixels change  {text}", flush=True)
+    write_png(out, contact_sheet([source, *edits], columns))
+    print(
+        f"{changed} of {len(texts)} requests change the clip; {out} shows it and its edits in order"
+    )
