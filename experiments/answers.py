@@ -45,7 +45,7 @@ _SCORE_NAME = r"(?:final\s+)?(?:scores?|rating|grade|value|points)"
 
 # --- One score ------------------------------------------------------------------------------------
 
-_GAP = re.compile(r"(?:->|=>|[\s:=|–—→⇒➜➡]|-(?!\d)|\.{2,})*")  # between a label and its score
+_GAP = re.compile(r"(?:->|=>|[\s:=|,;$–—→⇒➜➡]|-(?!\d)|\.{2,})*")  # between a label and its score
 _BRACKETS = re.compile(r"[(\[{<]([^()\[\]{}<>]*)[)\]}>]")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _UNIT = re.compile(r"\s*(?:%|分|点|점|(?:points?|pts|marks?|percent)\b)", re.IGNORECASE)
@@ -58,20 +58,24 @@ _JOINED = re.compile(
     re.IGNORECASE,
 )
 _TOP = r"(?:\d+\s*(?:-|–|~|to)\s*)?(\d+(?:\.\d+)?)"  # the last number of "5" or "1-5"
+_ON_A = r"\s*[(\[]?\s*(?:(?:on|in|using)\s)?(?:an?\s|the\s)?"
 _SCALES = [  # ways to name the top of the scale behind a number
-    r"\s*[(\[]?\s*(?:/|(?:out )?of\b|max(?:imum)?\b[.:]?)\s*(?:an?\s|the\s|possible\s|of\s)*"
-    + _TOP,
-    r"\s*[(\[]?\s*(?:(?:on|in|using)\s)?(?:an?\s|the\s)?scale\b[^\d]{0,9}" + _TOP,
-    r"\s*[(\[]?\s*(?:(?:on|in|using)\s)?(?:an?\s|the\s)?" + _TOP + r"[\s-]*(?:point\s)?\s*scale\b",
+    re.compile(
+        r"\s*[(\[]?\s*(?:/|(?:out )?of\b|on\b|over\b|max(?:imum)?\b[.:]?)"
+        rf"\s*(?:an?\s|the\s|possible\s|of\s)*{_TOP}",
+        re.IGNORECASE,
+    ),
+    re.compile(rf"{_ON_A}scale\b[^\d]{{0,9}}{_TOP}", re.IGNORECASE),
+    re.compile(rf"{_ON_A}{_TOP}[\s-]*(?:point\s)?\s*scale\b", re.IGNORECASE),
 ]
-_SCALES = [re.compile(scale, re.IGNORECASE) for scale in _SCALES]
 # "4 (1-5)" names a scale, but "4 (1-20)" and "85 (81-100)" name the band of our rubrics.
 _BRACKETED_SCALE = re.compile(r"\s*[(\[]\s*[01]\s*(?:-|–|~|to)\s*(?!20\b|100\b)\d")
 # A word directly behind a number is what it counts ("2 cats"), unless it begins an explanation.
 _WORD = re.compile(r"\s*[^\W\d]")
 _EXPLANATION = re.compile(
     r"\s*(?:because|as|since|due|for|given|considering|with|without|but|though|although|while|"
-    r"however|overall|so|the|an?|this|that|it|its|there|he|she|they|we|i)\b"
+    r"however|despite|even|overall|mainly|so|thus|hence|therefore|if|when|where|which|"
+    r"the|an?|this|that|it|its|there|he|she|they|we|i)\b"
     r"|\s*(?:(?:very|quite|fairly|almost|nearly)\s+)?"
     r"(?:excellent|perfect|great|good|fair|ok|okay|poor|bad|high|low|strong|weak)\b(?!\s+\w)",
     re.IGNORECASE,
@@ -106,8 +110,8 @@ def _score_at_start(text: str) -> tuple[float | None, str]:
             return float(number[0]), behind[top.end() :]
     if _BRACKETED_SCALE.match(behind):
         return None, behind
-    counts = _WORD.match(behind) and not unit and not _EXPLANATION.match(behind)
-    if counts or re.match(r"\s*of\b", behind):
+    is_word = _WORD.match(behind) and not _EXPLANATION.match(behind) and not _START.match(behind)
+    if (is_word and not unit) or re.match(r"\s*of\b", behind):
         return None, behind
     return float(number[0]), behind
 
@@ -230,10 +234,27 @@ def _without_thoughts(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """The text without the marks of Markdown and HTML, which become spaces."""
+    """The text without the marks of Markdown, HTML and LaTeX, which become spaces."""
+    text = re.sub(r"\\(?:boxed|textbf|text)\b", " ", text)
     text = re.sub(r"(?i)<\s*(?:br|/?(?:p|li|tr|div|h\d))\s*/?>", "\n", text)
     text = re.sub(r"(?i)</?(?:b|strong|i|em|u|td|th|span|code|score|answer)>", " ", text)
     return re.sub(r"[*_`#\"'\\“”‘’„]+", " ", html.unescape(text))
+
+
+def _below(lines: list[str]) -> str:
+    """The score of a heading: it stands alone on the next line, or it is called so further down."""
+    alone = rf"(?i)\W*{_NUMBER.pattern}\s*(?:/\s*100|%|points)?\W*"
+    is_next = True
+    for line in lines:
+        named = re.match(rf"(?i)\W*{_SCORE_NAME}\b(.*)", line)
+        if _START.match(line):
+            break
+        if named:
+            return named[1]
+        if is_next and re.fullmatch(alone, line):
+            return line.lstrip("> •·")
+        is_next = is_next and not line.strip()
+    return ""
 
 
 def _in_lines(lines: list[str]) -> Iterator[tuple[str, str]]:
@@ -243,13 +264,10 @@ def _in_lines(lines: list[str]) -> Iterator[tuple[str, str]]:
         while found:
             behind = line[found.end() :]
             if not re.search(r"\w", behind):
-                # A heading: its score may stand alone on the next line.
-                following = next((line for line in lines[i + 1 :] if line.strip()), "")
-                alone = rf"\W*(?:{_SCORE_NAME}\b\W*)?{_NUMBER.pattern}\s*(?:/\s*100|%|points)?\W*"
-                is_alone = re.fullmatch(f"(?i){alone}", following)
-                behind = following.lstrip("> •·") if is_alone else ""
+                behind = _below(lines[i + 1 :])
             yield found.lastgroup, behind
             score, line = _score_behind_label(behind)
+            line = re.sub(r"^\s*\([^()]*\)", "", line)
             found = None if score is None else _START.match(line)
 
 
@@ -277,10 +295,10 @@ def parse_scores(answer: str) -> list[int] | None:
     # Full-width digits and punctuation become plain, other spaces too. Footnote marks are dropped
     # before, as they would become digits.
     text = unicodedata.normalize("NFKC", re.sub("[⁰¹²³⁴-⁹₀-₉]", "", answer))
-    text = text.translate(dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\ufe0f")))
     text = _without_thoughts(text.replace("\u2044", "/"))  # the bar of a fraction
     if len(text) > LONGEST:
         return None
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn"))  # invisible
     fields, text = _take_json(text)
     fields += _in_text(text)
 

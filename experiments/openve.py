@@ -13,10 +13,11 @@
 
 OpenVE-Bench is a folder with `benchmark_videos.csv` (columns edited_type, prompt, original_video)
 and `videos/`. A folder of results holds the clips of one editor, ours or another. Its `results.csv`
-names them in the column edited_result_path; without that table, the edit of NAME.mp4 is
-NAME_edited.mp4. The name of the folder is the name of the method in the tables. An `editor.json` in
-it, such as {"params": "14B", "resolution": "832x480"}, fills the columns of Table 1 with these
-names. `judge` writes its scores into the same folder.
+names them in the column edited_result_path; `new_result.csv`, as the benchmark calls it, does so
+too. Without such a table, the edit of NAME.mp4 is NAME_edited.mp4. The name of the folder is the
+name of the method in the tables. An `editor.json` in it, such as {"params": "14B", "resolution":
+"832x480"}, fills the columns of Table 1 with these names. `judge` writes its scores into the same
+folder, and beside them what was judged: a clip that changes later is judged again.
 """
 
 from __future__ import annotations
@@ -60,6 +61,13 @@ CATEGORIES = {name.lower().replace(" ", "_"): name for name in NAMES}
 OTHERS = ("background_change", "subtitle_edit", "camera_edit", "creative_edit")
 COLUMNS = ("edited_type", "prompt", "original_video")
 RESULT = "edited_result_path"
+
+NOT_FOR_RUN = {  # options of sample.py that would do nothing here
+    "--video": "`run` takes its clips from the benchmark",
+    "--prompt": "`run` takes its instructions from the benchmark",
+    "--compare": "`run` writes only edits, judges see them beside their sources",
+    "--resume": "`run` always goes on with the clips that it lacks",
+}
 
 RUBRICS = Path(__file__).parent / "rubrics"
 PLACEHOLDER = "{edit_prompt}"
@@ -132,7 +140,7 @@ def read_editor(folder: Path) -> dict:
 def describe_editor(settings: Namespace, model: RVEDiT) -> dict[str, str]:
     """What `editor.json` keeps of our own edits: their options, and the columns of Table 1."""
     names = ("checkpoint", "routing_depth", "max_pixels", "max_frames", "keep_source")
-    names += ("steps", "shift", "seed", "dtype")
+    names += ("steps", "shift", "seed", "dtype", "decode_dtype")
     editor = {name: str(getattr(settings, name)) for name in names}
     config = model.config
     height, width = sample.model_size(720, 1280, config.max_pixels, config.spatial_factor)
@@ -145,6 +153,7 @@ def describe_editor(settings: Namespace, model: RVEDiT) -> dict[str, str]:
 def edit_clip(model: RVEDiT, vae: WanVAE, settings: Namespace, row: dict, out: Path) -> None:
     """Edit the clip of one row as `sample.py` does with these options."""
     clip = video.read_video(row["source"])
+    video.prepare_edit(clip, out)
     blocks = sample.edit_frames(
         model,
         vae,
@@ -165,9 +174,10 @@ def run(args: Namespace) -> None:
 
     Of the n processes of torchrun, each edits every n-th clip.
     """
+    for option in (word.partition("=")[0] for word in args.options):
+        if option in NOT_FOR_RUN:
+            raise ValueError(f"{option}: {NOT_FOR_RUN[option]}")
     settings = sample.parse_arguments(["--video", "", "--prompt", "-", *args.options])
-    if settings.compare:
-        raise ValueError("--compare: `run` writes only edits, judges see them beside their sources")
     rows = read_table(args.bench / "benchmark_videos.csv", args.bench, args.categories)
     model, vae = sample.load_model(settings)
 
@@ -293,9 +303,10 @@ def judge_folder(
     model_name = re.sub("[^A-Za-z0-9.-]+", "-", args.model)
     path = folder / f"scores_{model_name}_{used}.jsonl"
     former = chat.results(path)
-    again = {key for key in former.keys() & rows.keys() if outdated(former[key], seen[key])}
+    known = {key: row for key, row in former.items() if key in rows}
+    again = {key for key, row in known.items() if outdated(row, seen[key])}
     if args.again:
-        again |= {key for key, row in former.items() if row.get("scores") is None}
+        again |= {key for key, row in known.items() if row.get("scores") is None}
     chat.forget(path, again)
     failed = chat.run(path, {key: key for key in rows}, work, args.workers)
 

@@ -78,13 +78,39 @@ ANSWERS = [
     ("start", f"<b>{IC}</b>: 85<br>\n<b>{CF}</b>: 70<br>\n<b>{VQ}</b>: 80", GOOD),
     (
         "start",
-        "<instruction_compliance>85</instruction_compliance>\n<consistency_detail_fidelity>70</consistency_detail_fidelity>\n<visual_quality_stability>80</visual_quality_stability>",
+        "<instruction_compliance>85</instruction_compliance>\n"
+        "<consistency_detail_fidelity>70</consistency_detail_fidelity>\n"
+        "<visual_quality_stability>80</visual_quality_stability>",
         GOOD,
     ),
     ("start", f"### {IC}\n85\n### {CF}\n**70**\n### {VQ}\nScore: 80", GOOD),
     ("start", f"**{IC}:**\n85/100\n\n**{CF}:**\n70/100\n\n**{VQ}:**\n80/100", GOOD),
     ("start", f"{IC}:\n1. The cat is gone.\n{CF}: 70\n{VQ}: 80", None),
     ("start", f"### {IC}\nThe cat is gone.\n{form(85)}", GOOD),
+    ("start", f"{IC}: 85 {CF}: 70 {VQ}: 80", GOOD),
+    ("start", f"{IC}: 85 (good), {CF}: 70 (fair), {VQ}: 80", GOOD),
+    (
+        "start",
+        f"### {IC}\n- Reasoning: 2 of 3 cats changed.\n- Score: 85\n"
+        f"### {CF}\n- Score: 70 - 1 seam\n"
+        f"### {VQ}\nFine.\nRating: 80/100",
+        GOOD,
+    ),
+    ("start", f"### {IC}\n2 of 3 cats changed.\n### {CF}\nScore: 70\n### {VQ}\nScore: 80", None),
+    ("start", f"{IC},85\n{CF},70\n{VQ},80", GOOD),
+    (
+        "start",
+        "instruction_compliance:\n  score: 85\n  reason: 2 cats\n"
+        "consistency_detail_fidelity:\n  reason: 1 seam\n  score: 70\n"
+        "visual_quality_stability:\n  score: 80",
+        GOOD,
+    ),
+    ("start", f"Overall {IC}: 85\n{CF}: 70\n{VQ}: 80", None),
+    (
+        "start",
+        f"<instruction_compliance><score>85</score></instruction_compliance>\n{CF}: 70\n{VQ}: 80",
+        GOOD,
+    ),
     # other spellings of the labels
     ("label", form(85).replace("&", "and"), GOOD),
     ("label", form(85).replace("&", "&amp;"), GOOD),
@@ -130,6 +156,12 @@ ANSWERS = [
     ("first", form("85\n  - 2 cats are missing, so not 100"), GOOD),
     ("first", form("85!"), GOOD),
     ("first", form("85 → good"), GOOD),
+    ("first", form("45 since 2 cats are missing"), [45, 70, 80]),
+    ("first", form("45 despite 2 good cats"), [45, 70, 80]),
+    ("first", form("75 (upper part of 61-80)"), [75, 70, 80]),
+    ("first", form("75 (61-80)"), [75, 70, 80]),
+    ("first", form("85 (85%)"), GOOD),
+    ("first", form("2 are missing, so 45"), None),
     # what a model thinks aloud is no answer
     ("thoughts", f"<think>\n{form(20, 20, 20)}\n</think>\n\n{form(85)}", GOOD),
     ("thoughts", f"{form(20, 20, 20)}\nNo, wait.</think>{form(85)}", GOOD),
@@ -238,6 +270,9 @@ ANSWERS = [
     ("scale", form("4 (1-20)"), [4, 70, 80]),
     ("scale", form("4/100"), [4, 70, 80]),
     ("scale", form("85 (band 81-100)"), GOOD),
+    ("scale", form("85 on 100"), GOOD),
+    ("scale", form("4 on 5"), None),
+    ("scale", form("9 out of ten"), None),
     # a part of a number or word is no score
     ("whole", form(-5), None),
     ("whole", form("−85"), None),
@@ -257,6 +292,7 @@ ANSWERS = [
     ("whole", form("8½"), None),
     ("whole", form("8⁄10"), None),
     ("whole", form("85¹"), GOOD),
+    ("whole", form("0.85 (85%)"), None),
     # brackets of our own template, and others that may stand around a score or before it
     ("template", f"{IC}: [85]\n{CF}: (70)\n{VQ}: {{80}}", GOOD),
     ("template", form("<integer 1-100>", "<integer 1-100>", "<integer 1-100>"), None),
@@ -275,6 +311,9 @@ ANSWERS = [
     ),
     ("template", f"{IC} (100): 85\n{CF} (100): 70\n{VQ} (100): 80", GOOD),
     ("template", f"{IC} [85]\n{CF} [70]\n{VQ} [80]", GOOD),
+    ("template", form("$85$", "\\boxed{70}", "\\textbf{80}"), GOOD),
+    ("template", f"{IC} ........ 85\n{CF} ..... 70\n{VQ} ... 80", GOOD),
+    ("template", f"[{IC}]: 85\n<{CF}>: 70\n{{{VQ}}}: {{80}}", GOOD),
     # full-width digits and punctuation
     ("full width", f"{IC}：85\n{CF}：70\n{VQ}：80", GOOD),
     ("full width", f"{IC}：８５\n{CF}：７０\n{VQ}：８０", GOOD),
@@ -286,6 +325,9 @@ ANSWERS = [
     ("full width", form(85).replace("&", "＆"), GOOD),
     ("full width", f"【{IC}】85\n【{CF}】70\n【{VQ}】80", GOOD),
     ("full width", f"“{IC}”：85，\n“{CF}”：70，\n“{VQ}”：80", GOOD),
+    ("full width", f"{IC}（指令遵循）：85\n{CF}：70\n{VQ}：80", GOOD),
+    ("full width", f"\u200e{IC}\u200e:\u200e85\n\ufeff{CF}: 70\n{VQ}: 8\u00ad0", GOOD),
+    ("full width", form("８５．４"), GOOD),
     # Markdown tables, with an axis in each row or column
     ("table", f"| {IC} | 85 |\n|---|---|\n| {CF} | 70 |\n| {VQ} | 80 |", GOOD),
     ("table", f"| Axis | Score |\n|---|---|\n| {IC} | 85 |\n| {CF} | 70 |\n| {VQ} | 80 |", GOOD),
@@ -324,6 +366,12 @@ ANSWERS = [
         "table",
         f"Here:\n\n| Criterion | Rating |\n| :--- | :---: |\n"
         f"| {IC} | 85% |\n| {CF} | 70% |\n| {VQ} | 80% |\n\nDone.",
+        GOOD,
+    ),
+    (
+        "table",
+        "| Axis | Score | Max |\n|---|---|---|\n"
+        f"| {IC} | 85 | 100 |\n| {CF} | 70 | 100 |\n| {VQ} | 80 | 100 |",
         GOOD,
     ),
     # objects of JSON, also nested or broken
@@ -436,7 +484,7 @@ ANSWERS = [
 
 def test_every_rule_has_answers_that_it_decides():
     rules = [rule for rule, _, _ in ANSWERS]
-    assert len(ANSWERS) >= 260 and len({answer for _, answer, _ in ANSWERS}) == len(ANSWERS)
+    assert len(ANSWERS) >= 300 and len({answer for _, answer, _ in ANSWERS}) == len(ANSWERS)
     assert min(rules.count(rule) for rule in set(rules)) >= 5
 
 

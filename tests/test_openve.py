@@ -925,6 +925,9 @@ def test_clips_that_cannot_be_edited_do_not_stop_the_others(checkpoint, tmp_path
             "--categories: invalid choice: 'local_ad'",
         ),
         (["run", "--bench", "b", "--out", "o", "--compare"], "--compare: `run` writes only edits"),
+        (["run", "--bench", "b", "--out", "o", "--resume"], "--resume: `run` always goes on"),
+        (["run", "--bench", "b", "--out", "o", "--video=x"], "--video: `run` takes its clips from"),
+        (["run", "--bench", "b", "--out", "o", "--prompt", "x"], "--prompt: `run` takes its"),
         (
             ["table", "x", "--stepz", "3"],
             "--stepz 3: only `run` takes options of sample.py",
