@@ -574,15 +574,20 @@ def count_tokens(tokenizer: Tokenizer, text: str, verbatim: bool = True) -> int:
     return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def max_text_tokens(config: RVEDiTConfig, tokenizer: Tokenizer) -> int:
-    """How many tokens of text the MLLM's context holds beside the largest clip and the queries."""
+def max_text_tokens(config: RVEDiTConfig, tokenizer: Tokenizer, max_pixels: int) -> int:
+    """How many tokens of text the MLLM's context holds beside any clip or still, and the queries.
+
+    max_pixels: of a still, which the MLLM reads at its full size.
+    """
     vision = config.qwen.vision
     token_side = vision.patch_size * vision.spatial_merge_size  # of a visual token, in pixels
     frame_groups = math.ceil(config.max_mllm_frames / vision.temporal_patch_size)
-    visual_tokens = frame_groups * (config.max_mllm_pixels // token_side**2)
+    clip_tokens = frame_groups * (config.max_mllm_pixels // token_side**2)
+    still_tokens = math.ceil(max_pixels / token_side**2)
+    queries = max(config.num_editing_tokens, config.num_image_tokens)
     # And a few that close the clip and the turn.
     chat_tokens = count_tokens(tokenizer, CHAT_START, verbatim=False) + 8
-    others = visual_tokens + config.num_editing_tokens + chat_tokens
+    others = max(clip_tokens, still_tokens) + queries + chat_tokens
     return config.qwen.max_position_embeddings - others
 
 
@@ -653,7 +658,8 @@ class Batches(Dataset):
         self.latents = latents
         if latents and not self.keep_aspect:
             raise ValueError("--latents works with --data and a --batch of 1")
-        self.max_text_tokens = max_text_tokens(config, encoder.tokenizer)
+        max_pixels = max(height * width for _, height, width in sizes)
+        self.max_text_tokens = max_text_tokens(config, encoder.tokenizer, max_pixels)
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         step, micro = key

@@ -699,11 +699,13 @@ def test_data_without_a_good_triplet_ends_in_one_line(model, tmp_path: Path):
         batches(model, TripletDataset(file), tmp_path)[0, 0]
 
 
-def test_the_room_for_text_is_what_the_encoder_takes(model):
-    """A text as long as allowed fits beside the largest clip, one a little longer does not."""
+@pytest.mark.parametrize("shape", ((9, 32, 32), (1, 128, 128)))
+def test_the_room_for_text_is_what_the_encoder_takes(model, shape):
+    """Beside the largest clip and still, a text as long as allowed fits, a longer one does not."""
+    frames, height, width = shape
     config, encoder = model.config, model.encoder
-    room = data.max_text_tokens(config, encoder.tokenizer)
-    clip = make_clip(9, 64, 64)
+    room = data.max_text_tokens(config, encoder.tokenizer, height * width)
+    clip = make_clip(frames, height, width)
     encoder.prepare([clip], ["x" * room])
     with pytest.raises(ValueError, match="tokens"):
         encoder.prepare([clip], ["x" * (room + 16)])
