@@ -48,7 +48,7 @@ import data
 import rvedit
 import sample
 import video
-from experiments import chat
+from experiments import chat, scoring
 from experiments.answers import AXES, parse_scores
 from rvedit import RVEDiT
 from shapes import CATEGORIES as NAMES
@@ -537,15 +537,13 @@ def shapes(args: Namespace) -> None:
 
     The scores are those of `toy evaluate`: a clip's exact target stands in the place of a judge.
     """
-    from experiments import toy  # here, because it imports all of training
-
-    model, vae = rvedit.load(args.checkpoint, device=toy.DEVICE)
+    model, vae = rvedit.load(args.checkpoint, device=scoring.DEVICE)
     frames, size = TOY_EXTENT[:2]
     header = ["Clip"]
     for name in NAMES:
         header += [f"{name}: PSNR inside", "PSNR outside", "temporal error", "edited"]
     lines: dict[str, list[str]] = {}  # by what is scored: edit, source, target through the VAE
-    for category, clip, scores in toy.assess(model, vae, 2026, args.clips, frames, size):
+    for category, clip, scores in scoring.assess(model, vae, 2026, args.clips, frames, size):
         if category in NAMES:
             inside, outside, temporal, edited = scores
             cells = [f"{inside:.2f}", f"{outside:.2f}", f"{temporal:.2f}", f"{edited:.0%}"]

@@ -44,7 +44,6 @@ import rvedit
 import train
 from experiments import ablation, reading, scoring
 from experiments.learning import DEVICE, WORKERS, cosine, learn
-from experiments.scoring import assess, edit_clips, score  # noqa: F401  (openve's names for them)
 from mllm import CHAT_START
 from muon import Muon
 from scenes import EVERYTHING

@@ -84,6 +84,18 @@ def test_the_decoder_alone_leaves_the_latents_as_they_are(tmp_path, monkeypatch)
         assert torch.equal(longer[name], value) == (of_encoder or of_attention), name
 
 
+def test_the_editor_meets_stills_and_clips_of_many_sizes():
+    """All are of 4k + 1 frames and of sides that the model takes, from 64 to 192."""
+    factor = rvedit.preset("toy").spatial_factor
+    shapes = set()
+    for T, H, W in toy.EDITOR_SIZES:
+        assert (T - 1) % 4 == 0 and H % factor == W % factor == 0
+        assert min(H, W) >= 64 and max(H, W) <= 192
+        shapes.add("square" if H == W else "portrait" if H > W else "landscape")
+    assert {T for T, _, _ in toy.EDITOR_SIZES} == {1, 5, 9, 17}
+    assert shapes == {"square", "portrait", "landscape"}
+
+
 @pytest.fixture
 def tiny_recipe(monkeypatch):
     """The recipe with a small editor, on small clips, of which few make a minibatch."""
