@@ -20,7 +20,7 @@ from test_chat import CUT, in_turn, lines, loopback, no_pauses, opened, reply_of
 
 import rvedit
 import sample
-from experiments import chat, openve, toy
+from experiments import chat, openve, scoring
 from video import read_video, write_video
 
 ROOT = Path(__file__).parents[1]
@@ -952,7 +952,7 @@ def test_shapes_prints_the_scores_of_toy_evaluate(monkeypatch, capsys):
             yield category, "edit", [20 + i, 30.456, 5.5, 0.25]
             yield category, "source unchanged", [8 + i, math.nan, 9.5, 0.0]
 
-    monkeypatch.setattr(toy, "assess", assess)
+    monkeypatch.setattr(scoring, "assess", assess)
     openve.main(["shapes", "--clips", "7"])
     found = markdown_rows(capsys.readouterr().out)
     assert found[0][:5] == [
