@@ -71,6 +71,13 @@ COPIED_AUDIO = {
     ".mov": "aac mp3 ac3 eac3 alac pcm_s16le pcm_s16be pcm_s24le pcm_s24be".split(),
 }
 
+# QuickTime files (.mov) know some languages by their other ISO 639-2 code.
+QUICKTIME_LANGUAGES = dict(
+    deu="ger", nld="dut", ell="gre", isl="ice", zho="chi", sqi="alb", hye="arm", kat="geo",
+    mya="bur", msa="may", bod="tib", cym="wel", eus="baq", mkd="mac", fre="fra", rum="ron",
+    cze="ces", slo="slk",
+)  # fmt: skip
+
 # The largest side in pixels: of H.264 as x264 writes it, and of stills.
 MAX_SIDE = {".mp4": 16_384, ".mov": 16_384, ".webp": 16_383}
 MAX_SIDE |= {".png": 65_500, ".jpg": 65_500, ".jpeg": 65_500}
@@ -81,6 +88,9 @@ ANY_TAGS = {"metadata_errors": "replace"} if av.__version__.startswith("18.") el
 # MPEG-TS and its like are made to be joined and left at any moment: their clock starts anywhere,
 # and they declare no length.
 BROADCAST = av.format.Flags.ts_discont.value
+
+# Seconds: a longer time between two frames is a fault of the clock.
+LONGEST_GAP = 3600
 
 # swscale's defaults trade accuracy for speed: with them colours are off by 3 levels instead of 1,
 # and chroma is not interpolated.
@@ -130,7 +140,7 @@ class Video:
             yield from self.frames.split(length)
             return
         with _explained(self.path), _open(self.path) as container:
-            images = _Reader(container, self.path, len(self.timestamps)).images()
+            images = Reader(container, self.path, len(self.timestamps)).images()
             while block := list(itertools.islice(images, length)):
                 yield torch.from_numpy(np.stack(block))
 
@@ -207,15 +217,18 @@ def _demux(container: InputContainer) -> Iterator[Packet]:
     At a join the clock of every stream jumps. The first stream that jumps goes on without a gap.
     The others are moved by the same offset, so that sound and picture stay together.
     """
+    kind = container.format
+    # A broadcast that is 10 s ahead was joined. In other files such a gap may be meant.
+    ahead = 10 if kind.flags & BROADCAST else LONGEST_GAP
+    # An MP4 file has no clock that could jump back, but an edit list.
+    back = math.inf if kind.name.startswith("mov") else 0.5
     offsets = [Fraction(0)]  # seconds, one for each recording so far
     offset = {}  # the one in use, by stream
     end = {}  # of the last packet, in seconds, by stream
     heard = {}  # how far the sound of the recording before went, by stream
-    broadcast = bool(container.format.flags & BROADCAST)
-    edited = container.format.name.startswith("mov")  # has an edit list instead of a jumping clock
     for packet in _all_packets(container):
         stream = packet.stream
-        if edited or stream.type not in ("video", "audio"):
+        if stream.type not in ("video", "audio") or packet.is_discard:
             yield packet
             continue
         moved = offset.setdefault(stream.index, offsets[-1])
@@ -223,8 +236,7 @@ def _demux(container: InputContainer) -> Iterator[Packet]:
             time = packet.dts * packet.time_base
             expected = end.get(stream.index, time + moved)
             jump = time + moved - expected
-            # Broadcast formats may also jump ahead. In others, that is a gap in the recording.
-            if jump < -0.5 or (broadcast and jump > 10):
+            if not -back <= jump <= ahead:
                 known = [o for o in offsets if o != moved and abs(time + o - expected) < 1]
                 moved = known[-1] if known else expected - time
                 offset[stream.index] = moved
@@ -333,16 +345,16 @@ def _declared_end(path: Path, kind: str) -> int:
 
 
 @dataclass
-class _Contents:
+class Contents:
     """What the packets of a file tell before anything is decoded."""
 
     packets: int = 0  # of the video, that are shown: about as many as there are frames
     start: Fraction | None = None  # seconds, when the first picture or sound is played
 
 
-def _scan(path: Path) -> _Contents:
+def _scan(path: Path) -> Contents:
     """Read the file once. Raises ValueError if its end is missing."""
-    contents = _Contents()
+    contents = Contents()
     with _open(path) as container:
         video = _video_stream(container, path)
         kind = container.format
@@ -652,13 +664,24 @@ def _good_times(times: list[int | None]) -> list[int]:
     return good[::-1]
 
 
-def _mended(times: list[int | None], step: int) -> tuple[list[int], int]:
-    """Replace times that are missing or out of order; keep all others.
+def _longest_run(times: list[int | None], good: list[int], gap: float) -> list[int]:
+    """The longest part of the indices `good` without a jump of more than `gap`."""
+    runs = [[]]
+    for i in good:
+        if runs[-1] and times[i] - times[runs[-1][-1]] > gap:
+            runs.append([])
+        runs[-1].append(i)
+    return max(runs, key=len)
 
-    step: the usual duration of a frame. Returns strictly increasing times and the factor by which
-    their unit became finer, so that new times fit between old ones.
+
+def _mended(times: list[int | None], step: int, gap: float = math.inf) -> tuple[list[int], int]:
+    """Replace times that are missing, out of order or more than `gap` ahead; keep all others.
+
+    step: the usual duration of a frame. Times between two good ones are spread evenly.
+    Returns strictly increasing times and the factor by which their unit became finer, so that new
+    times fit between old ones.
     """
-    good = _good_times(times)
+    good = _longest_run(times, _good_times(times), gap)
     if not good:  # a raw stream, or an AVI file
         return [i * step for i in range(len(times))], 1
     gaps = [b - a for a, b in itertools.pairwise(good)]
@@ -697,8 +720,13 @@ def _clock(
     """
     base = stream.time_base
     rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-    last = last or max(1, round(1 / (rate * base)))
-    times, finer = _mended(pts if _faults(pts) <= _faults(dts) else dts, last)
+    longest = LONGEST_GAP / base
+    if not 0 < last <= longest:
+        last = max(1, round(1 / (rate * base)))
+    times = pts if _faults(pts) <= _faults(dts) else dts
+    times, finer = _mended(times, last, longest)
+    if base.denominator * finer >= 2**31:  # MP4 counts no finer
+        times, finer = [i * last for i in range(len(times))], 1
     base, last = base / finer, last * finer
 
     # A clock that was running before the recording began starts at 0 here. Up to a second may be
@@ -706,6 +734,8 @@ def _clock(
     broadcast = bool(stream.container.format.flags & BROADCAST)
     runs = first > (0 if broadcast else 1)
     shift = round(first / base) if runs else min(0, times[0])
+    if times[0] - shift > longest * finer:
+        shift = times[0]
 
     # 512, 1024, ... in units of 1/12800 s are 1, 2, ... in 1/25 s.
     unit = math.gcd(last, *(time - shift for time in times))
@@ -751,7 +781,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise ValueError(_why_unreadable(path, error)) from error
 
 
-class _Reader:
+class Reader:
     """One pass over the frames of an open file, of which it keeps the times."""
 
     def __init__(self, container: InputContainer, path: Path, limit: int | None) -> None:
@@ -792,7 +822,7 @@ class _Reader:
             upright = stored.swapaxes(0, 1) if self.swap else stored
             yield upright[:: self.down, :: self.right]
 
-    def describe(self, contents: _Contents) -> Video:
+    def describe(self, contents: Contents) -> Video:
         """The clip without its frames, once all of them were passed."""
         first = contents.start or Fraction(0)
         clock = _clock(self.pts, self.dts, self.stream, self.last_duration, first)
@@ -821,7 +851,7 @@ def open_video(path: str | Path, max_frames: int | None = None) -> Video:
     with _explained(path):
         contents = _scan(path)
         with _open(path) as container:
-            reader = _Reader(container, path, max_frames)
+            reader = Reader(container, path, max_frames)
             for _ in reader.frames():
                 pass
             return reader.describe(contents)
@@ -839,7 +869,7 @@ def read_video(path: str | Path, max_frames: int | None = None) -> Video:
     with _explained(path):
         contents = _scan(path)
         with _open(path) as container:
-            reader = _Reader(container, path, max_frames)
+            reader = Reader(container, path, max_frames)
             context = reader.stream.codec_context
             capacity = max(1, min(contents.packets, reader.limit or contents.packets))
             _check_memory(path, capacity, context.height, context.width)
@@ -859,10 +889,15 @@ def read_video(path: str | Path, max_frames: int | None = None) -> Video:
 # --- Sound ----------------------------------------------------------------------------------------
 
 
-def _sound_packets(container: InputContainer, index: int) -> Iterator[Packet]:
-    """Yield the packets of one track, and at the end the empty one that flushes its decoder."""
+def _sound_packets(clip: Video, container: InputContainer, index: int) -> Iterator[Packet]:
+    """Yield the packets of one track, and at the end the empty one that flushes its decoder.
+
+    Sound far behind the picture is a fault of the clock. It would become hours of silence.
+    """
+    end = (clip.timestamps[-1] + clip.last_duration) * clip.time_base + clip.start
     for packet in _demux(container):
-        if packet.stream.index == index:
+        time = (packet.dts or 0) * packet.time_base
+        if packet.stream.index == index and time < end + LONGEST_GAP:
             yield packet
 
 
@@ -895,7 +930,7 @@ def _copy_track(clip: Video, index: int, out: OutputContainer) -> int:
         track = out.add_stream_from_template(stream)
         # The unit of time in the written file, so that times which differ stay different.
         tick = Fraction(1, stream.codec_context.sample_rate)
-        for packet in _sound_packets(source, index):
+        for packet in _sound_packets(clip, source, index):
             if packet.size == 0:
                 continue
             length = round((packet.duration or 0) * packet.time_base / tick)
@@ -913,7 +948,7 @@ def _copy_track(clip: Video, index: int, out: OutputContainer) -> int:
             try:
                 # Decoded only to see whether it can be, and whether its form stays the same: a
                 # broadcast may go from stereo to mono.
-                for frame in packet.decode():
+                for frame in _decoded(packet):
                     form = form or _form(frame)
                     if _form(frame) != form:
                         raise ValueError("its number of channels or its rate changes midway")
@@ -928,6 +963,14 @@ def _copy_track(clip: Video, index: int, out: OutputContainer) -> int:
     if last is None:
         raise ValueError("all of it is damaged")
     return dropped
+
+
+def _decoded(packet: Packet) -> list[AudioFrame]:
+    """The frames of a packet; none if it uses what FFmpeg cannot decode yet, as newer AAC does."""
+    try:
+        return packet.decode()
+    except av.PatchWelcomeError:
+        return []
 
 
 def _form(frame: AudioFrame) -> tuple[int, str, str]:
@@ -972,7 +1015,7 @@ def _encode_track(clip: Video, index: int, out: OutputContainer) -> int:
     with _open(clip.path) as source:
         stream = source.streams[index]
         names = _name_channels(stream.codec_context)
-        for packet in _sound_packets(source, index):
+        for packet in _sound_packets(clip, source, index):
             try:
                 frames = packet.decode()
             except av.FFmpegError:
@@ -1034,7 +1077,10 @@ def _write_track(
     options = {"movie_timescale": str(stream.codec_context.sample_rate or 48_000)}
     with av.open(buffer, "w", format=ending[1:], container_options=options) as out:
         dropped = way(clip, stream.index, out)
-    return SoundTrack(buffer.getvalue(), stream.language, stream.disposition), dropped
+    language = stream.language
+    if ending == ".mov":
+        language = QUICKTIME_LANGUAGES.get(language, language)
+    return SoundTrack(buffer.getvalue(), language, stream.disposition), dropped
 
 
 def _prepare_track(clip: Video, stream: Stream, ending: str, is_empty: bool) -> SoundTrack | None:

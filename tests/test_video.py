@@ -1030,10 +1030,12 @@ def test_languages_and_the_default_track_are_kept(tmp_path: Path) -> None:
                 for track in copies:
                     packet.stream = track
                     new.mux(packet)
-    edited(tmp_path / "in.mkv", tmp_path / "out.mp4")
-    with av.open(str(tmp_path / "out.mp4")) as container:
-        found = [(s.language, bool(s.disposition & 1)) for s in container.streams.audio]
-    assert found == [("deu", False), ("eng", True)]
+    # QuickTime has a list of languages of its own, where German is "ger".
+    for name, german in (("out.mp4", "deu"), ("out.mov", "ger")):
+        edited(tmp_path / "in.mkv", tmp_path / name)
+        with av.open(str(tmp_path / name)) as container:
+            found = [(s.language, bool(s.disposition & 1)) for s in container.streams.audio]
+        assert found == [(german, False), ("eng", True)]
 
 
 # --- picture and sound stay together --------------------------------------------------------------
@@ -1070,6 +1072,8 @@ def test_wrong_times_are_mended_alone() -> None:
     assert video._mended([None, 10, 20, None], 10) == ([0, 10, 20, 30], 1)
     assert video._mended([None, None], 7) == ([0, 7], 1)
     assert video._mended([5, 6, 7], 1) == ([5, 6, 7], 1)
+    assert video._mended([0, 1, 2, 9000, 9001], 1, gap=100) == ([0, 1, 2, 3, 4], 1)
+    assert video._mended([0, 9000, 9001, 9002], 1, gap=100) == ([8999, 9000, 9001, 9002], 1)
 
 
 @pytest.mark.parametrize("ending", [".flv", ".mkv", ".ts"])
@@ -1079,6 +1083,20 @@ def test_a_clock_that_begins_at_an_hour_begins_at_zero(tmp_path: Path, ending: s
     clip = edited(source, tmp_path / "out.mp4")
     assert 3599 < clip.start < 3602 and 0 <= times(clip)[0] < 0.1
     assert_in_step(tmp_path / "out.mp4", 3)
+
+
+def test_a_clock_that_jumps_by_days_goes_on(tmp_path: Path) -> None:
+    """A wrong clock must not make a clip of days, which no player and no MP4 file takes."""
+
+    def jump(packet: av.Packet, number: int) -> None:
+        if packet.pts * packet.time_base >= 1:
+            days = round(400_000 / packet.time_base)
+            packet.pts, packet.dts = packet.pts + days, packet.dts + days
+
+    source = flash_and_beep(tmp_path / "whole.mkv")
+    clip = edited(remux(source, tmp_path / "in.mkv", jump), tmp_path / "out.mp4")
+    assert len(clip.frames) == 75 and times(clip)[-1] < 3.1
+    assert_in_step(tmp_path / "out.mp4", 3, within=0.06)
 
 
 @pytest.mark.parametrize("rates", [(25, 50), (50, 25)])
@@ -1107,19 +1125,24 @@ def test_dropped_frames_of_an_avi_keep_their_time(tmp_path: Path) -> None:
     assert_in_step(tmp_path / "out.mp4", 3, within=0.09)
 
 
-def test_what_an_edit_list_hides_is_neither_counted_nor_heard(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "audio, name", [("aac", "out.mp4"), ("pcm_s16le", "out.mov"), ("pcm_s16le", "out.mp4")]
+)
+def test_what_an_edit_list_hides_is_neither_counted_nor_heard(
+    tmp_path: Path, audio: str, name: str
+) -> None:
     """A clip whose first second is cut off by an edit list, as trimming without encoding does."""
 
     def earlier(packet: av.Packet, number: int) -> None:
         ticks = round(Fraction(6, 5) / packet.time_base)
         packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
 
-    whole = flash_and_beep(tmp_path / "whole.mp4", 4)
-    source = remux(whole, tmp_path / "in.mp4", earlier)
-    clip = edited(source, tmp_path / "out.mp4")
+    whole = flash_and_beep(tmp_path / "whole.mov", 4, audio=audio)
+    source = remux(whole, tmp_path / "in.mov", earlier)
+    clip = edited(source, tmp_path / name)
     assert len(clip.frames) == clip.total == 70 and times(clip)[0] == 0
-    assert_in_step(tmp_path / "out.mp4", 3)
-    stored = packet_list(tmp_path / "out.mp4", "audio")[0]
+    assert_in_step(tmp_path / name, 3)
+    stored = packet_list(tmp_path / name, "audio")[0]
     assert stored[0][0] > -0.1  # nor is it in the file
 
 
