@@ -154,7 +154,7 @@ def _open_shards(index: Path, shards: list[Path], weight_map: dict[str, str]) ->
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last for brackets by the thousand
         raise ValueError(f"{path} cannot be read as JSON: {_first_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")

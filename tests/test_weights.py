@@ -1242,6 +1242,8 @@ DAMAGES = [
     ("ours", CONFIG, becomes(b"{"), f"{CONFIG} {NOT_JSON}"),
     ("ours", CONFIG, becomes(b"\xff\xfe{}"), f"{CONFIG} {NOT_JSON}"),
     ("ours", CONFIG, becomes(b"[1]"), f"{CONFIG} holds no JSON object"),
+    ("ours", CONFIG, becomes(b'{"a":' * 100_000), f"{CONFIG} {NOT_JSON}"),
+    ("ours", CONFIG, becomes(b'{"a": ' + b"9" * 9999 + b"}"), f"{CONFIG} {NOT_JSON}"),
     ("ours", CONFIG, becomes(b'{"model_type": "qwen2_5_vl"}'), f"ours {NEITHER}config.json, "),
     ("ours", CONFIG, remove, f"ours {NEITHER}model-00001-of-00001.safetensors, "),
     (
