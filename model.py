@@ -83,7 +83,8 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     # that is twice as fast as products of every second channel.
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, n, D/2) each
     exchanged = torch.stack((second, first), dim=-1).flatten(-2)  # (B, S, n, D)
-    return (x * cos + exchanged * sin).to(x.dtype)  # the float32 tables make the products float32
+    # x * cos + exchanged * sin; the float32 tables make the products float32.
+    return torch.addcmul(x * cos, exchanged, sin).to(x.dtype)
 
 
 def timestep_embedding(t: Tensor, dim: int, bf16_timestep: bool = False) -> Tensor:
@@ -113,12 +114,6 @@ class Float32Linear(nn.Linear):
         return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float()
-        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
-
-
 class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(
@@ -131,7 +126,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
     x (B, S, d), shift and scale (B, 1, d) -> (B, S, d); all float32.
     """
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+    scale = 1 + scale
+    if len(x) == 1:  # as weight and bias of the norm: one pass over x, and not three
+        return F.layer_norm(x, x.shape[-1:], scale.flatten(), shift.flatten(), eps)
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * scale + shift
 
 
 # --- Attention and blocks -------------------------------------------------------------------------
@@ -147,8 +145,9 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.dim, config.dim)
         self.v = nn.Linear(config.dim, config.dim)
         self.o = nn.Linear(config.dim, config.dim)
-        self.norm_q = RMSNorm(config.dim, eps=config.eps)
-        self.norm_k = RMSNorm(config.dim, eps=config.eps)
+        # PyTorch's norms compute in float32 inside whatever they are given.
+        self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
 
     def forward(
         self,
@@ -209,13 +208,13 @@ class Block(nn.Module):
         attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = vectors
 
         y = modulate(x, attn_shift, attn_scale, self.eps).to(dtype)
-        x = x + self.self_attn(y, y, rope=rope) * attn_gate  # float32, as the gate is
+        x = torch.addcmul(x, self.self_attn(y, y, rope=rope), attn_gate)  # x + attention * gate
 
         features = self.cross_attn(self.norm3(x).to(dtype), tokens.to(dtype), mask)  # A^(l), Eq. 4
         x = x + features
 
         y = modulate(x, ffn_shift, ffn_scale, self.eps).to(dtype)
-        x = x + self.ffn(y) * ffn_gate
+        x = torch.addcmul(x, self.ffn(y), ffn_gate)
         return x, features
 
 
