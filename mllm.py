@@ -249,14 +249,13 @@ def chat_ids(
 
 
 class Condition(NamedTuple):
-    """The three streams, padded on the right. Masks are True at real tokens, or None if B = 1."""
+    """The three streams, padded on the right. Both masks are None if nothing is padded."""
 
-    editing: Tensor  # X_e (B, K, d)
+    editing: Tensor  # X_e (B, K, d), never padded
     visual: Tensor  # X_v (B, N_v, d)
     textual: Tensor  # X_ℓ (B, N_ℓ, d)
-    editing_mask: Tensor | None  # (B, K), all True
-    visual_mask: Tensor | None  # (B, N_v)
-    textual_mask: Tensor | None  # (B, N_ℓ)
+    visual_mask: Tensor | None = None  # (B, N_v), True at real tokens
+    textual_mask: Tensor | None = None  # (B, N_ℓ)
 
 
 class EncoderInputs(NamedTuple):
@@ -265,20 +264,23 @@ class EncoderInputs(NamedTuple):
     input_ids: Tensor  # (B, N), padded on the left
     pixel_values: Tensor  # the patches of all clips, one clip after the other
     grid_thw: Tensor  # (B, 3), each clip's patch grid
-    attention_mask: Tensor | None  # (B, N), True at real tokens; None if B = 1
+    attention_mask: Tensor | None  # (B, N), True at real tokens; None if nothing is padded
     spans: list[tuple[slice, slice]]  # where visual tokens and instruction are in each sequence
     still: bool  # all of them are stills, for the image path
 
 
-def pad(
-    rows: Sequence[Tensor], side: str = "right", value: int = 0
-) -> tuple[Tensor, Tensor | None]:
-    """Stack B rows (n, ...) to (B, N, ...), with a mask (B, N), False at padding; None if B = 1."""
-    padded = pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
-    if len(rows) == 1:
-        return padded, None
-    real = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows]
-    return padded, pad_sequence(real, batch_first=True, padding_side=side)
+def pad(rows: Sequence[Tensor], side: str = "right", value: int = 0) -> Tensor:
+    """Stack B rows (n, ...) of different lengths: (B, N, ...)."""
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+
+def real_tokens(rows: Sequence[Tensor], side: str = "right") -> Tensor:
+    """The mask (B, N) of `pad`: False at padding."""
+    return pad([torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows], side)
+
+
+def lengths_differ(rows: Sequence[Tensor]) -> bool:
+    return len({len(row) for row in rows}) > 1
 
 
 def connector(in_dim: int, dim: int) -> nn.Sequential:
@@ -342,7 +344,8 @@ class EditEncoder(nn.Module):
             spans.append((chat.visual, chat.textual))
 
         some_text_token = int(rows[0][0])  # fills the padding: any id but a placeholder's will do
-        input_ids, mask = pad(rows, "left", value=some_text_token)
+        input_ids = pad(rows, "left", value=some_text_token)
+        mask = real_tokens(rows, "left") if lengths_differ(rows) else None
         return EncoderInputs(input_ids, torch.cat(patches), torch.tensor(grids), mask, spans, still)
 
     def encode(self, inputs: EncoderInputs) -> Condition:
@@ -369,10 +372,8 @@ class EditEncoder(nn.Module):
 
         at_clip = [row[visual] for row, (visual, _) in zip(hidden, spans, strict=True)]
         at_text = [row[textual] for row, (_, textual) in zip(hidden, spans, strict=True)]
-        visual, visual_mask = pad(at_clip)
-        textual, textual_mask = pad(at_text)
-        visual = self.visual_connector(visual)  # X_v (B, N_v, d)
-        textual = self.textual_connector(textual)  # X_ℓ (B, N_ℓ, d)
-
-        editing_mask = None if mask is None else mask.new_ones(editing.shape[:2])
-        return Condition(editing, visual, textual, editing_mask, visual_mask, textual_mask)
+        visual = self.visual_connector(pad(at_clip))  # X_v (B, N_v, d)
+        textual = self.textual_connector(pad(at_text))  # X_ℓ (B, N_ℓ, d)
+        if lengths_differ(at_clip) or lengths_differ(at_text):
+            return Condition(editing, visual, textual, real_tokens(at_clip), real_tokens(at_text))
+        return Condition(editing, visual, textual)

@@ -51,12 +51,13 @@ def route_context(
     shows all tokens to all blocks, which §1 argues against.
     """
     if block <= routing_depth:
-        return condition.editing, condition.editing_mask  # X_e
+        return condition.editing, None  # X_e
     tokens = (condition.editing, condition.visual, condition.textual)
     context = torch.cat(tokens, dim=1)  # [X_e; X_v; X_ℓ], (B, K + N_v + N_ℓ, d)
-    if condition.editing_mask is None:
+    if condition.visual_mask is None:
         return context, None
-    masks = (condition.editing_mask, condition.visual_mask, condition.textual_mask)
+    editing_mask = condition.visual_mask.new_ones(condition.editing.shape[:2])  # never padded
+    masks = (editing_mask, condition.visual_mask, condition.textual_mask)
     return context, torch.cat(masks, dim=1)
 
 

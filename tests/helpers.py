@@ -69,7 +69,7 @@ def value_and_gradient(function, x, *arguments, **options):
 
 def random_condition(dim, lengths=(4, 6, 3), batch=1):
     """X_e, X_v and X_ℓ of so many tokens each, without masks."""
-    return Condition(*(torch.randn(batch, n, dim) for n in lengths), None, None, None)
+    return Condition(*(torch.randn(batch, n, dim) for n in lengths))
 
 
 def residual_stream(model, condition, routing_depth):

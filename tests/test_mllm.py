@@ -339,7 +339,7 @@ def test_streams_come_from_their_positions(encoder: mllm.EditEncoder, tokenizer:
     expected = encoder.textual_connector(hidden[start : start + words])
     assert relative_error(condition.textual[0], expected) < 1e-5
     assert relative_error(condition.visual[0], encoder.visual_connector(hidden[is_video])) < 1e-5
-    assert condition[3:] == (None, None, None)
+    assert condition.visual_mask is None and condition.textual_mask is None
 
 
 @torch.no_grad()
@@ -347,7 +347,7 @@ def test_a_sample_does_not_depend_on_its_batch(encoder: mllm.EditEncoder) -> Non
     """Three edits of different lengths, together and alone, give the same tokens."""
     randomise(encoder)
     batch = encoder(CLIPS, INSTRUCTIONS)
-    assert batch.editing_mask.all() and batch.editing_mask.shape == (3, 6)
+    assert batch.editing.shape == (3, 6, 24)
     for i in range(3):
         alone = encoder(CLIPS[i : i + 1], INSTRUCTIONS[i : i + 1])
         assert relative_error(batch.editing[i], alone.editing[0]) < 1e-5
@@ -410,6 +410,22 @@ def test_both_kinds_of_queries_get_a_gradient_in_every_step(
         of_still, of_clip = encoder.image_queries.grad, encoder.queries.grad
         used, unused = (of_still, of_clip) if len(clip) == 1 else (of_clip, of_still)
         assert used.any() and not unused.any()
+
+
+@torch.no_grad()
+def test_a_minibatch_without_padding_has_no_masks(encoder: mllm.EditEncoder) -> None:
+    """Without a mask attention takes its fast kernels; the tokens are those of single edits."""
+    randomise(encoder)
+    clips, words = [CLIPS[1], CLIPS[1].flip(0)], ["make it red", "make it big"]
+    inputs = encoder.prepare(clips, words)
+    assert inputs.attention_mask is None
+    batch = encoder.encode(inputs)
+    assert batch.visual_mask is None and batch.textual_mask is None
+    for i in range(2):
+        alone = encoder(clips[i : i + 1], words[i : i + 1])
+        for stream in ("editing", "visual", "textual"):
+            together = getattr(batch, stream)[i]
+            assert relative_error(together, getattr(alone, stream)[0]) < 1e-5
 
 
 def test_every_parameter_that_trains_gets_a_gradient(encoder: mllm.EditEncoder) -> None:

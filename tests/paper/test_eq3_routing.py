@@ -22,12 +22,12 @@ def test_blocks_up_to_the_routing_depth_see_the_editing_tokens_alone(routing_dep
 
 def test_masks_of_padded_tokens_travel_with_the_tokens():
     streams = random_condition(dim=8, batch=2)[:3]
-    masks = [torch.rand(2, n) > 0.5 for n in (4, 6, 3)]
+    masks = [torch.rand(2, n) > 0.5 for n in (6, 3)]
     condition = Condition(*streams, *masks)
     _, shallow_mask = rvedit.route_context(condition, block=2, routing_depth=2)
     _, deep_mask = rvedit.route_context(condition, block=3, routing_depth=2)
-    assert torch.equal(shallow_mask, masks[0])
-    assert torch.equal(deep_mask, torch.cat(masks, dim=1))
+    assert shallow_mask is None  # editing tokens are never padded
+    assert torch.equal(deep_mask, torch.cat([torch.ones(2, 4, dtype=torch.bool), *masks], dim=1))
 
 
 @torch.no_grad()
