@@ -17,8 +17,7 @@ tests/test_answers.py gives to them:
 - bounds: a score is from 1 to 100; any other number spoils the answer. Decimals are rounded.
 - twice: a score may be given twice, if it is the same.
 
-An answer that cut corners is asked for again, a wrong score is never noticed: so in doubt there is
-none.
+In doubt there is no score: a missing one costs another question, a wrong one is never noticed.
 """
 
 from __future__ import annotations
@@ -37,10 +36,8 @@ AXES = {  # the labels of the axes, as judges spell them; {0,5}: no pattern may 
 LONGEST = 20_000  # characters of an answer, without its thoughts; four lines were asked for
 _LABELS = "|".join(f"(?P<{axis}>{label})" for axis, label in AXES.items())
 # What may stand before a label: marks, the number of a list item, the short name of the axis.
-_START = re.compile(
-    rf"\W*(?:\d{{1,2}}\W*|(?:[a-z]|[ivx]{{1,4}})[.):\]]\W*)?(?:(?:IC|CF|VQ)\W+)?(?:{_LABELS})(?!\w)",
-    re.IGNORECASE,
-)
+_ITEM = r"(?:\d{1,2}\W*|(?:[a-z]|[ivx]{1,4})[.):\]]\W*)?"
+_START = re.compile(rf"\W*{_ITEM}(?:(?:IC|CF|VQ)\W+)?(?:{_LABELS})(?!\w)", re.IGNORECASE)
 _SCORE_NAME = r"(?:final\s+)?(?:scores?|rating|grade|value|points)"
 
 # --- One score ------------------------------------------------------------------------------------
@@ -151,6 +148,12 @@ def _label(text: str) -> str | None:
     return None if re.search(r"\w", rest) else found.lastgroup
 
 
+def _is_score_name(text: str) -> bool:
+    """Whether a key or the head of a column says "score", "Rating (1-100)" or the like."""
+    text = re.sub(r"[(\[].*", "", text).strip()
+    return re.fullmatch(_SCORE_NAME, text, re.IGNORECASE) is not None
+
+
 def _in_json(value: object) -> Iterator[tuple[str, str]]:
     """Axes and their scores in a value of JSON, nested as it may be."""
     if isinstance(value, list):
@@ -158,16 +161,16 @@ def _in_json(value: object) -> Iterator[tuple[str, str]]:
             yield from _in_json(item)
     if not isinstance(value, dict):
         return
-    lower = {_plain(key).strip().lower(): item for key, item in value.items()}
-    scores = [item for key, item in lower.items() if re.fullmatch(_SCORE_NAME, key)]
-    for key, item in lower.items():
-        axis = _label(key)
+    # The score in this object that belongs to another entry's label, if there is one.
+    scores = [item for key, item in value.items() if _is_score_name(key)]
+    for key, item in value.items():
+        axis = _label(_plain(key))
         named = _label(_plain(item)) if isinstance(item, str) else None
         if axis and not isinstance(item, dict):  # {"Instruction Compliance": 85}
             yield axis, str(item)
         elif axis:  # {"Instruction Compliance": {"reason": "...", "score": 85}}
             for name, inner in item.items():
-                if re.fullmatch(_SCORE_NAME, name.strip().lower()):
+                if _is_score_name(name):
                     yield axis, str(inner)
         elif named and scores:  # {"axis": "Instruction Compliance", "score": 85}
             yield named, str(scores[0])
@@ -215,11 +218,6 @@ def _in_table(rows: list[list[str]]) -> Iterator[tuple[str, str]]:
                 yield found.lastgroup, cell[found.end() :]
 
 
-def _is_score_name(text: str) -> bool:
-    text = re.sub(r"\(.*|\[.*", "", text).strip()
-    return re.fullmatch(_SCORE_NAME, text, re.IGNORECASE) is not None
-
-
 # --- An answer ------------------------------------------------------------------------------------
 
 _THOUGHT = r"(?:think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad)"
@@ -229,6 +227,7 @@ _CLOSES = rf"[<◁]\s*\|?(?:/\s*|end_of_)(?:\w+:)?{_THOUGHT}\|?\s*[>▷]|\[/THIN
 
 def _without_thoughts(text: str) -> str:
     """What follows the last thought; nothing of a thought that was opened and never closed."""
+    # Servers often cut the opening mark off: the last closing one decides.
     text = re.split(f"(?i){_CLOSES}", text)[-1]
     return re.split(f"(?i){_OPENS}", text)[0]
 
@@ -266,6 +265,7 @@ def _in_lines(lines: list[str]) -> Iterator[tuple[str, str]]:
             if not re.search(r"\w", behind):
                 behind = _below(lines[i + 1 :])
             yield found.lastgroup, behind
+            # Another label may follow the score: "Instruction Compliance: 85, Visual Quality: 80".
             score, line = _score_behind_label(behind)
             line = re.sub(r"^\s*\([^()]*\)", "", line)
             found = None if score is None else _START.match(line)
@@ -275,7 +275,7 @@ def _in_text(text: str) -> Iterator[tuple[str, str]]:
     """Axes and what follows them, in the tables and lines of a text."""
     lines = []
     table: list[list[str]] = []
-    for line in [*_plain(text).splitlines(), ""]:
+    for line in [*_plain(text).splitlines(), ""]:  # the empty line ends a table at the end
         is_row = line.strip().startswith("|") or (table and "|" in line)
         is_rule = "|" in line and "-" in line and set(line) <= set("|:- ")
         if is_rule and not table and lines and "|" in lines[-1]:

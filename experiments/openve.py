@@ -115,7 +115,7 @@ def read_table(path: Path, bench: Path, categories: list[str]) -> dict[str, dict
 def write_results(path: Path, rows: dict[str, dict], edits: dict[str, Path]) -> None:
     """Write which clip is the edit of which row; rows that the table has already stay in it."""
     merged = {key: row | {RESULT: str(edits[key])} for key, row in rows.items()}
-    if path.exists():
+    if path.exists():  # of an earlier run, perhaps with other --categories
         merged = read_table(path, path.parent, [*CATEGORIES, *OTHERS]) | merged
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -181,6 +181,7 @@ def run(args: Namespace) -> None:
     rows = read_table(args.bench / "benchmark_videos.csv", args.bench, args.categories)
     model, vae = sample.load_model(settings)
 
+    # Clips of two editors in one folder would be judged as those of one.
     editor = describe_editor(settings, model)
     if read_editor(args.out) not in ({}, editor):
         raise ValueError(
@@ -193,7 +194,7 @@ def run(args: Namespace) -> None:
     write_results(args.out / "results.csv", rows, edits)
 
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mine = list(rows)[rank::ranks]
+    mine = list(rows)[rank::ranks]  # every process has its own share
     missing = [key for key in mine if not edits[key].exists()]
     failed = []
     for key in tqdm(missing, desc="editing", unit="clip", disable=None):
@@ -256,12 +257,12 @@ def fingerprint(path: Path) -> str | None:
 def edits_to_judge(folder: Path, bench: Path) -> tuple[dict[str, dict], int]:
     """The rows of a folder of results, with `edit`, and how many clips there should be in all."""
     original = bench / "benchmark_videos.csv"
-    # new_result.csv is what the benchmark's own instructions call the table.
+    # The benchmark's own instructions call the table new_result.csv.
     tables = [folder / "results.csv", folder / "new_result.csv", original]
     table = next((table for table in tables if table.exists()), original)
     rows = read_table(table, bench, [*CATEGORIES])
     names = set(rows)
-    if original.exists():
+    if original.exists():  # a table of results may lack some of its rows
         names |= read_table(original, bench, [*CATEGORIES]).keys()
     for key, row in rows.items():
         row["edit"] = locate(row.get(RESULT) or f"{key}_edited.mp4", folder, Path())
@@ -285,7 +286,9 @@ def judge_folder(
     Returns, for each answer, whether scores were read from it, and why other edits have no answer.
     """
     rows, total = edits_to_judge(folder, args.bench)
-    seen = {}  # what is judged, to find out later whether it has changed
+    # What is judged is kept beside its scores. It is read before the judge is asked: if a clip is
+    # replaced in between, the next run asks again.
+    seen = {}
     for key, row in rows.items():
         seen[key] = {
             "instruction": row["prompt"],
@@ -307,7 +310,7 @@ def judge_folder(
     again = {key for key, row in known.items() if outdated(row, seen[key])}
     if args.again:
         again |= {key for key, row in known.items() if row.get("scores") is None}
-    chat.forget(path, again)
+    chat.forget(path, again)  # `chat.run` does what has no result
     failed = chat.run(path, {key: key for key in rows}, work, args.workers)
 
     found = chat.results(path)
@@ -337,11 +340,12 @@ def judge(args: Namespace) -> None:
             "`python -m experiments.openve rubrics PAPER.txt --out paper`, then `judge` with "
             "`--rubrics paper`"
         )
-    if failed:
+    if failed:  # no answer at all: clips or server are at fault
         raise ValueError(
             f"no scores for {len(failed)} edits, run the command again; the first: {failed[0]}"
         )
     if answers and not any(answers):
+        # Exit code 1, as nothing is wrong with the command: the judge does not keep to the format.
         print(
             f"error: no scores could be read from the answers about {len(answers)} edits, which "
             "are kept beside the scores; --again asks about dropped edits again",
@@ -388,6 +392,7 @@ def summarize(rows: list[dict]) -> np.ndarray:
     17, 18: how many edits were scored, and how many dropped.
     """
     scored = [row for row in rows if row["scores"]]
+    # A category without any scores stays NaN, and so does Overall: no mean of the others stands in.
     means = np.full((len(NAMES), len(AXES)), np.nan)
     for i, category in enumerate(NAMES):
         triples = [row["scores"] for row in scored if row["category"] == category]
@@ -435,16 +440,14 @@ LAYOUTS = {  # the columns of means in Tables 1, 2 and 3
 EDITOR = {"#Params.": "params", "#Reso.": "resolution"}  # columns of Table 1 from editor.json
 
 
-def lacking(rows: list[dict]) -> dict[str, str]:
+def lacking(groups: dict[tuple[str, str, str], list[dict]]) -> dict[str, str]:
     """What to write behind the names of methods that lack clips, neither scored nor dropped.
 
-    Only scores that say how many clips the benchmark has can tell.
+    groups: scores by (rubrics, judge, method). Each of `judge`'s lines knows how many clips the
+    benchmark has; means over fewer of them are not comparable with those of other methods.
     """
-    groups: dict[tuple[str, str, str], list] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["rubrics"], row["judge"]), []).append(row)
     marks: dict[str, str] = {}
-    for (method, _, _), group in groups.items():
+    for (_, _, method), group in groups.items():
         expected = max(row.get("benchmark", 0) for row in group)
         missing = expected - len(group)
         if missing > 0:
@@ -459,7 +462,7 @@ def make_table(rows: list[dict], layout: int) -> list[list[str]]:
         groups.setdefault((row["rubrics"], row["judge"], row["method"]), []).append(row)
     means = average_judges({key: summarize(group) for key, group in groups.items()})
     editors = {row["method"]: row for row in rows}
-    marks = lacking(rows)
+    marks = lacking(groups)
 
     def order(key: tuple[str, str, str]) -> tuple:
         used, name, _ = key
