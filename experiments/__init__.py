@@ -1,1 +1,1 @@
-"""The experiments around the method: `python -m experiments.NAME`, or by path from another folder."""
+"""The experiments around the method: `python -m experiments.NAME`, from anywhere by their path."""
