@@ -27,7 +27,7 @@ def judge(monkeypatch):
 
         def reply(url, model, content, *_):
             questions.append(content)
-            return next(answers)
+            return openve.chat.Answer(next(answers))
 
         monkeypatch.setattr(openve.chat, "ask", reply)
         monkeypatch.setattr(openve.video, "read_video", lambda *_: clip)
