@@ -42,8 +42,8 @@ TIMEOUT = 300  # seconds of one try, from the first byte sent to the last byte r
 LONGEST_REPLY = 2**23  # bytes
 LONGEST_SIDE, QUALITY = 512, 85  # of the frames that are sent, in pixels and of JPEG (App. D.3)
 # What servers say of an account that will not get an answer to any question.
-HOPELESS = ("insufficient_quota", "billing", "api key not valid")
-HOPELESS += ("invalid_api_key", "invalid api key", "incorrect api key")
+HOPELESS = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+HOPELESS += ("invalid_api_key", "invalid api key", "incorrect api key", "api key not valid")
 
 
 class Refused(cli.Stop):

@@ -262,13 +262,14 @@ def test_retry_after_is_honoured_up_to_a_minute(value, seconds, monkeypatch):
     assert slept == [seconds]
 
 
-def test_retry_after_may_be_a_date(monkeypatch):
+@pytest.mark.parametrize("from_now, seconds", [(10_000, 60), (-10_000, 0)])
+def test_retry_after_may_be_a_date(from_now, seconds, monkeypatch):
     slept = []
     monkeypatch.setattr(chat.time, "sleep", slept.append)
-    date = email.utils.formatdate(time.time() + 30, usegmt=True)
+    date = email.utils.formatdate(time.time() + from_now, usegmt=True)
     with loopback(in_turn((503, {"Retry-After": date}), "at last")) as (url, _):
         assert chat.ask(url, "m", "?") == "at last"
-    assert 20 < slept[0] <= 30
+    assert slept == [seconds]
 
 
 ACCOUNTS = [
@@ -290,14 +291,17 @@ def test_an_account_without_answers_stops_at_once(status, body):
 
 
 def test_a_rate_limit_is_waited_for():
-    limit = (429, {}, b'{"error": {"code": "rate_limit_exceeded", "message": "quota per minute"}}')
+    """Though its message speaks of quotas and of accounts."""
+    message = "Quota per minute. For more pay at https://example.org/account/billing."
+    error = {"code": "rate_limit_exceeded", "message": message}
+    limit = (429, {}, json.dumps({"error": error}).encode())
     with loopback(in_turn(limit, limit, "at last")) as (url, _):
         assert chat.ask(url, "m", "?") == "at last"
 
 
 # --- The key --------------------------------------------------------------------------------------
 
-KEY = 'sk-7Q/x"9\\zÄ'[:-1] + "~end"
+KEY = 'sk-7Q/x"9\\z~end'  # with letters that JSON, Python and addresses escape
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -306,11 +310,11 @@ def test_the_key_does_not_follow_a_redirect(status, monkeypatch):
     with loopback(lambda body: "stolen") as (other, asked_there):
         reply = (status, {"Location": f"{other}/chat/completions?{KEY}"})
         with loopback(lambda body: reply) as (url, asked):
-            with pytest.raises(
-                chat.Refused, match=f"{status}: a redirect to {other}.* is refused"
-            ) as error:
+            with pytest.raises(chat.Refused) as error:
                 chat.ask(url, "m", "?", key="MY_KEY")
-    assert len(asked) == 1 and not asked_there and KEY not in str(error.value)
+    message = str(error.value)
+    assert f"{status}: a redirect to {other}" in message and KEY not in message
+    assert len(asked) == 1 and not asked_there
 
 
 def echoes(text):
