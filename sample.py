@@ -445,8 +445,6 @@ def edit_video(
     return edited
 
 
-STILLS = (".png", ".jpg", ".jpeg", ".webp")
-
 # --- Command line ---------------------------------------------------------------------------------
 
 # Frames of the built-in model's own world come out of its VAE at this PSNR or more, in dB. Of three
@@ -463,7 +461,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 
 def with_defaults(args: Namespace) -> Namespace:
     if args.out is None:
-        ending = args.video.suffix.lower() if args.video.suffix.lower() in STILLS else ".mp4"
+        ending = args.video.suffix.lower() if args.video.suffix.lower() in video.STILLS else ".mp4"
         args.out = Path(f"{args.video.stem}_edited{ending}")
     if args.device is None:
         args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -555,6 +553,12 @@ def check_outputs(args: Namespace) -> Path:
     return compare
 
 
+def frames_of(clip: video.Video) -> Iterator[Tensor]:
+    """The frames of a clip, uint8 (H, W, 3), decoded as they are needed."""
+    for block in clip.blocks(8):
+        yield from block
+
+
 def side_by_side(source: Iterator[Tensor], edited: Iterator[Tensor]) -> Iterator[Tensor]:
     """Pairs of uint8 (H, W, 3) frames, the edit perhaps one pixel smaller -> (1, h, 2 w, 3)."""
     for left, right in zip(source, edited, strict=True):
@@ -592,11 +596,11 @@ def edit(args: Namespace) -> None:
     spread = share_out(args, model, vae, shape)
     unfinished = Unfinished(args)
 
-    # Frames are decoded, scaled and written as they come: no clip is held in memory.
+    # Frames are decoded, scaled and written as they come: the clip is never in memory as a whole.
     blocks = edit_frames(
         model,
         vae,
-        lambda: iter(clip.frames),
+        lambda: frames_of(clip),
         shape,
         args.prompt,
         args.steps,
@@ -621,8 +625,8 @@ def edit(args: Namespace) -> None:
     unfinished.remove()
     if args.compare:
         with stage("compare", times, args.device):
-            edited = video.read_video(args.out)
-            pairs = side_by_side(iter(clip.frames), iter(edited.frames))
+            edited = video.open_video(args.out)
+            pairs = side_by_side(frames_of(clip), frames_of(edited))
             video.write_video(compare, pairs, like=clip)
 
     num_frames, full_height, full_width = shape
