@@ -152,7 +152,7 @@ def test_both_towers_match_transformers(
 
 @torch.no_grad()
 def test_bf16_matches_transformers(pair: tuple, config: QwenConfig) -> None:
-    """In bf16 hidden states agree to 2e-2; ours are as near to float32 as transformers' are."""
+    """In bf16 hidden states agree to 2e-2; ours are nearer to float32 than transformers' are."""
     qwen, reference = pair
     for parameter in reference.parameters():  # weights of a usual size: large ones amplify rounding
         parameter.mul_(0.3 if parameter.ndim > 1 else 1)
@@ -164,7 +164,7 @@ def test_bf16_matches_transformers(pair: tuple, config: QwenConfig) -> None:
     hidden = qwen.bfloat16()(**inputs)[real]
     assert hidden.dtype == torch.bfloat16
     assert relative_error(hidden.float(), expected.float()) < 2e-2
-    assert relative_error(hidden.float(), exact) < 1.5 * relative_error(expected.float(), exact)
+    assert (hidden.float() - exact).norm() < 0.9 * (expected.float() - exact).norm()
 
 
 @torch.no_grad()
