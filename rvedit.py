@@ -292,7 +292,7 @@ def load(
     wan, qwen: the folders of Wan2.2-TI2V-5B and of Qwen2.5-VL-3B-Instruct. Without a path they give
         a start for training, with random queries and LoRA and with connectors that are zero.
     dtype: of the model. decoder_dtype: of the VAE's decoder, float32 as in the official code. The
-        VAE's encoder is always in float32, because an encoder in bf16 harms the conditioning.
+        VAE's encoder has float32 weights; `WanVAE.encoder_dtype` says in what it computes.
     shard: called with the model while it is on the meta device, before its weights are read.
 
     Raises ValueError for anything that does not fit, before any weights are read.
