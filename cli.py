@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -251,5 +251,147 @@ def edit_parser() -> Parser:
     )
     run.add_argument(
         "--offload", action="store_true", help="keep only the network in use on the GPU"
+    )
+    return parser
+
+
+# --- The options of train.py ----------------------------------------------------------------------
+
+
+def train_parser(presets: Iterable[str], kind: type[Parser] = Parser) -> Parser:
+    """Options that are not given are left out of the result: `train.parse_arguments` adds them."""
+    parser = kind(
+        description="Train RVEDiT. Defaults that are not given here are those of the preset.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    natural, positive = number(int, 1), number(float, 1e-9)
+
+    group = parser.add_argument_group("the model")
+    group.add_argument(
+        "--preset",
+        choices=list(presets),
+        help="default: toy, or wan2.2-ti2v-5b with --data or --wan",
+    )
+    group.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="start from this folder: a checkpoint of ours or Kiwi-Edit's",
+    )
+    group.add_argument(
+        "--wan", type=Path, help="without --checkpoint: start from this folder of Wan2.2-TI2V-5B"
+    )
+    group.add_argument("--qwen", type=Path, help="and from this folder of Qwen2.5-VL-3B-Instruct")
+    group.add_argument(
+        "--routing-depth",
+        type=number(int, 0),
+        help="L_s of Eq. 3, in blocks; default: the model's, or L/2 from Kiwi-Edit",
+    )
+    group.add_argument(
+        "--freeze-lora",
+        action="store_true",
+        help="do not train the LoRA, as in App. D.1; by default it trains, as in Algorithm 1",
+    )
+
+    group = parser.add_argument_group("the loss")
+    group.add_argument(
+        "--align-weight", type=number(float, 0), help="λ of Eq. 6; default: the model's, 0.75"
+    )
+    group.add_argument(
+        "--temperature", type=positive, help="τ of Eq. 5; default: the model's, 0.07"
+    )
+    group.add_argument(
+        "--timestep-shift",
+        type=positive,
+        help="draw t closer to noise if above 1; 1 is Algorithm 1's uniform t",
+    )
+
+    group = parser.add_argument_group("the clips")
+    group.add_argument(
+        "--data",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="tables of triplets, .csv or .jsonl; default: moving shapes",
+    )
+    group.add_argument(
+        "--root", type=Path, help="folder of the tables' relative paths; default: the table's own"
+    )
+    group.add_argument(
+        "--size",
+        nargs=3,
+        action="append",
+        type=natural,
+        metavar=("T", "H", "W"),
+        help="at most 4k + 1 frames of H x W pixels, at the clip's own aspect; clips are cropped "
+        "to it if --batch is above 1. Given several times, each step takes one of the sizes",
+    )
+    group.add_argument(
+        "--caption-fallback",
+        action="store_true",
+        help="train on tables without captions ℓ*, with the instructions in their place",
+    )
+    group.add_argument(
+        "--latents",
+        type=Path,
+        metavar="DIR",
+        help="take the clips' latents from this folder, which `datasets encode` has written",
+    )
+    group.add_argument(
+        "--max-bad",
+        type=number(float, 0, 1),
+        help="stop if a larger share of the clips is broken (default 0.01)",
+    )
+    group.add_argument(
+        "--workers",
+        type=number(int, 0),
+        help="processes that read clips, for each rank (default 2)",
+    )
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument(
+        "--steps", type=natural, help="optimiser steps of the whole run; default: one epoch"
+    )
+    group.add_argument("--batch", type=natural, help="clips of a rank in one forward pass")
+    group.add_argument(
+        "--accumulate", type=natural, help="forward passes in one optimiser step (default 1)"
+    )
+    group.add_argument("--lr", type=positive, help="the highest learning rate of AdamW")
+    group.add_argument(
+        "--seed", type=number(int, 0), help="determines everything random (default 0)"
+    )
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile each block by torch.compile (default on GPUs)",
+    )
+    group.add_argument(
+        "--log-gradients",
+        type=natural,
+        metavar="N",
+        help="every N steps log the gradients' norms of L_fm and of λ·L_align, by a second pass",
+    )
+
+    group = parser.add_argument_group("the run")
+    group.add_argument("--out", type=Path, help="folder to write to (default runs/train)")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in OUT from its last checkpoint, with its options",
+    )
+    group.add_argument(
+        "--save-every", type=natural, help="steps between two checkpoints (default 500)"
+    )
+    group.add_argument("--keep", type=natural, help="keep this many checkpoints (default 2)")
+    group.add_argument(
+        "--validate-every",
+        type=natural,
+        help="steps between two sets of edits to look at (default 500)",
+    )
+    group.add_argument(
+        "--plan", type=natural, metavar="RANKS", help="print the memory that a run needs, and stop"
+    )
+    group.add_argument(
+        "--export", action="store_true", help="write OUT/model from the last checkpoint, and stop"
     )
     return parser

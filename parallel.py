@@ -11,7 +11,10 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import socket
+import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,6 +43,55 @@ from rvedit import RVEDiT
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
 
 CHECKSUMS = "checksums.json"  # in a training checkpoint: SHA-256 of its other files
+
+# --- Signals --------------------------------------------------------------------------------------
+
+
+class Signals:
+    """While this context lasts, signals leave notes that the loop reads at the end of each step.
+
+    SIGTERM and Ctrl-C: save and exit. SIGUSR1: save and go on. All ranks act on the same step. The
+    second SIGTERM or Ctrl-C ends the process at once, whatever it waits for. It counts as a second
+    one only some seconds after the first, because torchrun and srun may pass one on twice.
+    """
+
+    STOP = (signal.SIGTERM, signal.SIGINT)
+    SECONDS_APART = 3.0
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.save = False
+
+    def __enter__(self) -> Signals:
+        # A thread reads the signals from a pipe. Handlers alone would have to wait until the main
+        # thread comes back from a library, such as from a collective that never ends.
+        read_end, self.write_end = os.pipe()
+        os.set_blocking(self.write_end, False)
+        self.former_fd = signal.set_wakeup_fd(self.write_end)
+        self.former = {}
+        for kind in (*self.STOP, signal.SIGUSR1):
+            self.former[kind] = signal.signal(kind, lambda number, frame: None)
+        threading.Thread(target=self.watch, args=(read_end,), daemon=True).start()
+        return self
+
+    def watch(self, read_end: int) -> None:
+        first = None
+        with open(read_end, "rb", buffering=0) as pipe:
+            for byte in iter(lambda: pipe.read(1), b""):  # until `__exit__` closes the pipe
+                if byte[0] == signal.SIGUSR1:
+                    self.save = True
+                elif byte[0] in self.STOP and first is None:
+                    self.stop = True
+                    first = time.monotonic()
+                elif byte[0] in self.STOP and time.monotonic() - first > self.SECONDS_APART:
+                    os._exit(128 + byte[0])
+
+    def __exit__(self, *error: object) -> None:
+        for kind, handler in self.former.items():
+            signal.signal(kind, handler)
+        signal.set_wakeup_fd(self.former_fd)
+        os.close(self.write_end)
+
 
 # --- Ranks ----------------------------------------------------------------------------------------
 

@@ -52,7 +52,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -74,7 +73,6 @@ import parallel
 import rvedit
 import video
 import weights
-from cli import number
 from muon import Muon, muon_rates
 from rvedit import RVEDiT, RVEDiTConfig
 from sample import edit_video
@@ -130,8 +128,8 @@ def training_step(
     """
     # z_t lies on the straight line from the target's latents (t = 0) to the noise (t = 1).
     with torch.no_grad():
-        source_latents = vae.encode(video.to_float(batch.source))  # (B, C, T', H', W')
-        target_latents = vae.encode(video.to_float(batch.target))
+        source_latents = data.latents_of(vae, batch.source)  # VAE(v), (B, C, T', H', W')
+        target_latents = data.latents_of(vae, batch.target)  # VAE(v*)
     t = batch.t.view(-1, 1, 1, 1, 1)
     z_t = (1 - t) * target_latents + t * batch.noise
 
@@ -242,7 +240,7 @@ def train(
     batches: Iterator[data.Batch],
     validation: data.Batches,
     args: argparse.Namespace,
-    signals: Signals,
+    signals: parallel.Signals,
 ) -> None:
     """Algorithm 1, lines 2-21: all optimiser steps that are left to do.
 
@@ -375,8 +373,12 @@ def write_log(out: Path, report: dict[str, Any]) -> None:
             line[name] = None
         else:
             line[name] = value
-    with open(out / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write(json.dumps(line) + "\n")
+    file = out / "log.jsonl"
+    try:
+        with open(file, "a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+    except OSError as error:  # which names no file
+        raise OSError(f"{file} cannot be written: {error.strerror}") from None
 
 
 # --- The model and what of it trains --------------------------------------------------------------
@@ -721,6 +723,7 @@ def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.
         first_sample=run.samples,
         broken_file=run.out / "broken.txt",
         caption_fallback=args.caption_fallback,
+        latents=data.Latents(args.latents, run.vae) if args.latents else None,
     )
 
 
@@ -733,7 +736,7 @@ def check_shared_memory(config: RVEDiTConfig, args: argparse.Namespace) -> None:
     if not args.workers or not folder.is_dir():
         return
     T, H, W = max(args.size, key=math.prod)
-    clip = T * H * W * 3
+    clip = 0 if args.latents else T * H * W * 3
     mllm_frames = min(T, config.max_mllm_frames) * config.max_mllm_pixels * 3 * 4  # float32
     minibatch = args.batch * 2 * (clip + mllm_frames)  # source and target
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -783,8 +786,8 @@ def load_in_workers(
 
 def ignore_signals(worker: int) -> None:
     """A signal to all processes of a job must not end the workers before the step is done."""
-    signal.set_wakeup_fd(-1)  # that of the main process, see `Signals`
-    for kind in (*Signals.STOP, signal.SIGUSR1):
+    signal.set_wakeup_fd(-1)  # that of the main process, see `parallel.Signals`
+    for kind in (*parallel.Signals.STOP, signal.SIGUSR1):
         signal.signal(kind, signal.SIG_IGN)
 
 
@@ -807,11 +810,12 @@ DEFAULTS: dict[str, Any] = dict(
     data=None,
     root=None,
     caption_fallback=False,
+    latents=None,
     max_bad=0.01,
     workers=2,
     accumulate=1,
     seed=0,
-    compile=False,
+    compile=None,  # True on GPUs
     log_gradients=None,
     out=Path("runs/train"),
     resume=False,
@@ -837,136 +841,9 @@ class SavedOptions(cli.Parser):
         raise ValueError(message.removeprefix("argument "))
 
 
-def make_parser(kind: type[cli.Parser] = cli.Parser) -> cli.Parser:
-    """Options that are not given are left out of the result, for `parse_arguments` to fill in."""
-    parser = kind(
-        description="Train RVEDiT. Defaults that are not given here are those of the preset.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    natural, positive = number(int, 1), number(float, 1e-9)
-
-    group = parser.add_argument_group("the model")
-    group.add_argument(
-        "--preset", choices=RECIPES, help="default: toy, or wan2.2-ti2v-5b with --data or --wan"
-    )
-    group.add_argument(
-        "--checkpoint",
-        type=Path,
-        help="start from this folder: a checkpoint of ours or Kiwi-Edit's",
-    )
-    group.add_argument(
-        "--wan", type=Path, help="without --checkpoint: start from this folder of Wan2.2-TI2V-5B"
-    )
-    group.add_argument("--qwen", type=Path, help="and from this folder of Qwen2.5-VL-3B-Instruct")
-    group.add_argument(
-        "--routing-depth",
-        type=number(int, 0),
-        help="L_s of Eq. 3, in blocks; default: the model's, or L/2 from Kiwi-Edit",
-    )
-    group.add_argument(
-        "--freeze-lora",
-        action="store_true",
-        help="do not train the LoRA, as in App. D.1; by default it trains, as in Algorithm 1",
-    )
-
-    group = parser.add_argument_group("the loss")
-    group.add_argument(
-        "--align-weight", type=number(float, 0), help="λ of Eq. 6; default: the model's, 0.75"
-    )
-    group.add_argument(
-        "--temperature", type=positive, help="τ of Eq. 5; default: the model's, 0.07"
-    )
-    group.add_argument(
-        "--timestep-shift",
-        type=positive,
-        help="draw t closer to noise if above 1; 1 is Algorithm 1's uniform t",
-    )
-
-    group = parser.add_argument_group("the clips")
-    group.add_argument(
-        "--data",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="tables of triplets, .csv or .jsonl; default: moving shapes",
-    )
-    group.add_argument(
-        "--root", type=Path, help="folder of the tables' relative paths; default: the table's own"
-    )
-    group.add_argument(
-        "--size",
-        nargs=3,
-        action="append",
-        type=natural,
-        metavar=("T", "H", "W"),
-        help="at most 4k + 1 frames of H x W pixels, at the clip's own aspect; clips are cropped "
-        "to it if --batch is above 1. Given several times, each step takes one of the sizes",
-    )
-    group.add_argument(
-        "--caption-fallback",
-        action="store_true",
-        help="train on tables without captions ℓ*, with the instructions in their place",
-    )
-    group.add_argument(
-        "--max-bad",
-        type=number(float, 0, 1),
-        help="stop if a larger share of the clips is broken (default 0.01)",
-    )
-    group.add_argument(
-        "--workers",
-        type=number(int, 0),
-        help="processes that read clips, for each rank (default 2)",
-    )
-
-    group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--steps", type=natural, help="optimiser steps of the whole run; default: one epoch"
-    )
-    group.add_argument("--batch", type=natural, help="clips of a rank in one forward pass")
-    group.add_argument(
-        "--accumulate", type=natural, help="forward passes in one optimiser step (default 1)"
-    )
-    group.add_argument("--lr", type=positive, help="the highest learning rate of AdamW")
-    group.add_argument(
-        "--seed", type=number(int, 0), help="determines everything random (default 0)"
-    )
-    group.add_argument("--compile", action="store_true", help="compile each block (torch.compile)")
-    group.add_argument(
-        "--log-gradients",
-        type=natural,
-        metavar="N",
-        help="every N steps log the gradients' norms of L_fm and of λ·L_align, by a second pass",
-    )
-
-    group = parser.add_argument_group("the run")
-    group.add_argument("--out", type=Path, help="folder to write to (default runs/train)")
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run in OUT from its last checkpoint, with its options",
-    )
-    group.add_argument(
-        "--save-every", type=natural, help="steps between two checkpoints (default 500)"
-    )
-    group.add_argument("--keep", type=natural, help="keep this many checkpoints (default 2)")
-    group.add_argument(
-        "--validate-every",
-        type=natural,
-        help="steps between two sets of edits to look at (default 500)",
-    )
-    group.add_argument(
-        "--plan", type=natural, metavar="RANKS", help="print the memory that a run needs, and stop"
-    )
-    group.add_argument(
-        "--export", action="store_true", help="write OUT/model from the last checkpoint, and stop"
-    )
-    return parser
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options: as given, else those of the run that goes on, else the preset's and DEFAULTS."""
-    given = vars(make_parser().parse_args(argv))
+    given = vars(cli.train_parser(RECIPES).parse_args(argv))
     saved = {}
     if given.get("resume") or given.get("export"):
         saved = read_run(given.get("out", DEFAULTS["out"]))["options"]
@@ -975,6 +852,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         full_size = chosen.get("data") or chosen.get("wan")
         chosen["preset"] = "wan2.2-ti2v-5b" if full_size else "toy"
     args = argparse.Namespace(**(DEFAULTS | RECIPES[chosen["preset"]] | chosen))
+    if args.compile is None:
+        args.compile = torch.cuda.is_available()
     if args.preset != "toy" and not args.data and not args.plan:
         cli.fail(f"--preset {args.preset} needs --data FILE: triplets of videos and instructions")
     return args
@@ -988,7 +867,9 @@ def read_run(out: Path) -> dict[str, Any]:
     run = weights.read_json(file)
     try:
         # Parsed again, so that a damaged value is found now and not in the middle of the run.
-        run["options"] = vars(make_parser(SavedOptions).parse_args(as_words(run["options"])))
+        run["options"] = vars(
+            cli.train_parser(RECIPES, SavedOptions).parse_args(as_words(run["options"]))
+        )
         run["samples_per_step"] = int(run["samples_per_step"])
         run["tables"] = run["tables"] and dict(run["tables"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -1005,6 +886,8 @@ def as_words(options: dict[str, Any]) -> list[str]:
         flag = "--" + name.replace("_", "-")
         if value is True:
             words.append(flag)
+        elif name == "compile":
+            words.append("--no-compile")
         elif name == "size":
             for size in value:
                 words += [flag, *map(str, size)]
@@ -1038,53 +921,7 @@ def check_resumed(args: argparse.Namespace) -> None:
 # --- Start and end --------------------------------------------------------------------------------
 
 
-class Signals:
-    """While this context lasts, signals leave notes that the loop reads at the end of each step.
-
-    SIGTERM and Ctrl-C: save and exit. SIGUSR1: save and go on. All ranks act on the same step. The
-    second SIGTERM or Ctrl-C ends the process at once, whatever it waits for. It counts as a second
-    one only some seconds after the first, because torchrun and srun may pass one on twice.
-    """
-
-    STOP = (signal.SIGTERM, signal.SIGINT)
-    SECONDS_APART = 3.0
-
-    def __init__(self) -> None:
-        self.stop = False
-        self.save = False
-
-    def __enter__(self) -> Signals:
-        # A thread reads the signals from a pipe. Handlers alone would have to wait until the main
-        # thread comes back from a library, such as from a collective that never ends.
-        read_end, self.write_end = os.pipe()
-        os.set_blocking(self.write_end, False)
-        self.former_fd = signal.set_wakeup_fd(self.write_end)
-        self.former = {}
-        for kind in (*self.STOP, signal.SIGUSR1):
-            self.former[kind] = signal.signal(kind, lambda number, frame: None)
-        threading.Thread(target=self.watch, args=(read_end,), daemon=True).start()
-        return self
-
-    def watch(self, read_end: int) -> None:
-        first = None
-        with open(read_end, "rb", buffering=0) as pipe:
-            for byte in iter(lambda: pipe.read(1), b""):  # until `__exit__` closes the pipe
-                if byte[0] == signal.SIGUSR1:
-                    self.save = True
-                elif byte[0] in self.STOP and first is None:
-                    self.stop = True
-                    first = time.monotonic()
-                elif byte[0] in self.STOP and time.monotonic() - first > self.SECONDS_APART:
-                    os._exit(128 + byte[0])
-
-    def __exit__(self, *error: object) -> None:
-        for kind, handler in self.former.items():
-            signal.signal(kind, handler)
-        signal.set_wakeup_fd(self.former_fd)
-        os.close(self.write_end)
-
-
-def launch(args: argparse.Namespace, device: torch.device, signals: Signals) -> None:
+def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Signals) -> None:
     """A whole run, from the options to the exported checkpoint."""
     # OUT: what it holds fits the options, no other run writes to it, and all ranks see it.
     parallel.on_first_rank(check_out, args)
@@ -1107,10 +944,10 @@ def launch(args: argparse.Namespace, device: torch.device, signals: Signals) -> 
         print(parameter_table(model, vae))
         share = data.caption_share(triplets)
         print(f"captions: {share:.0%} of the triplets have one", flush=True)
-    parallel.on_first_rank(begin_log, run, args)
 
     # Train, and write the model that sample.py takes.
     if not args.export:
+        parallel.on_first_rank(begin_log, run, args)
         minibatches = load_in_workers(make_batches(triplets, run, args), run, args)
         train(run, minibatches, make_batches(validation, run, args), args, signals)
     run.export()
@@ -1125,7 +962,7 @@ def main(argv: list[str] | None = None) -> None:
         bench = Path(__file__).parent / "experiments" / "bench.py"
         options = sys.argv[1:] if argv is None else argv
         raise SystemExit(subprocess.run([sys.executable, bench, *options]).returncode)
-    with Signals() as signals, parallel.processes() as device:
+    with parallel.Signals() as signals, parallel.processes() as device:
         try:
             launch(args, device, signals)
         except (ValueError, OSError, cli.Stop) as error:

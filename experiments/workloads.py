@@ -279,8 +279,7 @@ def training_options(preset: str, size: Size, compile: bool) -> argparse.Namespa
     options = ["--preset", preset, "--out", os.devnull]
     options += ["--plan", str(RANKS)]  # such a run needs no --data
     options += ["--size", *(str(side) for side in size)]
-    if compile:
-        options.append("--compile")
+    options.append("--compile" if compile else "--no-compile")
     return train.parse_arguments(options)
 
 

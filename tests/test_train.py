@@ -682,10 +682,10 @@ def test_sigusr1_saves_and_goes_on(start, tmp_path, monkeypatch):
 
 
 HANGS = """
-import train
+import parallel
 import torch.distributed as dist
-train.Signals.SECONDS_APART = 0.5
-with train.Signals():
+parallel.Signals.SECONDS_APART = 0.5
+with parallel.Signals():
     print("ready", flush=True)
     dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=True)
 """
