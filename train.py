@@ -792,6 +792,7 @@ def ignore_signals(worker: int) -> None:
 
 
 def kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler calls their end an error
     for worker in multiprocessing.active_children():
         worker.kill()
 
