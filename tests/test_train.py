@@ -965,20 +965,28 @@ def test_latents_that_were_encoded_before_train_alike(start, tmp_path):
     assert losses_of[0] == losses_of[1]
 
 
-def test_a_worker_that_is_killed_ends_the_run_in_one_line(start, tmp_path, monkeypatch, capfd):
+KILLS_A_WORKER = """
+import multiprocessing, sys, train
+
+training_step = train.training_step
+
+def kill_first(*arguments):
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    return training_step(*arguments)
+
+train.training_step = kill_first
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(start, tmp_path):
     """As the kernel does it when memory runs out."""
-
-    def kill_worker(result):
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        return result
-
-    during(monkeypatch, 1, kill_worker)
-    with pytest.raises(SystemExit) as stop:
-        train.main(options(start, tmp_path, "--steps", 9, "--batch", 1, "--workers", 1))
-    printed = capfd.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in printed
-    error = printed.strip().splitlines()[-1]
+    arguments = options(start, tmp_path, "--steps", 9, "--batch", 1, "--workers", 1)
+    command = [sys.executable, "-c", KILLS_A_WORKER, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: a process that reads clips was killed")
 
 
