@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -109,7 +108,6 @@ class Alive(TorchDispatchMode):
 
     def begin(self, part: str) -> None:
         """Book what follows as this part of the step."""
-        gc.collect()  # otherwise it is chance when tensors in a cycle of references go
         self.held[self.part] = self.now
         self.part = part
 
