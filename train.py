@@ -81,7 +81,7 @@ from vae import WanVAE
 
 # --- Recipes --------------------------------------------------------------------------------------
 
-# The presets' own defaults for the options at the end of this file.
+# Defaults that depend on the preset. Most are options of the command line, see `cli.train_parser`.
 RECIPES: dict[str, dict[str, Any]] = {
     # The paper's run (§5, App. D.1) on 8 GPUs. What it leaves open is in the README's table.
     "wan2.2-ti2v-5b": dict(
@@ -315,7 +315,7 @@ def train(
             if run.step % args.validate_every == 0:
                 run.validate(validation)
 
-    # Line 21: end while. Line 22, "return θ and φ", is `Run.export`.
+    # Line 21: end while. Line 22, "return θ and φ": `launch` writes them to OUT/model.
 
 
 def clip_gradients(weights: dict[str, Tensor]) -> float:
@@ -827,12 +827,9 @@ DEFAULTS: dict[str, Any] = dict(
     export=False,
 )
 # The options that --resume takes up: all but those that say what to do with the run.
-SAVED_OPTIONS = (DEFAULTS.keys() | {"preset", "size", "batch", "steps", "lr", "timestep_shift"}) - {
-    "out",
-    "resume",
-    "plan",
-    "export",
-}
+NOT_SAVED = {"out", "resume", "plan", "export"}
+SAVED_OPTIONS = DEFAULTS.keys() | {"preset", "size", "batch", "steps", "lr", "timestep_shift"}
+SAVED_OPTIONS -= NOT_SAVED
 
 
 class SavedOptions(cli.Parser):
@@ -868,9 +865,8 @@ def read_run(out: Path) -> dict[str, Any]:
     run = weights.read_json(file)
     try:
         # Parsed again, so that a damaged value is found now and not in the middle of the run.
-        run["options"] = vars(
-            cli.train_parser(RECIPES, SavedOptions).parse_args(as_words(run["options"]))
-        )
+        parser = cli.train_parser(RECIPES, SavedOptions)
+        run["options"] = vars(parser.parse_args(as_words(run["options"])))
         run["samples_per_step"] = int(run["samples_per_step"])
         run["tables"] = run["tables"] and dict(run["tables"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -899,8 +895,11 @@ def as_words(options: dict[str, Any]) -> list[str]:
     return words
 
 
-def check_resumed(args: argparse.Namespace) -> None:
-    """Go on with as many samples in a step as before, from the same tables; else ValueError."""
+def resumed_accumulation(args: argparse.Namespace) -> int:
+    """The accumulation steps with which an optimiser step has as many samples as before.
+
+    Raises ValueError if there is no such number, or if the tables are not those of the run.
+    """
     former = read_run(args.out)
     if args.data and data.fingerprint(args.data) != former["tables"]:
         files = ", ".join(str(file) for file in args.data)
@@ -916,7 +915,7 @@ def check_resumed(args: argparse.Namespace) -> None:
             f"{dist.get_world_size()} processes with --batch {args.batch} cannot make: change "
             "--batch or the number of processes"
         )
-    args.accumulate = samples // samples_per_pass
+    return samples // samples_per_pass
 
 
 # --- Start and end --------------------------------------------------------------------------------
@@ -929,7 +928,8 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
     lock = parallel.on_first_rank(lock_out, args.out)
     parallel.check_shared(args.out)
     if args.resume:
-        check_resumed(args)
+        accumulate = parallel.on_first_rank(resumed_accumulation, args)
+        args.accumulate = parallel.from_first_rank(accumulate)
 
     # The networks, sharded over the ranks, and the clips.
     model, vae = load_model(args, parallel.make_mesh(device), device)

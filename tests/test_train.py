@@ -829,6 +829,18 @@ def test_two_runs_cannot_share_a_folder(start, tmp_path, capsys):
     train.main(arguments)
 
 
+def test_options_survive_run_json(tmp_path):
+    """Sizes, flags that are off, paths and numbers: parsed again, they are what they were."""
+    words = "--size 5 64 64 --size 9 32 64 --no-compile --freeze-lora --lr 1e-4 --data a.csv b.csv"
+    args = train.parse_arguments([*words.split(), "--root", "clips", "--steps", "7"])
+    options = {name: getattr(args, name) for name in train.SAVED_OPTIONS}
+    run = dict(options=options, samples_per_step=1, tables=None)
+    (tmp_path / "run.json").write_text(json.dumps(run, default=str))
+    again = train.parse_arguments(["--out", str(tmp_path), "--resume"])
+    assert {name: getattr(again, name) for name in train.SAVED_OPTIONS} == options
+    assert not again.compile and again.size == [[5, 64, 64], [9, 32, 64]]
+
+
 def test_a_damaged_run_json_is_found_before_the_run_begins(alone, tmp_path, capsys):
     out = fork_at(alone, 10, tmp_path / "run")
     run = json.loads((out / "run.json").read_text())
