@@ -154,11 +154,11 @@ def train_vae(state: Path, steps: tuple[int, int]) -> WanVAE:
 @torch.no_grad()
 def latent_statistics(vae: WanVAE) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean of each channel, and one standard deviation for all: one for each would whiten them."""
-    shapes = ShapesDataset(VAE_SEED + 1, 50, 9, 96, 96, EVERYTHING, coarse=True)
+    shapes = ShapesDataset(VAE_SEED + 1, 40, 5, 96, 96, EVERYTHING, coarse=True)
     latents = []
     for index in range(len(shapes)):
         latents.append(vae.encode(to_float(shapes[index]["target"][None]))[0])
-    stacked = torch.stack(latents)  # (50, C, T', H', W')
+    stacked = torch.stack(latents)  # (40, C, T', H', W')
     mean = stacked.mean((0, 2, 3, 4), keepdim=True)
     std = (stacked - mean).square().mean().sqrt().item()
     return tuple(mean.flatten().tolist()), (std,) * stacked.shape[1]

@@ -260,7 +260,7 @@ def test_reading_is_learned(reader, tmp_path, monkeypatch):
 
     monkeypatch.setattr(reading, "Lessons", SameLesson)
     before = loss()
-    reading.read_lessons(reader, 40, 2, tmp_path / "mllm.pt")
+    reading.read_lessons(reader, 30, 2, tmp_path / "mllm.pt")
     assert loss() < before / 3
 
 
