@@ -408,6 +408,7 @@ def run(
     exception ends the run.
     """
     failed: dict[str, str] = {}
+    writing = threading.Lock()
 
     def attempt(key: str) -> None:
         try:
@@ -416,13 +417,15 @@ def run(
             failed[key] = str(error)
             return
         line = (json.dumps({"key": key, **result}) + "\n").encode()
-        # One unbuffered write for each line: lines of several threads do not mix.
-        try:
-            written = file.write(line)
-        except OSError as error:
-            raise cli.Stop(f"{path} cannot be written: {error.strerror}") from None
-        if written < len(line):
-            raise cli.Stop(f"{path} cannot be written: no space is left")
+        with writing:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                written = file.write(line)
+            except OSError as error:
+                raise cli.Stop(f"{path} cannot be written: {error.strerror}") from None
+            if written < len(line):  # a disk that is full takes the beginning
+                file.truncate(end)
+                raise cli.Stop(f"{path} cannot be written: no space is left")
 
     todo = sorted(jobs.keys() - results(path).keys())
     # The pool's threads are daemons: Ctrl-C does not wait for their answers.

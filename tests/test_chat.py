@@ -5,6 +5,7 @@ import contextlib
 import email.utils
 import io
 import json
+import resource
 import signal
 import socket
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cli
 from experiments import chat
 
 CUT = object()  # a body that ends in the middle
@@ -551,6 +553,23 @@ def test_what_concerns_all_jobs_ends_the_run(error, tmp_path):
         chat.run(tmp_path / "answers.jsonl", {f"{i:04}": i for i in range(5000)}, work, 1)
     assert len(calls) < 5000
     assert [row["key"] for row in lines(tmp_path / "answers.jsonl")][:3] == ["0000", "0001", "0002"]
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(tmp_path):
+    """Here a limit of the file's size, at which the system also takes a part of a line."""
+    path = tmp_path / "answers.jsonl"
+    jobs = {f"k{i}": "x" * 1000 for i in range(9)}
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, former[1]))
+    try:
+        with pytest.raises(cli.Stop, match="answers.jsonl cannot be written"):
+            chat.run(path, jobs, lambda job: {"text": job}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert list(chat.results(path)) == ["k0", "k1", "k2"]
+    assert path.read_bytes().endswith(b"\n")
+    assert chat.run(path, jobs, lambda job: {"text": job}, 1) == {}
+    assert len(lines(path)) == 9
 
 
 def test_ctrl_c_ends_the_run_and_keeps_what_is_finished(tmp_path):
