@@ -551,11 +551,20 @@ def _on_white(image: np.ndarray) -> np.ndarray:
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
+def _is_wide(frame: VideoFrame) -> bool:
+    """Whether a frame has the colours of BT.2020, as all HDR has."""
+    hdr = frame.color_trc in (sws.ColorTrc.SMPTE2084, sws.ColorTrc.ARIB_STD_B67)
+    return hdr or frame.color_primaries == sws.ColorPrimaries.BT2020
+
+
 def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
-    """The YCbCr matrix of a frame that has no meaningful tag. None: swscale reads the tag."""
-    if frame.format.is_rgb or frame.colorspace not in (0, 2, 3):
+    """The YCbCr matrix of a frame whose tag swscale cannot use. None: swscale reads the tag."""
+    # No tag at all; BT.2020 with constant luminance, which is nearly the same as without; and
+    # "derived from the primaries".
+    unmarked, constant_luminance, derived = (0, 2, 3), 10, (12, 13)
+    if frame.format.is_rgb or frame.colorspace not in (*unmarked, constant_luminance, *derived):
         return None
-    if frame.color_primaries == sws.ColorPrimaries.BT2020:
+    if frame.colorspace == constant_luminance or _is_wide(frame):
         return sws.Colorspace.BT2020
     if frame.width >= 1280 or frame.height > 576:
         return sws.Colorspace.ITU709
@@ -564,8 +573,7 @@ def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
 
 def _rgb(frame: VideoFrame, size: tuple[int, int], scaler: sws.VideoReformatter) -> np.ndarray:
     """One frame as it is stored -> uint8 (H, W, 3), BT.709."""
-    hdr = frame.color_trc in (sws.ColorTrc.SMPTE2084, sws.ColorTrc.ARIB_STD_B67)
-    wide = hdr or frame.color_primaries == sws.ColorPrimaries.BT2020
+    wide = _is_wide(frame)
     transparent = any(component.is_alpha for component in frame.format.components)
     layout = "rgb48" if wide else "rgba" if transparent else "rgb24"
     image = scaler.reformat(
@@ -1077,6 +1085,9 @@ def _write_track(
     options = {"movie_timescale": str(stream.codec_context.sample_rate or 48_000)}
     with av.open(buffer, "w", format=ending[1:], container_options=options) as out:
         dropped = way(clip, stream.index, out)
+    with av.open(io.BytesIO(buffer.getvalue())) as written:
+        if not any(packet.size for packet in written.demux(audio=0)):
+            raise ValueError("nothing of it could be written")
     language = stream.language
     if ending == ".mov":
         language = QUICKTIME_LANGUAGES.get(language, language)
