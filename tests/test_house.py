@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -77,3 +78,17 @@ def test_no_line_is_wider_than_100_columns():
             if len(line) > 100:
                 wide.append(f"{path.relative_to(ROOT)}:{number}")
     assert wide == []
+
+
+def test_an_editable_installation_has_every_file():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    modules = project["tool"]["setuptools"]["py-modules"]
+    assert modules == sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+def test_the_readme_lists_every_file():
+    """In its tree, with a line on what each is for."""
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("```")
+    listed = {line.split()[0] for block in tree for line in block.splitlines() if line.strip()}
+    missing = [path.name for path in ROOT.glob("*.py") if path.name not in listed]
+    assert missing == []
