@@ -528,7 +528,7 @@ class Triplet(NamedTuple):
     instruction: str  # ℓ
     target: Tensor  # v*, uint8 (T, H, W, 3)
     caption: str  # ℓ*; the instruction if the triplet has none
-    latents: tuple[Tensor, Tensor] | None  # VAE(v), VAE(v*), if they were encoded before
+    latents: tuple[Tensor, Tensor] | None = None  # VAE(v), VAE(v*), if encoded before
 
 
 class Batch(NamedTuple):

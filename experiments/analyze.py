@@ -214,14 +214,13 @@ def trace_triplet(
     model: RVEDiT, vae: WanVAE, triplet: data.Triplet, seed: int, num_timesteps: int
 ) -> Tensor:
     """The measures of one triplet, a mean over t: (L, 9)."""
-    source, instruction, target, caption = triplet
-
     # Both branches go through the networks as one batch: the editing branch is first.
-    condition = model.encoder([source, target], [instruction, caption])
+    clips = [triplet.source, triplet.target]
+    condition = model.encoder(clips, [triplet.instruction, triplet.caption])
     contexts = model.contexts(condition)
-    source_latents = vae.encode(video.to_float(source[None]).to(DEVICE))
-    target_latents = vae.encode(video.to_float(target[None]).to(DEVICE))
-    latents = torch.cat([source_latents, target_latents])
+    source_latents = vae.encode(video.to_float(triplet.source[None]).to(DEVICE))
+    target_latents = vae.encode(video.to_float(triplet.target[None]).to(DEVICE))
+    latents = torch.cat([source_latents, target_latents])  # (2, C, T', H', W')
     K, N_v = condition.editing.shape[1], condition.visual.shape[1]
 
     noise = sample.initial_noise(target_latents.shape, seed).to(DEVICE)

@@ -239,7 +239,10 @@ def test_divergence_of_equal_disjoint_and_other_maps():
 def test_equal_branches_agree_in_all(model_and_vae):
     dit = model_and_vae[0].dit
     streams, z_t, t, contexts, latents = make_pairs(*model_and_vae, [(0, TEXTS[0], TEXTS[3])])
-    twice = [(context[:1].repeat(2, 1, 1), mask[:1].repeat(2, 1)) for context, mask in contexts]
+    twice = []
+    for context, mask in contexts:
+        context = context[:1].repeat(2, 1, 1)
+        twice.append((context, None if mask is None else mask[:1].repeat(2, 1)))
     measures = analyze.trace(dit, streams, z_t, t, twice, latents[:1].repeat(2, 1, 1, 1, 1))[..., 0]
     named = dict(zip(analyze.MEASURES, measures.T, strict=True))
     assert named["cosine"].tolist() == pytest.approx([1, 1, 1], abs=1e-6)
