@@ -36,46 +36,46 @@ if __name__ == "__main__":
     cli.begin()
 
 import argparse
-import atexit
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import itertools
-import json
 import math
-import multiprocessing
-import os
 import re
-import resource
-import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
 import data
 import losses
 import parallel
 import rvedit
-import video
-import weights
 from muon import Muon, muon_rates
+from run import (
+    Run,
+    begin_log,
+    check_out,
+    check_shared_memory,
+    load_in_workers,
+    lock_out,
+    peak_memory,
+    read_run,
+    resumed_accumulation,
+    trainable,
+    write_log,
+)
 from rvedit import RVEDiT, RVEDiTConfig
-from sample import edit_video
 from shapes import training_set
 from vae import WanVAE
 
@@ -112,7 +112,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 NUM_T_BINS = 5  # the flow loss is also logged for each fifth of t in [0, 1]
-PREFETCH = 2  # minibatches that each worker process reads ahead
 MAX_BAD_STEPS = 10  # so many steps in a row may have a loss or a gradient that is not finite
 
 # --- Algorithm 1 ----------------------------------------------------------------------------------
@@ -356,46 +355,23 @@ def whole_norm(gradients: list[Tensor]) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def peak_memory() -> int:
-    """Bytes that this process held at most: of the GPU's memory, if there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def write_log(out: Path, report: dict[str, Any]) -> None:
-    """Add a line to log.jsonl, with null for numbers that are not finite: JSON has none."""
-    line = {}
-    for name, value in report.items():
-        if isinstance(value, list):
-            line[name] = [x if x is not None and math.isfinite(x) else None for x in value]
-        elif isinstance(value, float) and not math.isfinite(value):
-            line[name] = None
-        else:
-            line[name] = value
-    file = out / "log.jsonl"
-    try:
-        with open(file, "a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
-    except OSError as error:  # which names no file
-        raise OSError(f"{file} cannot be written: {error.strerror}") from None
-
-
 # --- The model and what of it trains --------------------------------------------------------------
 
 
 def choose_trained(model: RVEDiT, freeze_lora: bool = False) -> None:
     """Set requires_grad as in §5: DiT, source embedding, editing queries, connectors and LoRA.
 
-    A model without LoRA, such as the toy, trains whole. freeze_lora: as in App. D.1.
+    A model without LoRA, such as the toy, trains whole. freeze_lora: as in App. D.1. With L_s = L
+    no block reads native tokens, so their connectors get no gradient and do not train.
     """
     trained = [r"dit\.", r"encoder\.(image_)?queries", r"encoder\.\w+_connector"]
     if not freeze_lora:
         trained.append(r".*\.lora_")
     pattern = re.compile("|".join(trained))
+    unused = () if model.config.native_trained else ("visual_connector", "textual_connector")
     for name, parameter in model.named_parameters():
-        trains_whole = model.config.lora_rank == 0
-        parameter.requires_grad_(trains_whole or pattern.match(name) is not None)
+        trains = model.config.lora_rank == 0 or pattern.match(name) is not None
+        parameter.requires_grad_(trains and not any(part in name for part in unused))
 
 
 def parameter_table(model: RVEDiT, vae: WanVAE) -> str:
@@ -425,8 +401,17 @@ def part_of_model(name: str) -> str:
     return re.match(r"dit\.source_embedding|encoder(\.qwen)?\.\w+|\w+", name)[0]
 
 
-def prepare(model: RVEDiT, args: argparse.Namespace, mesh: DeviceMesh | None) -> None:
-    """Choose what trains, and shard the model; called before its weights are loaded."""
+def prepare(
+    model: RVEDiT, args: argparse.Namespace, mesh: DeviceMesh | None, foreign: bool = False
+) -> None:
+    """Set the options that change the model, choose what trains, and shard the model.
+
+    Called before its weights are loaded. foreign: these are Kiwi-Edit's.
+    """
+    # Kiwi-Edit's checkpoints have L_s = L. Training from them is to learn the routing of Eq. 3.
+    if foreign and args.routing_depth is None:
+        args.routing_depth = model.config.dit.num_blocks // 2
+    model.config = with_options(model.config, args)
     choose_trained(model, args.freeze_lora)
     parallel.shard(model, mesh, args.recompute, args.compile)
 
@@ -448,7 +433,8 @@ def load_model(
     They are built on the meta device, sharded, and only then filled, so that no rank ever holds a
     whole model.
     """
-    before_loading = functools.partial(prepare, args=args, mesh=mesh)
+    foreign = args.checkpoint is not None and rvedit.layout(args.checkpoint) != "rvedit"
+    before_loading = functools.partial(prepare, args=args, mesh=mesh, foreign=foreign)
     if args.preset == "toy" and args.checkpoint is None:
         model, vae = rvedit.scratch(args.seed, device, before_loading)
     else:
@@ -458,11 +444,6 @@ def load_model(
     if device.type == "cuda" and model.config.lora_rank:
         model.encoder.qwen.visual.to(torch.bfloat16)
 
-    # Kiwi-Edit's checkpoints have L_s = L. Training from them is to learn the routing of Eq. 3.
-    foreign = args.checkpoint is not None and rvedit.layout(args.checkpoint) != "rvedit"
-    if foreign and args.routing_depth is None:
-        args.routing_depth = model.config.dit.num_blocks // 2
-    model.config = with_options(model.config, args)
     return model, vae
 
 
@@ -486,211 +467,10 @@ def make_optimizer(weights: dict[str, Tensor], args: argparse.Namespace) -> torc
     return optimizer
 
 
-# --- The run: its state and its files -------------------------------------------------------------
-
-
-class Run:
-    """What training changes, and how far it is. Goes on from the last checkpoint in OUT, if any."""
-
-    def __init__(
-        self, model: RVEDiT, vae: WanVAE, device: torch.device, args: argparse.Namespace
-    ) -> None:
-        self.model = model
-        self.vae = vae
-        self.device = device
-        self.out = args.out
-        self.rank = dist.get_rank()
-        self.ranks = dist.get_world_size()
-        self.step = 0  # optimiser steps done
-        self.samples = 0  # samples trained on, over all ranks
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.weights, args)
-        self.average_decay = args.average
-        self.average: dict[str, Tensor] = {}
-        if args.average:
-            self.average = {name: p.detach().clone() for name, p in self.weights.items()}
-        checkpoints = finished(self.out)
-        if checkpoints:
-            self.load(checkpoints[-1])
-
-    @torch.no_grad()
-    def update(self, lr: float) -> None:
-        """One step of the optimiser, and of the running mean of the weights if there is one."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        if self.average:
-            # A shorter mean in the first steps forgets the initial weights.
-            decay = min(self.average_decay, (1 + self.step) / (10 + self.step))
-            means, weights = list(self.average.values()), list(self.weights.values())
-            torch._foreach_lerp_(means, weights, 1 - decay)
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within this context the model has its averaged weights, if there are any."""
-        self.swap_averages()
-        yield
-        self.swap_averages()
-
-    def swap_averages(self) -> None:
-        """Exchange the weights and their running means, bit for bit."""
-        for name, mean in self.average.items():
-            weight = self.weights[name].detach()
-            kept = mean.clone()
-            mean.copy_(weight)
-            weight.copy_(kept)
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a training checkpoint. Frozen weights are not among them: --resume reads
-        those from where the run started."""
-        state = {
-            "progress": {"step": torch.tensor(self.step), "samples": torch.tensor(self.samples)},
-            "weights": self.weights,
-        }
-        for moment in ("step", "exp_avg", "exp_avg_sq"):
-            state[moment] = {n: self.optimizer.state[p][moment] for n, p in self.weights.items()}
-        if self.average:
-            state["average"] = self.average
-        return state
-
-    def load(self, checkpoint: Path) -> None:
-        """Continue from a training checkpoint, written by any number of ranks."""
-        state = self.state()
-        parallel.read_shards(checkpoint, state)  # in place
-        self.step = int(state["progress"]["step"])
-        self.samples = int(state["progress"]["samples"])
-
-    def save(self, keep: int) -> None:
-        """Write a training checkpoint, and delete all but the last `keep`.
-
-        It gets its final name when it is complete, so a kill at any time loses none.
-        """
-        folder = self.out / "checkpoints" / f"step-{self.step:08d}"
-        state = self.state()
-        try:
-            with contextlib.ExitStack() as stack:
-                partial = None
-                if self.rank == 0:
-                    partial = stack.enter_context(cli.replacing(folder))
-                partial = parallel.from_first_rank(partial)
-                parallel.write_shards(partial, state)
-        except (OSError, dcp.api.CheckpointException) as error:
-            self.fail_to_write(folder, error, state.values())
-        if self.rank == 0:
-            for former in finished(self.out)[:-keep]:
-                shutil.rmtree(former)
-        dist.barrier()
-
-    def export(self) -> None:
-        """Write OUT/model, a checkpoint for sample.py."""
-        with self.averaged():
-            tensors = self.whole_tensors()
-            if self.rank == 0:
-                try:
-                    rvedit.save(self.out / "model", self.model, self.vae, tensors)
-                except OSError as error:
-                    parts = (self.model.state_dict(), self.vae.state_dict())
-                    self.fail_to_write(self.out / "model", error, parts)
-            for _ in tensors:  # the other ranks only take part in gathering
-                pass
-        dist.barrier()
-
-    def fail_to_write(
-        self, path: Path, error: BaseException, groups: Iterable[dict[str, Tensor]]
-    ) -> NoReturn:
-        """End the run, usually because the disk is full: say how much room `path` needs."""
-        if self.rank > 0:
-            raise SystemExit(2)  # rank 0 prints the message
-        if isinstance(error, dcp.api.CheckpointException):
-            error, _ = next(iter(error.failures.values()))
-        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path} ")
-        needed = sum(t.numel() * t.element_size() for group in groups for t in group.values())
-        free = shutil.disk_usage(self.out).free
-        checkpoints = finished(self.out)
-        kept = f"{checkpoints[-1]} is whole" if checkpoints else "there was no earlier checkpoint"
-        raise cli.Stop(
-            f"{path} cannot be written: {reason} (it needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} "
-            f"GB are free). Nothing is lost, {kept}: make room and continue with --resume"
-        )
-
-    def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of the model's tensors, gathered one at a time on all ranks at once."""
-        for name, tensor in self.model.state_dict().items():
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-    def validate(self, clips: data.Batches) -> None:
-        """Edit at least four clips, and write source, edit and target side by side.
-
-        Each rank edits other clips, but all of them equally many: FSDP's gathers are collective.
-        """
-        clips_per_rank = math.ceil(4 / self.ranks)
-        with self.averaged():
-            for number in range(clips_per_rank):
-                index = number * self.ranks + self.rank
-                triplet = clips.fit(index % len(clips.triplets), step=self.step)
-                edit = edit_video(self.model, self.vae, triplet.source, triplet.instruction)
-                side_by_side = torch.cat((triplet.source, edit, triplet.target), dim=2)
-                name = f"step-{self.step:08d}-{index}.mp4"
-                video.write_video(self.out / "validation" / name, side_by_side)
-
-
-def finished(out: Path) -> list[Path]:
-    """The training checkpoints of a run, the newest last."""
-    folders = (out / "checkpoints").glob("step-*")
-    return sorted(folder for folder in folders if re.fullmatch(r"step-\d{8,}", folder.name))
-
-
-def check_out(args: argparse.Namespace) -> None:
-    """Find out whether OUT is what the options take it for, before anything is loaded."""
-    checkpoints = finished(args.out)
-    if checkpoints and not (args.resume or args.export):
-        raise ValueError(
-            f"{args.out} holds a run: add --resume to go on with it, or give another --out"
-        )
-    if args.export and not checkpoints:
-        raise ValueError(f"{args.out} holds no training checkpoint to export")
-    model = args.out / "model"
-    if model.is_symlink():
-        raise ValueError(f"{model} is a symbolic link, which the export would replace: remove it")
-    rvedit.check_replaceable(model)
-    args.out.mkdir(parents=True, exist_ok=True)
-
-
-def lock_out(out: Path) -> IO[str]:
-    """Take OUT for this run, until the process ends in whatever way.
-
-    Raises ValueError if another run has it. Unlike `flock`, this lock is not inherited by the
-    processes that read clips, which may outlive a run that was killed by some seconds.
-    """
-    lock = open(out / ".lock", "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another run writes to {out}: give another --out") from None
-    except OSError as error:
-        print(f"note: {out} cannot be locked ({error.strerror}): start one run only", flush=True)
-    # Left by a run that was killed while it wrote a checkpoint.
-    for partial in (out / "checkpoints").glob(".partial-*"):
-        shutil.rmtree(partial)
-    return lock
-
-
-def begin_log(run: Run, args: argparse.Namespace) -> None:
-    """Write run.json, which --resume reads, and cut log.jsonl at the run's step.
-
-    A run that was killed may have logged steps after its last checkpoint, which are done again.
-    """
-    (run.out / "validation").mkdir(exist_ok=True)
-    options = {name: value for name, value in vars(args).items() if name in SAVED_OPTIONS}
-    description = dict(
-        options=options,
-        samples_per_step=args.batch * args.accumulate * run.ranks,
-        tables=data.fingerprint(args.data) if args.data else None,
-    )
-    cli.write_text(run.out / "run.json", json.dumps(description, default=str, indent=1))
-    log = run.out / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    cli.write_text(log, "".join(lines[: run.step]))
+def make_run(model: RVEDiT, vae: WanVAE, device: torch.device, args: argparse.Namespace) -> Run:
+    """A run at its first step or, if OUT has a checkpoint, where that was written."""
+    optimizer = make_optimizer(trainable(model), args)
+    return Run(model, vae, optimizer, device, args)
 
 
 # --- The clips ------------------------------------------------------------------------------------
@@ -727,76 +507,6 @@ def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.
     )
 
 
-def check_shared_memory(config: RVEDiTConfig, args: argparse.Namespace) -> None:
-    """Raise ValueError if /dev/shm is too small: workers hand minibatches over through it.
-
-    Docker gives a container 64 MB of it, in which a run at full size would hang for ever.
-    """
-    folder = Path("/dev/shm")
-    if not args.workers or not folder.is_dir():
-        return
-    T, H, W = max(args.size, key=math.prod)
-    clip = 0 if args.latents else T * H * W * 3
-    mllm_frames = min(T, config.max_mllm_frames) * config.max_mllm_pixels * 3 * 4  # float32
-    minibatch = args.batch * 2 * (clip + mllm_frames)  # source and target
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed = ranks_here * args.workers * PREFETCH * minibatch
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"{folder} has {free / 1e9:.3g} GB left, and the minibatches in flight take up to "
-            f"{needed / 1e9:.3g} GB: enlarge it (docker run --shm-size), or give fewer --workers; "
-            "--workers 0 needs none"
-        )
-
-
-def load_in_workers(
-    batches: data.Batches, run: Run, args: argparse.Namespace
-) -> Iterator[data.Batch]:
-    """The minibatches that are left to train on, made by worker processes."""
-    keys = []
-    for step in range(run.step, args.steps):
-        for micro in range(args.accumulate):
-            keys.append((step, micro))
-    loader = DataLoader(
-        batches,
-        batch_size=None,  # an item is a minibatch already
-        sampler=keys,
-        num_workers=args.workers,
-        prefetch_factor=PREFETCH if args.workers else None,
-        multiprocessing_context="fork" if args.workers else None,
-        worker_init_fn=ignore_signals,
-        pin_memory=run.device.type == "cuda",
-        generator=torch.Generator(),  # else it would draw from the global one
-    )
-    # Workers ignore SIGTERM, by which Python ends them at exit and then waits for them: after an
-    # error that nobody foresaw it would wait for ever.
-    atexit.register(kill_workers)
-    minibatches = iter(loader)
-    while True:
-        try:
-            yield next(minibatches)
-        except StopIteration:
-            return
-        except (ValueError, OSError) as error:
-            # One from a worker has the worker's whole traceback before its own message.
-            message = str(error).strip().splitlines()[-1]
-            raise ValueError(message.removeprefix("ValueError: ")) from None
-
-
-def ignore_signals(worker: int) -> None:
-    """A signal to all processes of a job must not end the workers before the step is done."""
-    signal.set_wakeup_fd(-1)  # that of the main process, see `parallel.Signals`
-    for kind in (*parallel.Signals.STOP, signal.SIGUSR1):
-        signal.signal(kind, signal.SIG_IGN)
-
-
-def kill_workers() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler calls their end an error
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
 # --- Options --------------------------------------------------------------------------------------
 
 # Defaults of the options that do not depend on the preset. None: the model's own, or nothing.
@@ -826,17 +536,6 @@ DEFAULTS: dict[str, Any] = dict(
     plan=None,
     export=False,
 )
-# The options that --resume takes up: all but those that say what to do with the run.
-NOT_SAVED = {"out", "resume", "plan", "export"}
-SAVED_OPTIONS = DEFAULTS.keys() | {"preset", "size", "batch", "steps", "lr", "timestep_shift"}
-SAVED_OPTIONS -= NOT_SAVED
-
-
-class SavedOptions(cli.Parser):
-    """Reads the options of run.json, which the user has not typed."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -844,7 +543,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     given = vars(cli.train_parser(RECIPES).parse_args(argv))
     saved = {}
     if given.get("resume") or given.get("export"):
-        saved = read_run(given.get("out", DEFAULTS["out"]))["options"]
+        saved = read_run(given.get("out", DEFAULTS["out"]), RECIPES)["options"]
     chosen = saved | given
     if "preset" not in chosen:
         full_size = chosen.get("data") or chosen.get("wan")
@@ -857,67 +556,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_run(out: Path) -> dict[str, Any]:
-    """The run.json that `begin_log` writes. ValueError if OUT holds no run, or a damaged one."""
-    file = out / "run.json"
-    if not file.is_file():
-        raise ValueError(f"{out} holds no run: it has no run.json; leave out --resume to begin one")
-    run = weights.read_json(file)
-    try:
-        # Parsed again, so that a damaged value is found now and not in the middle of the run.
-        parser = cli.train_parser(RECIPES, SavedOptions)
-        run["options"] = vars(parser.parse_args(as_words(run["options"])))
-        run["samples_per_step"] = int(run["samples_per_step"])
-        run["tables"] = run["tables"] and dict(run["tables"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is damaged or of an earlier version ({error}): give another --out"
-        ) from None
-    return run
-
-
-def as_words(options: dict[str, Any]) -> list[str]:
-    """The options as they would be given on the command line."""
-    words = []
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif name == "compile":
-            words.append("--no-compile")
-        elif name == "size":
-            for size in value:
-                words += [flag, *map(str, size)]
-        elif isinstance(value, list):
-            words += [flag, *map(str, value)]
-        elif value is not None and value is not False:
-            words += [flag, str(value)]
-    return words
-
-
-def resumed_accumulation(args: argparse.Namespace) -> int:
-    """The accumulation steps with which an optimiser step has as many samples as before.
-
-    Raises ValueError if there is no such number, or if the tables are not those of the run.
-    """
-    former = read_run(args.out)
-    if args.data and data.fingerprint(args.data) != former["tables"]:
-        files = ", ".join(str(file) for file in args.data)
-        raise ValueError(
-            f"{files} changed since the run began, so its clips would come in another order: "
-            f"restore it, or start a new run with --checkpoint {args.out / 'model'}"
-        )
-    samples = former["samples_per_step"]
-    samples_per_pass = args.batch * dist.get_world_size()
-    if samples % samples_per_pass:
-        raise ValueError(
-            f"the run in {args.out} has {samples} samples in an optimiser step, which "
-            f"{dist.get_world_size()} processes with --batch {args.batch} cannot make: change "
-            "--batch or the number of processes"
-        )
-    return samples // samples_per_pass
-
-
 # --- Start and end --------------------------------------------------------------------------------
 
 
@@ -928,7 +566,7 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
     lock = parallel.on_first_rank(lock_out, args.out)
     parallel.check_shared(args.out)
     if args.resume:
-        accumulate = parallel.on_first_rank(resumed_accumulation, args)
+        accumulate = parallel.on_first_rank(resumed_accumulation, args, RECIPES)
         args.accumulate = parallel.from_first_rank(accumulate)
 
     # The networks, sharded over the ranks, and the clips.
@@ -940,7 +578,7 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
         args.steps = max(1, len(triplets) // samples_per_step)
 
     # The optimiser, and all that a former checkpoint holds.
-    run = Run(model, vae, device, args)
+    run = make_run(model, vae, device, args)
     if run.rank == 0:
         print(parameter_table(model, vae))
         share = data.caption_share(triplets)

@@ -18,6 +18,7 @@ import rvedit
 import train
 from experiments.learning import DEVICE
 from experiments.scoring import assess
+from run import read_run
 from scenes import EVERYTHING
 
 VARIANTS = {  # of Table 2, as options of train.py; the preset has 6 blocks
@@ -83,7 +84,7 @@ def score_variant(out: Path, clips: int) -> dict[str, list[float]]:
     kept = out / "scores.json"
     if not kept.exists():
         model, vae = rvedit.load(out / "model", device=DEVICE)
-        frames, height, width = train.read_run(out)["options"]["size"][0]
+        frames, height, width = read_run(out, train.RECIPES)["options"]["size"][0]
         scores = {}
         for category, what, values in assess(model, vae, SCORED_SEED, clips, frames, height, width):
             if what == "edit":

@@ -357,7 +357,7 @@ def test_what_stays_is_to_the_byte_what_rank_0_of_8_holds(eight_ranks, lora_rank
     args = options(average=0.5)
     model, vae = tiny_model(lora_rank=lora_rank)
     train.prepare(model, args, eight_ranks)
-    run = train.Run(model, vae, torch.device("cpu"), args)
+    run = train.make_run(model, vae, torch.device("cpu"), args)
     batch = tiny_batch(model, vae)
     train.training_step(model, vae, batch, depth=3)[0].backward()
     planned = plan.plan(tiny_config(lora_rank=lora_rank), args, 8, torch.float32, tiny_tokenizer())

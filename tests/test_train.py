@@ -32,6 +32,7 @@ import rvedit
 import train
 import video
 from experiments import datasets
+from run import finished, saved_options
 from vae import WanVAE
 
 ROOT = Path(__file__).parent.parent
@@ -423,6 +424,16 @@ def test_a_frozen_lora_and_a_model_without_lora(tmp_path, start):
             assert sum(int(n.replace(",", "")) for n in rows["all"]) == count
 
 
+def test_native_connectors_train_only_if_some_block_reads_native_tokens():
+    for routing_depth, expected in ((1, True), (3, False)):  # of 3 blocks
+        model, _ = tiny_model(routing_depth=routing_depth)
+        train.choose_trained(model)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        for stream in ("visual", "textual"):
+            assert (f"encoder.{stream}_connector.0.weight" in trained) == expected
+        assert "encoder.editing_connector.0.weight" in trained
+
+
 def test_lora_starts_as_the_base_model():
     """B is zero in a new LoRA, so the first forward pass is bit for bit that of the base model."""
     base, _ = tiny_model(lora_rank=0)
@@ -451,7 +462,7 @@ def process_group():
 
 def test_averaged_weights_are_a_running_mean_and_leave_the_others_alone(tmp_path, process_group):
     model, vae = tiny_model()
-    run = train.Run(
+    run = train.make_run(
         model,
         vae,
         torch.device("cpu"),
@@ -547,7 +558,7 @@ def test_logged_gradients_are_those_of_the_two_losses(tmp_path, process_group):
     model, vae = tiny_model()
     batch, _ = make_batch(model, vae)
     args = SimpleNamespace(out=tmp_path, muon=0.0, average=0.0, lr=1.0, seed=0, accumulate=1)
-    run = train.Run(model, vae, torch.device("cpu"), args)
+    run = train.make_run(model, vae, torch.device("cpu"), args)
     depth = train.compute_gradients(run, [batch], args)["depth"]
     kept = {name: p.grad.clone() for name, p in run.weights.items()}
     norms = train.norms_by_loss(run, [batch], args)
@@ -663,7 +674,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(start, tmp_path, monkeypatch, k
     with pytest.raises(SystemExit) as stop:
         train.main(options(start, tmp_path, "--steps", 9, "--batch", 1, "--workers", 1))
     assert stop.value.code == 0
-    assert [folder.name for folder in train.finished(tmp_path)] == ["step-00000002"]
+    assert [folder.name for folder in finished(tmp_path)] == ["step-00000002"]
     assert not (tmp_path / "model").exists() and signal.getsignal(kind) is handler
 
 
@@ -678,7 +689,7 @@ def test_sigusr1_saves_and_goes_on(start, tmp_path, monkeypatch):
 
     during(monkeypatch, 2, send)
     train.main(options(start, tmp_path, "--steps", 3, "--batch", 1))
-    names = [folder.name for folder in train.finished(tmp_path)]
+    names = [folder.name for folder in finished(tmp_path)]
     assert names == ["step-00000002", "step-00000003"]
     assert len(log(tmp_path)) == 3
 
@@ -833,11 +844,11 @@ def test_options_survive_run_json(tmp_path):
     """Sizes, flags that are off, paths and numbers: parsed again, they are what they were."""
     words = "--size 5 64 64 --size 9 32 64 --no-compile --freeze-lora --lr 1e-4 --data a.csv b.csv"
     args = train.parse_arguments([*words.split(), "--root", "clips", "--steps", "7"])
-    options = {name: getattr(args, name) for name in train.SAVED_OPTIONS}
+    options = saved_options(args)
     run = dict(options=options, samples_per_step=1, tables=None)
     (tmp_path / "run.json").write_text(json.dumps(run, default=str))
     again = train.parse_arguments(["--out", str(tmp_path), "--resume"])
-    assert {name: getattr(again, name) for name in train.SAVED_OPTIONS} == options
+    assert saved_options(again) == options
     assert not again.compile and again.size == [[5, 64, 64], [9, 32, 64]]
 
 
@@ -908,7 +919,7 @@ def test_a_step_that_is_not_finite_changes_nothing(start, tmp_path, monkeypatch,
     lines = log(tmp_path)
     assert [line["skipped"] for line in lines] == [False] * 3 + [True] * 10
     assert lines[3]["loss"] is None and lines[2]["loss"] > 0
-    assert [folder.name[-2:] for folder in train.finished(tmp_path)] == ["11", "12"]
+    assert [folder.name[-2:] for folder in finished(tmp_path)] == ["11", "12"]
 
     monkeypatch.undo()
     train.main(options(start, tmp_path, "--resume", "--steps", 14))
@@ -1096,7 +1107,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_resumes(start, tmp_path):
         while (
             process.poll() is None and time.time() < deadline
         ):  # past the start, into steps and checkpoints
-            folders = train.finished(tmp_path / "run")
+            folders = finished(tmp_path / "run")
             if folders and int(folders[-1].name[-8:]) > reached:
                 break
             time.sleep(0.01)
@@ -1104,7 +1115,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_resumes(start, tmp_path):
         assert process.poll() is None
         process.kill()
         process.wait()
-        reached = int(train.finished(tmp_path / "run")[-1].name[-8:])
+        reached = int(finished(tmp_path / "run")[-1].name[-8:])
         assert len(log(tmp_path / "run")) >= reached
     steps = reached + 3
     train.main([*arguments, "--resume", "--steps", str(steps)])
@@ -1126,7 +1137,7 @@ def test_a_signal_to_one_rank_stops_all_with_exit_code_0(start, tmp_path):
         time.sleep(0.1)
     ranks[1].terminate()
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    assert int(train.finished(tmp_path)[-1].name[-8:]) == len(log(tmp_path))
+    assert int(finished(tmp_path)[-1].name[-8:]) == len(log(tmp_path))
 
 
 @pytest.mark.slow
