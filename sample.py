@@ -62,6 +62,7 @@ def timesteps(steps: int, shift: float) -> Tensor:
     Evenly spaced u in [0, 1] are mapped to s·u / (1 + (s - 1)·u): a shift s > 1 spends more of
     the steps near pure noise.
     """
+    # In float64, so that only the result is rounded.
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return (shift * u / (1 + (shift - 1) * u)).float()
 
@@ -83,12 +84,14 @@ def denoise(
     velocity(z, t) is dz/dt, of z's shape; t is (1,). noise is (1, C, t, h, w), float32. unfinished:
     where the steps of an edit that may be stopped are kept, and continued from.
     """
+    # z stays float32 whatever the model computes in. The first of 50 steps is 0.004 long, which
+    # bfloat16, with a spacing of 0.008 at 1, would round away.
     z, first = (noise, 0) if unfinished is None else unfinished.load(noise)
     times = timesteps(steps, shift).to(noise.device)
     bar = progress(range(first, steps), desc="denoising", unit="step", initial=first, total=steps)
     for k in bar:
         t, t_next = times[k], times[k + 1]
-        z = z + (t_next - t) * velocity(z, t.view(1))
+        z = z + (t_next - t) * velocity(z, t.view(1))  # line 6; t falls, so the step is negative
         if unfinished is not None:
             unfinished.save(z, k + 1)
     return z
@@ -105,12 +108,13 @@ class Unfinished:
     def __init__(self, args: Namespace) -> None:
         self.path = args.out.with_name(f"{args.out.name}.unfinished.safetensors")
         self.resume = args.resume
-        source = args.video.stat()
+        # What must be the same for the steps to be worth anything. Options that are not named here,
+        # such as --keep-source, do not change them.
         names = ("checkpoint", "prompt", "routing_depth", "steps", "shift", "seed", "dtype")
         names += ("max_pixels", "max_frames")
-        edit = {name: str(getattr(args, name)) for name in names}
-        edit["video"] = f"{source.st_size} bytes, {source.st_mtime_ns}"
-        self.edit = edit  # what must be the same for the steps to be worth anything
+        self.edit = {name: str(getattr(args, name)) for name in names}
+        source = args.video.stat()
+        self.edit["video"] = f"{source.st_size} bytes, {source.st_mtime_ns}"
         self.saved_at = time.monotonic()
 
     def load(self, noise: Tensor) -> tuple[Tensor, int]:
@@ -135,6 +139,7 @@ class Unfinished:
         return z, done
 
     def save(self, z: Tensor, done: int) -> None:
+        # After every step all processes have the same z, so one of them writes it.
         if RANK > 0 or time.monotonic() - self.saved_at < self.SAVE_SECONDS:
             return
         with cli.replacing(self.path) as temporary:
@@ -142,10 +147,15 @@ class Unfinished:
         self.saved_at = time.monotonic()
 
     def remove(self) -> None:
+        """Forget the steps, because the edit is written."""
         self.path.unlink(missing_ok=True)
 
 
 # --- Clips longer than the model's window ---------------------------------------------------------
+
+# The paper edits clips of 81 frames only. For longer ones we chose overlapping windows, which are
+# denoised together: in every step, their velocities are averaged where they overlap, so that the
+# windows cannot drift apart. Windows count latent frames.
 
 
 def windows(length: int, size: int) -> list[slice]:
@@ -166,8 +176,10 @@ def window_weights(slices: list[slice], length: int) -> list[Tensor]:
     The weights of all windows at a frame sum to 1.
     """
     size = slices[0].stop - slices[0].start
-    from_start = torch.arange(1, size + 1)
+    from_start = torch.arange(1, size + 1)  # from 1, because some frames have one window only
     to_nearer_end = torch.minimum(from_start, from_start.flip(0))
+    # The ramps are as long as the overlap of two windows, so that one fades out as the next fades
+    # in. The last overlap may be longer; dividing by the total makes up for it.
     ramp = to_nearer_end.clamp(max=size // 4 + 1).float().view(-1, 1, 1)
     total = torch.zeros(length, 1, 1)
     for window in slices:
@@ -178,6 +190,8 @@ def window_weights(slices: list[slice], length: int) -> list[Tensor]:
 def clip_windows(num_frames: int, config: RVEDiTConfig) -> tuple[int, list[slice]]:
     """The length of a clip in latent frames, and its windows of at most `max_frames` frames."""
     factor = config.vae.temporal_factor
+    # The first frame is a latent frame by itself, then each `factor` frames make one. An incomplete
+    # last group counts as a whole one: `latent_blocks` fills it up.
     length = math.ceil((num_frames - 1) / factor) + 1
     return length, windows(length, (config.max_frames - 1) // factor + 1)
 
@@ -192,13 +206,13 @@ def model_size(height: int, width: int, max_pixels: int, factor: int) -> tuple[i
     of `factor`, such that the product still fits.
     """
     scale = min(1.0, math.sqrt(max_pixels / (height * width)))
-    exact = [side * scale / factor for side in (height, width)]
+    exact = [side * scale / factor for side in (height, width)]  # in units of `factor`, not whole
     sides = [max(1, round(side)) for side in exact]
     while math.prod(sides) * factor**2 > max_pixels and max(sides) > 1:
         # Rounding went over the limit: shorten the side that was rounded up by more.
-        excess = [
-            side / wanted if side > 1 else 0 for side, wanted in zip(sides, exact, strict=True)
-        ]
+        excess = []
+        for side, wanted in zip(sides, exact, strict=True):
+            excess.append(side / wanted if side > 1 else 0)  # no side can become 0
         longer = 0 if excess[0] >= excess[1] else 1
         sides[longer] -= 1
     return sides[0] * factor, sides[1] * factor
@@ -212,6 +226,7 @@ Frames = Callable[[], Iterator[Tensor]]
 
 def window_frames(window: slice, num_frames: int, factor: int, limit: int) -> list[int]:
     """The frames, `limit` at most, that the MLLM sees of a window of latent frames."""
+    # Latent frame 0 is frame 0. Latent frame k > 0 is frames factor·(k - 1) + 1 to factor·k.
     first = max(0, factor * (window.start - 1) + 1)
     last = factor * (window.stop - 1)
     count = last - first + 1
@@ -227,7 +242,7 @@ def pick(frames: Iterator[Tensor], windows: list[list[int]]) -> Iterator[Tensor]
     """The frames of each window as a clip (n, H, W, 3), in one pass over all frames."""
     wanted = {index for window in windows for index in window}
     numbered = enumerate(frames)
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, Tensor] = {}  # by index
     for window in windows:
         while window[-1] not in kept:
             index, frame = next(numbered)
@@ -258,7 +273,7 @@ def latent_blocks(frames: Iterator[Tensor], length: int, factor: int) -> Iterato
     for number in range(length):
         block = []
         for _ in range(1 if number == 0 else factor):
-            frame = next(frames, frame)
+            frame = next(frames, frame)  # at the end of the clip, its last frame again
             block.append(frame)
         yield torch.stack(block)
 
@@ -266,6 +281,7 @@ def latent_blocks(frames: Iterator[Tensor], length: int, factor: int) -> Iterato
 def encode(vae: WanVAE, blocks: Iterator[Tensor], length: int) -> Tensor:
     """Blocks of uint8 (n, h, w, 3) frames -> source latents (1, C, length, h, w)."""
     inputs = (video.to_float(block).unsqueeze(0) for block in blocks)  # (1, 3, n, h, w)
+    # The VAE asks for a block when it has encoded the one before, so one is in memory at a time.
     latents = progress(vae.encode_chunks(inputs), desc="encoding", total=length)
     return torch.cat(list(latents), dim=2)
 
@@ -297,9 +313,10 @@ def change_mask(latents: Tensor, source: Tensor) -> Tensor:
     The mask is widened by one latent in time and space, so that a removed object leaves no ghost of
     its fine detail, and then smoothed, so that it has no hard edge and does not flicker.
     """
+    # Latents are normalised, so their difference is in standard deviations already.
     distance = (latents - source).float().square().mean(dim=1).sqrt()  # (1, t, h, w)
     mask = ((distance - UNCHANGED) / (CHANGED - UNCHANGED)).clamp(0, 1).unsqueeze(1)
-    for pool in (F.max_pool3d, F.avg_pool3d):
+    for pool in (F.max_pool3d, F.avg_pool3d):  # widen, then smooth
         mask = pool(F.pad(mask, (1,) * 6, mode="replicate"), kernel_size=3, stride=1)
     return mask[0].transpose(0, 1)
 
@@ -314,7 +331,8 @@ def restore_source(
     before = mask[0]
     for edited_block, source_block, after in zip(edited, source, mask, strict=True):
         for i, frame in enumerate(edited_block):  # one by one: float32 frames of 4K are large
-            now = torch.lerp(before, after, (i + 1) / len(source_block))
+            # source_block is always whole, the last edited_block may be shorter: see `decode`.
+            now = torch.lerp(before, after, (i + 1) / len(source_block))  # (1, h, w)
             weight = F.interpolate(now.unsqueeze(0), frame.shape[:2], mode="bilinear")
             weight = weight[0].movedim(0, -1)  # (H, W, 1)
             frame.copy_(torch.lerp(source_block[i].float(), frame.float(), weight).round())
@@ -345,6 +363,7 @@ def stage(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if device.type == "cuda":
+        # A GPU works on while Python goes on: without waiting, the next stage would be charged.
         torch.cuda.synchronize(device)
     times[name] = time.perf_counter() - start
 
@@ -356,11 +375,11 @@ def edit_frames(
     frames: Frames,
     shape: tuple[int, int, int],
     instruction: str,
-    steps: int | None = None,
-    shift: float = 5.0,
-    seed: int = 0,
-    device: torch.device | None = None,
-    keep_source: bool = False,
+    steps: int | None,
+    shift: float,
+    seed: int,
+    device: torch.device | None,
+    keep_source: bool,
     times: dict[str, float] | None = None,
     spread: Spread | None = None,
     unfinished: Unfinished | None = None,
@@ -381,8 +400,10 @@ def edit_frames(
     size = model_size(full_height, full_width, config.max_pixels, config.spatial_factor)
     length, slices = clip_windows(num_frames, config)  # in latent frames
     weights = window_weights(slices, length)
-    mine = slice(None) if spread is None else spread.windows  # those that this process computes
+    # Which of the windows this process computes: all of them, unless processes share the edit.
+    mine = slice(None) if spread is None else spread.windows
 
+    # The clip is read twice, for the MLLM and for the VAE, rather than kept in memory in between.
     with stage("understand", times, device, model.encoder, offload=offload):
         limit = config.max_mllm_frames
         seen = [window_frames(window, num_frames, factor, limit) for window in slices[mine]]
@@ -394,7 +415,10 @@ def edit_frames(
         source = encode(vae, blocks, length)  # (1, C, t, h, w)
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
-        """û_θ(z_t, t | C), each window on its own, with positions that start at 0."""
+        """û_θ(z_t, t | C), each window on its own, with positions that start at 0.
+
+        The DiT never saw positions beyond its window, so a later window cannot have its own.
+        """
         total = torch.zeros_like(z)
         for window, weight, context in zip(slices[mine], weights[mine], contexts, strict=True):
             part = model.dit(z[:, :, window], t, context, source[:, :, window])
@@ -408,7 +432,7 @@ def edit_frames(
 
     with stage("decode", times, device, vae.decoder, vae.conv2, offload=offload):
         edited = decode(vae, latents, shape)  # Alg. 2, line 8
-        if keep_source:
+        if keep_source:  # a third time that the clip is read
             mask = change_mask(latents, source).cpu()
             edited = restore_source(edited, latent_blocks(frames(), length, factor), mask)
         yield from edited
@@ -435,8 +459,9 @@ def edit_video(
     times is filled with the seconds of each stage. Raises ValueError for an instruction that is
     empty or longer than the MLLM's context.
     """
-    options = (instruction, steps, shift, seed, device, keep_source, times)
-    blocks = edit_frames(model, vae, lambda: iter(frames), tuple(frames.shape[:3]), *options)
+    options = (steps, shift, seed, device, keep_source, times)
+    shape = tuple(frames.shape[:3])
+    blocks = edit_frames(model, vae, lambda: iter(frames), shape, instruction, *options)
     edited = torch.empty(frames.shape, dtype=torch.uint8)
     done = 0
     for block in blocks:
@@ -460,8 +485,12 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 
 
 def with_defaults(args: Namespace) -> Namespace:
+    """Fill in the defaults of --out, --device and --dtype; those of the model: see `load_model`."""
     if args.out is None:
-        ending = args.video.suffix.lower() if args.video.suffix.lower() in video.STILLS else ".mp4"
+        # A photo stays of its kind. A clip becomes an .mp4, whatever it was.
+        ending = args.video.suffix.lower()
+        if ending not in video.STILLS:
+            ending = ".mp4"
         args.out = Path(f"{args.video.stem}_edited{ending}")
     if args.device is None:
         args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -489,6 +518,7 @@ def load_model(args: Namespace) -> tuple[RVEDiT, WanVAE]:
         dtype=getattr(torch, args.dtype),
         decoder_dtype=getattr(torch, args.decode_dtype),
     )
+    # These options change no weights, so they can be applied to a model that is already filled.
     config = model.config
     args.steps = args.steps or config.sampling_steps
     if args.routing_depth is not None:
@@ -507,6 +537,8 @@ def check_routing_depth(depth: int, config: RVEDiTConfig) -> None:
     num_blocks = config.dit.num_blocks
     if depth > num_blocks:
         raise ValueError(f"--routing-depth {depth}: the model has only {num_blocks} blocks")
+    # With such a depth, blocks would read visual and textual tokens through connectors that never
+    # had a gradient. Kiwi-Edit's release is such a checkpoint.
     if depth < num_blocks and not config.native_trained:
         raise ValueError(
             f"--routing-depth {depth}: this checkpoint's blocks were never shown visual and "
@@ -526,12 +558,12 @@ def note_foreign_clip(args: Namespace, model: RVEDiT, vae: WanVAE, frame: Tensor
         return
     sides = frame.shape[:2]
     size = model_size(*sides, model.config.max_pixels, model.config.spatial_factor)
-    picture = video.to_float(video.resize(frame.unsqueeze(0), *size)).unsqueeze(
-        0
-    )  # (1, 3, 1, h, w)
+    resized = video.resize(frame.unsqueeze(0), *size)  # (1, h, w, 3)
+    picture = video.to_float(resized).unsqueeze(0)  # (1, 3, 1, h, w)
     picture = picture.to(vae.conv1.weight.device)
+    # The toy's VAE has only seen shapes, so it blurs everything else: a cheap test of its world.
     error = (vae.decode(vae.encode(picture)) - picture).square().mean()
-    psnr = 10 * math.log10(4 / error.item())
+    psnr = 10 * math.log10(4 / error.item())  # of values in [-1, 1]: the peak is 2, its square 4
     if psnr < OWN_WORLD_PSNR or any(side not in OWN_WORLD_SIDES for side in sides):
         print(
             "note: the built-in model knows only moving shapes at about 128x128, such as "
@@ -572,9 +604,10 @@ def share_out(
     """Share the edit of a clip (T, H, W) out over torchrun's processes, if there are several."""
     if RANKS == 1:
         return None
-    import sequence
+    import sequence  # only here: see TYPE_CHECKING above
 
     sequence.start(args.device)
+    # The edit computes these sizes again; here they say what there is to share out.
     num_frames, *sides = shape
     _, slices = clip_windows(num_frames, model.config)
     height, _ = model_size(*sides, model.config.max_pixels, model.config.spatial_factor)
@@ -584,7 +617,8 @@ def share_out(
 @cli.guarded
 def edit(args: Namespace) -> None:
     """Run the command with its parsed options."""
-    times: dict[str, float] = {}
+    times: dict[str, float] = {}  # seconds of each stage, in the order in which they end
+    # All that can be wrong with files is found before the model is loaded.
     compare = check_outputs(args)
     with stage("read", times, args.device):
         clip = video.read_video(args.video)

@@ -103,7 +103,17 @@ def edited_frames(parallel, max_frames):
         _, windows = sample.clip_windows(len(frames), model.config)
         spread = sequence.Spread(model, vae, len(windows), 64 // vae.config.spatial_factor)
     blocks = sample.edit_frames(
-        model, vae, lambda: iter(frames), shape, "add snow", steps=2, spread=spread
+        model,
+        vae,
+        lambda: iter(frames),
+        shape,
+        "add snow",
+        steps=2,
+        shift=5.0,
+        seed=0,
+        device=None,
+        keep_source=False,
+        spread=spread,
     )
     return torch.cat(list(blocks))
 
