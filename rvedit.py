@@ -51,7 +51,8 @@ def route_context(
     shows all tokens to all blocks, which §1 argues against.
     """
     if block <= routing_depth:
-        return condition.editing, None  # X_e
+        return condition.editing, None  # X_e: without its mask, because it is never padded
+    # The editing tokens stay in front, as the anchor that the deep blocks refine (§4.2).
     tokens = (condition.editing, condition.visual, condition.textual)
     context = torch.cat(tokens, dim=1)  # [X_e; X_v; X_ℓ], (B, K + N_v + N_ℓ, d)
     if condition.visual_mask is None:
@@ -71,7 +72,7 @@ class RVEDiT(nn.Module):
         super().__init__()
         self.config = config
         qwen = Qwen2_5_VL(config.qwen)
-        if config.lora_rank:
+        if config.lora_rank:  # before the weights come, so that a checkpoint can hold the LoRA
             add_lora(qwen, config.lora_rank, alpha=config.lora_rank)
         self.encoder = EditEncoder(qwen, tokenizer, config)
         self.dit = WanDiT(config.dit)
@@ -97,7 +98,8 @@ class RVEDiTConfig:
     dit: DiTConfig
     vae: VAEConfig
     qwen: QwenConfig
-    routing_depth: int  # L_s of Eq. 3: blocks 1 ... L_s read only the editing tokens
+    # L_s of Eq. 3: blocks 1 ... L_s read only the editing tokens. No default: it depends on L.
+    routing_depth: int
     num_editing_tokens: int = 512  # K for clips
     # K for stills, which have queries of their own; Kiwi-Edit has 256. 0: they are read as clips.
     num_image_tokens: int = 512
@@ -118,6 +120,7 @@ class RVEDiTConfig:
         for name, kind in (("dit", DiTConfig), ("vae", VAEConfig), ("qwen", QwenConfig)):
             value = getattr(self, name)
             if isinstance(value, dict):  # as it comes from JSON
+                # The usual assignment is refused, because the dataclass is frozen.
                 object.__setattr__(self, name, kind(**value))
         if not 0 <= self.routing_depth <= self.dit.num_blocks:
             raise ValueError(
@@ -157,7 +160,8 @@ def preset(name: str) -> RVEDiTConfig:
             ),
             vae=WAN2_2_VAE,
             qwen=QwenConfig(),  # the defaults are Qwen2.5-VL-3B's
-            routing_depth=15,  # L/2; the paper has L_s = 17 of L = 34
+            # L/2. §5 has 17 of 34 blocks, but Tables 2c and 3 have 15, which is half of this L.
+            routing_depth=15,
         )
     if name == "toy":
         # A token is a single latent. With patches of 2 x 2, as in the full model, most tokens would
@@ -230,6 +234,7 @@ def initialise(module: nn.Module, seed: int = 0, names: Iterable[str] | None = N
     """
     parameters = dict(module.named_parameters())
     names = list(parameters if names is None else names)
+    # Wan's first layer is in every checkpoint of it. If it is drawn, nothing comes pretrained.
     from_scratch = any(name.endswith("patch_embedding.weight") for name in names)
     for name in names:
         noise = _noise(seed, name, parameters[name].shape)
@@ -239,6 +244,7 @@ def initialise(module: nn.Module, seed: int = 0, names: Iterable[str] | None = N
 def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
     """Standard normal noise from (seed, name). It is drawn on the CPU, the same for all devices."""
     name = name.replace("image_queries", "queries")  # those for stills begin as those for clips
+    # A hash of the name, so that adding a parameter does not change the others.
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randn(shape, generator=generator)
@@ -250,9 +256,9 @@ def _initial_value(name: str, noise: Tensor, from_scratch: bool) -> Tensor:
         return torch.zeros_like(noise)
     if re.search(r"gamma$|(norm\w*|ln_q)\.weight$", name):  # the scale of a norm
         return torch.ones_like(noise)
-    if name.endswith("modulation"):
+    if name.endswith("modulation"):  # Wan's choice, as in `model.Block`
         return noise / noise.shape[-1] ** 0.5
-    if name.endswith("queries"):
+    if name.endswith("queries"):  # Kiwi-Edit's choice, as in `mllm.EditEncoder`
         return 0.02 * noise
     # Words start large beside what the layers of the language model add to them, so that a model
     # from scratch sooner learns to read. Output projections are small for the same reason.
@@ -299,6 +305,8 @@ def load(
     """
     opened = _open(path, wan, qwen)
     config = _config(opened)
+    # On the meta device a model has shapes and no memory: 8 billion parameters cost nothing there,
+    # and FSDP can split them before any rank has to hold them all.
     with torch.device("meta"):
         model = RVEDiT(config, opened.tokenizer)
     if shard is not None:
@@ -310,7 +318,7 @@ def load(
     vae.conv2.to(decoder_dtype)
     vae.decoder.to(decoder_dtype)
     fresh = weights.fill(model, tensors, opened.source, device, dtype, opened.may_lack)
-    initialise(model, names=fresh)
+    initialise(model, names=fresh)  # such as queries or a LoRA; our checkpoints lack nothing
     return model.eval(), vae
 
 
@@ -328,6 +336,7 @@ def load_vae(
 
 
 def _config(opened: weights.Opened) -> RVEDiTConfig:
+    """The configuration of what was opened, checked. Raises ValueError, which names its file."""
     config = RVEDiTConfig(**opened.fields)
     weights.check_together(config, opened.tokenizer, opened.config_file)
     return config
@@ -372,7 +381,7 @@ def _open(
 def _open_ours(folder: Path) -> weights.Opened:
     file = folder / "config.json"
     fields = weights.read_json(file)
-    fields.pop("model_type")
+    fields.pop("model_type")  # by which `layout` knows our checkpoints; no field of ours
     tensors = weights.open_folder(folder, "model")
     fields.setdefault("num_image_tokens", 0)  # older checkpoints read stills as clips of one frame
     config = weights.build_config(RVEDiTConfig, fields, file)
@@ -422,6 +431,7 @@ def save(
     }
     if tensors is None:
         tensors = model.state_dict().items()
+    # The same files hold model and VAE, told apart by this prefix.
     vae_tensors = ((f"vae.{key}", value) for key, value in vae.state_dict().items())
     weights.write_checkpoint(path, itertools.chain(tensors, vae_tensors), texts)
 
@@ -441,6 +451,7 @@ def scratch(
     seed: int, device: torch.device | str = "cpu", shard: Callable[[RVEDiT], None] | None = None
 ) -> tuple[RVEDiT, WanVAE]:
     """The toy preset with random weights, and the tokenizer and VAE of the built-in checkpoint."""
+    # Only the tokenizer and the VAE of the built-in model are kept.
     built_in, vae = load(TOY, device=device)
     config = dataclasses.replace(preset("toy"), vae=vae.config)
     with torch.device("meta"):

@@ -72,6 +72,7 @@ def split_time(x: Tensor, size: int) -> Iterator[Tensor]:
 
 def patchify(x: Tensor, patch: int) -> Tensor:
     """(B, C, T, H, W) -> (B, C * patch², T, H / patch, W / patch), channels as (C, column, row)."""
+    # pixel_unshuffle orders them as (C, row, column), so rows and columns change places around it.
     return F.pixel_unshuffle(x.permute(0, 2, 1, 4, 3), patch).permute(0, 2, 1, 4, 3)
 
 
@@ -201,7 +202,7 @@ class ResidualBlock(Streaming):
             CausalConv3d(in_dim, out_dim),
             RMSNorm(out_dim),
             nn.SiLU(inplace=True),
-            nn.Identity(),  # the official dropout, never used, counts in the parameters' names
+            nn.Identity(),  # stands for the official dropout: parameters are named by position
             CausalConv3d(out_dim, out_dim),
         )
         self.shortcut = nn.Conv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
@@ -238,6 +239,7 @@ class Downsample(Streaming):
 
     def __init__(self, dim: int, temporal: bool) -> None:
         super().__init__()
+        # Strides of 2 start at the first pixel, so only right and bottom need zeros.
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
         self.time_conv = CausalConv3d(dim, dim, kernel_s=1, stride_t=2) if temporal else None
 
@@ -246,7 +248,7 @@ class Downsample(Streaming):
         x = frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)  # (B, C, T, H / 2, W / 2)
         if self.time_conv is None:
             return x
-        if self.time_conv not in cache:  # the first frame
+        if self.time_conv not in cache:  # the first frame: one alone cannot be halved
             cache[self.time_conv] = x
             return x
         return run([self.time_conv], x, cache)  # (B, C, T / 2, H / 2, W / 2)
@@ -315,9 +317,7 @@ class UpStage(Streaming):
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         y = run(self.upsamples, x, cache)
-        if (
-            self.factor_s == 1
-        ):  # unlike the encoder's, the stage that keeps its size has no shortcut
+        if self.factor_s == 1:  # unlike the encoder's, this stage has no shortcut
             return y
         return add_duplicates(y, x, self.factor_t, self.factor_s)
 
@@ -331,7 +331,7 @@ class Encoder(Streaming):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        dims = [config.dim] + [config.dim * factor for factor in config.dim_mult]
+        dims = [config.dim] + [config.dim * factor for factor in config.dim_mult]  # widths
         self.conv1 = CausalConv3d(3 * config.patch_size**2, dims[0])
         self.downsamples = nn.ModuleList()
         for i, temporal in enumerate(config.temporal_downsample):
@@ -354,9 +354,10 @@ class Decoder(Streaming):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
+        # The encoder's stages in reverse. The first of them keeps its width.
         mult = config.dim_mult[::-1]
         dims = [config.dec_dim * factor for factor in (mult[0], *mult)]
-        num_blocks = config.num_res_blocks + 1
+        num_blocks = config.num_res_blocks + 1  # one more than in the encoder
         self.conv1 = CausalConv3d(config.z_dim, dims[0])
         self.middle = middle(dims[0])
         self.upsamples = nn.ModuleList()
@@ -482,106 +483,23 @@ class WanVAE(nn.Module):
 # --- The configuration of Wan2.2_VAE.pth ----------------------------------------------------------
 
 # Mean and standard deviation of each latent channel over Wan's training data: constants of the
-# official code. fmt: off
+# official code.
+# fmt: off
 WAN2_2_MEAN = (
-    -0.2289,
-    -0.0052,
-    -0.1323,
-    -0.2339,
-    -0.2799,
-    0.0174,
-    0.1838,
-    0.1557,
-    -0.1382,
-    0.0542,
-    0.2813,
-    0.0891,
-    0.157,
-    -0.0098,
-    0.0375,
-    -0.1825,
-    -0.2246,
-    -0.1207,
-    -0.0698,
-    0.5109,
-    0.2665,
-    -0.2108,
-    -0.2158,
-    0.2502,
-    -0.2055,
-    -0.0322,
-    0.1109,
-    0.1567,
-    -0.0729,
-    0.0899,
-    -0.2799,
-    -0.123,
-    -0.0313,
-    -0.1649,
-    0.0117,
-    0.0723,
-    -0.2839,
-    -0.2083,
-    -0.052,
-    0.3748,
-    0.0152,
-    0.1957,
-    0.1433,
-    -0.2944,
-    0.3573,
-    -0.0548,
-    -0.1681,
-    -0.0667,
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
 )
 WAN2_2_STD = (
-    0.4765,
-    1.0364,
-    0.4514,
-    1.1677,
-    0.5313,
-    0.499,
-    0.4818,
-    0.5013,
-    0.8158,
-    1.0344,
-    0.5894,
-    1.0901,
-    0.6885,
-    0.6165,
-    0.8454,
-    0.4978,
-    0.5759,
-    0.3523,
-    0.7135,
-    0.6804,
-    0.5833,
-    1.4146,
-    0.8986,
-    0.5659,
-    0.7069,
-    0.5338,
-    0.4889,
-    0.4917,
-    0.4069,
-    0.4999,
-    0.6866,
-    0.4093,
-    0.5709,
-    0.6065,
-    0.6415,
-    0.4944,
-    0.5726,
-    1.2042,
-    0.5458,
-    1.6887,
-    0.3971,
-    1.06,
-    0.3943,
-    0.5537,
-    0.5444,
-    0.4089,
-    0.7468,
-    0.7744,
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )
 # fmt: on
 
