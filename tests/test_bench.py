@@ -88,6 +88,7 @@ def test_flops_of_the_dit_are_those_of_its_products():
     assert flops(config, (9, 32, 48), "dit")["dit"] == expected
 
 
+@pytest.mark.slow
 def test_flops_of_a_step_are_those_of_its_parts():
     """A backward pass is two forward passes, less the products whose input takes no gradient."""
     config = tiny_config(lora_rank=0)  # so that everything trains
@@ -157,6 +158,7 @@ def numbers(value):
     return [value] if isinstance(value, float | int) else []
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     """All parts of a shrunken toy at a tiny size; nothing is left over."""
     report = run(tmp_path, "--shrink", "4", "--size", "5", "32", "32")
@@ -178,6 +180,7 @@ def test_sizes_and_parts_can_be_chosen(tmp_path):
     assert len(small["seconds"]["ours"]) == 2
 
 
+@pytest.mark.slow
 def test_a_rank_of_eight_is_measured_beside_its_plan(tmp_path, capsys, monkeypatch):
     """Its parameters and Adam's moments are those of an eighth, and optimiser steps change them."""
     runs = []
@@ -247,6 +250,7 @@ def test_an_impossible_size_is_one_line(size, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {expected}\n"
 
 
+@pytest.mark.slow
 def test_all_is_measured_in_the_order_of_importance(tmp_path, capsys):
     """The runbook at small size; what could not be measured says why."""
     sizes = ["--size", "5", "32", "32", "--size", "1", "32", "32"]

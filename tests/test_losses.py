@@ -156,6 +156,7 @@ print(kilobytes("VmHWM") - before)  # not ru_maxrss, which a child process inher
     ("S", "d", "limit"),
     [(8192, 64, 230e6), pytest.param(18480, 256, 400e6, marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_memory_stays_below_one_matrix_of_similarities(S, d, limit):
     """Forward and backward at the paper's S = 18,480 add under 400 MB, where one S x S matrix has
     1,366.

@@ -94,6 +94,7 @@ def test_compiled_blocks_keep_the_same(monkeypatch):
         assert (p.grad - expected[name]).abs().max() < 1e-5 * largest, name
 
 
+@pytest.mark.slow
 def test_many_collectives_at_once_leave_the_heap_whole():
     """In a process of its own: PyTorch 2.13 mostly aborts with "gloo" instead."""
     subprocess.run([sys.executable, "-c", CROWD], cwd=Path(__file__).parents[1], check=True)

@@ -324,6 +324,7 @@ def test_the_edit_has_the_sources_length_timing_size_and_sound(how, size, checkp
 
 
 @pytest.mark.parametrize("name", REAL_CLIPS)
+@pytest.mark.slow
 def test_real_clips(name, checkpoint, tmp_path):
     clip = ROOT.parent / "shared" / "data" / name
     if not clip.is_file():

@@ -249,6 +249,7 @@ def test_instructions_are_clean_text(samples: list[tuple]):
     assert len(set(instructions)) > 0.9 * len(instructions)
 
 
+@pytest.mark.slow
 def test_every_word_of_the_vocabulary_occurs():
     """500 instructions name every colour, form, size, motion, place, style and verb."""
     dataset = ShapesDataset(11, 500, 5, 48, 48, ALL)

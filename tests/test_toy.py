@@ -135,6 +135,7 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_one_command_makes_the_model_and_goes_on_where_it_was_stopped(
     tmp_path, monkeypatch, tiny_recipe
 ):
@@ -246,6 +247,7 @@ def test_only_answers_are_predicted_and_padding_does_not_count(reader):
     assert relative_error(logits[: len(expected)], expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_reading_is_learned(reader, tmp_path, monkeypatch):
     """Two clips that are read again and again are soon known by heart."""
 

@@ -279,6 +279,7 @@ def test_the_reference_branch_gets_no_gradient():
         assert train.training_step(model, vae, batch, depth=3)[0] == total
 
 
+@pytest.mark.slow
 def test_training_overfits_one_batch():
     """Both terms fall when the same clips, noise and timesteps come again and again."""
     model, vae = tiny_model()
@@ -718,6 +719,7 @@ def test_a_second_signal_ends_a_run_that_hangs():
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_worker_does_not_outlive_an_error(start, tmp_path):
     """Workers ignore the signal by which Python ends them, so it would wait for them for ever."""
     arguments = options(start, tmp_path, "--workers", 1)
