@@ -78,8 +78,10 @@ def pillow_weights(length: int, new_length: int) -> tuple[Tensor, Tensor]:
     distance = ((index - center + 0.5) * (1 / stretch)).abs()
     near = (1.5 * distance - 2.5) * distance * distance + 1
     far = (((distance - 5) * distance + 8) * distance - 4) * -0.5
-    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-    weights = weights * (index < end)
+    # Near and far: the two polynomials of the cubic filter with a = -0.5, which is 0 from 2 on.
+    beyond_center = torch.where(distance < 2, far, 0.0)
+    weights = torch.where(distance < 1, near, beyond_center)
+    weights = weights * (index < end)  # nothing is outside of the frame
     weights = weights / weights.sum(dim=1, keepdim=True) * 2**22
     weights = (weights + 0.5 * weights.sign()).trunc().int()  # halves are rounded away from zero
     return index.clamp(max=length - 1).long(), weights
@@ -89,10 +91,13 @@ def resize_axis(x: Tensor, dim: int, new_length: int) -> Tensor:
     """Resize one axis of uint8 frames (T, 3, H, W) as Pillow does, bit for bit."""
     index, weights = pillow_weights(x.shape[dim], new_length)
     x = x.movedim(dim, 0).contiguous()  # (length, ...)
-    total = torch.full((new_length, *x.shape[1:]), 2**21, dtype=torch.int32)  # a half, to round
+    half = 2**21  # in units of 2^-22, so that the shift below rounds
+    total = torch.full((new_length, *x.shape[1:]), half, dtype=torch.int32)
     for tap in range(weights.shape[1]):
-        total += x[index[:, tap]] * weights[:, tap].view(-1, 1, 1, 1)
-    return (total >> 22).clamp(0, 255).to(torch.uint8).movedim(0, dim)
+        weight = weights[:, tap].view(-1, 1, 1, 1)  # (new_length, 1, 1, 1)
+        total += x[index[:, tap]] * weight
+    levels = (total >> 22).clamp(0, 255)  # the filter overshoots at edges
+    return levels.to(torch.uint8).movedim(0, dim)
 
 
 def resize_as_pillow(frames: Tensor, size: tuple[int, int]) -> Tensor:
@@ -134,7 +139,9 @@ def cut_patches(frames: Tensor, config: VisionConfig) -> tuple[Tensor, tuple[int
     last_frame = frames[-1:].expand(missing, -1, -1, -1)  # repeated if their number is odd
     frames = torch.cat([frames, last_frame])
 
-    t, h, w = len(frames) // pair, frames.shape[2] // patch, frames.shape[3] // patch
+    t = len(frames) // pair
+    h = frames.shape[2] // patch
+    w = frames.shape[3] // patch
     x = frames.reshape(t, pair, 3, h // merge, merge, patch, w // merge, merge, patch)
     # -> (t, h / merge, w / merge, merge, merge, 3, pair, patch, patch)
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
@@ -158,7 +165,8 @@ def preprocess_frames(
     # Kiwi-Edit resizes twice: each frame, by Pillow, to multiples of two visual tokens, with a
     # small lower bound, and then all of them, by torchvision, to multiples of one.
     token = config.patch_size * config.spatial_merge_size  # side of a visual token, in pixels
-    size = smart_resize(*x.shape[2:], 2 * token, 4 * (2 * token) ** 2, max_pixels)
+    unit = 2 * token
+    size = smart_resize(*x.shape[2:], unit, 4 * unit**2, max_pixels)
     x = resize_as_pillow(x, size)
     size = smart_resize(*x.shape[2:], token, min_pixels, max_pixels)
     x = resize_as_torchvision(x, size)
@@ -171,9 +179,11 @@ def preprocess_still(frames: Tensor, config: VisionConfig) -> tuple[Tensor, tupl
     It is resized once, to between 4 and 16384 visual tokens, which is Qwen's own range for images.
     """
     x = frames.permute(0, 3, 1, 2)  # (1, 3, H, W)
-    token = config.patch_size * config.spatial_merge_size
-    size = smart_resize(*x.shape[2:], token, 4 * token**2, 16384 * token**2)
-    return cut_patches(normalise(resize_as_pillow(x, size)), config)
+    token = config.patch_size * config.spatial_merge_size  # side of a visual token, in pixels
+    area = token**2
+    size = smart_resize(*x.shape[2:], token, 4 * area, 16384 * area)
+    x = resize_as_pillow(x, size)
+    return cut_patches(normalise(x), config)
 
 
 # --- The chat text --------------------------------------------------------------------------------
@@ -276,7 +286,8 @@ def pad(rows: Sequence[Tensor], side: str = "right", value: int = 0) -> Tensor:
 
 def real_tokens(rows: Sequence[Tensor], side: str = "right") -> Tensor:
     """The mask (B, N) of `pad`: False at padding."""
-    return pad([torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows], side)
+    real = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows]
+    return pad(real, side)
 
 
 def lengths_differ(rows: Sequence[Tensor]) -> bool:
@@ -285,11 +296,12 @@ def lengths_differ(rows: Sequence[Tensor]) -> bool:
 
 def connector(in_dim: int, dim: int) -> nn.Sequential:
     """Map hidden states of the MLLM to the width of the DiT."""
-    layers = nn.Sequential(nn.Linear(in_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+    first = nn.Linear(in_dim, dim)
+    last = nn.Linear(dim, dim)
     # Zero at first, as in Kiwi-Edit: training starts from a DiT that has no condition.
-    nn.init.zeros_(layers[2].weight)
-    nn.init.zeros_(layers[2].bias)
-    return layers
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(first, nn.GELU(approximate="tanh"), last)
 
 
 class EditEncoder(nn.Module):
@@ -361,9 +373,9 @@ class EditEncoder(nn.Module):
             # One rank may read a clip while another reads a still. FSDP2's collectives match only
             # if both kinds of queries get a gradient on every rank.
             queries = queries + 0 * unused.sum()
-        hidden = self.qwen(
-            input_ids.to(device), pixel_values.to(device), grid_thw, queries, mask
-        )  # (B, N, d of Qwen)
+        input_ids = input_ids.to(device)
+        pixel_values = pixel_values.to(device)
+        hidden = self.qwen(input_ids, pixel_values, grid_thw, queries, mask)  # (B, N, d of Qwen)
 
         # "Last-position hidden states" (§4.2): the last K positions, not the K placeholders. As in
         # Kiwi-Edit, the two closing tokens are among them and the first two placeholders are not.

@@ -70,7 +70,8 @@ def rope_table(
         shape[axis] = grid[axis]
         angles.append(angle.view(shape).expand(*grid, size // 2))
     angles = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)  # (S, 1, D/2)
-    cos, sin = angles.cos().float(), angles.sin().float()
+    cos = angles.cos().float()
+    sin = angles.sin().float()
     cos = torch.stack((cos, cos), dim=-1).flatten(-2)  # (S, 1, D)
     sin = torch.stack((-sin, sin), dim=-1).flatten(-2)  # (S, 1, D)
     return cos.to(device), sin.to(device)
@@ -162,14 +163,18 @@ class Attention(nn.Module):
         k = self.norm_k(self.k(context)).unflatten(-1, heads)  # (B, N, n, D)
         v = self.v(context).unflatten(-1, heads)  # (B, N, n, D)
         if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            q = apply_rope(q, rope)
+            k = apply_rope(k, rope)
         if mask is not None:
             mask = mask[:, None, None, :]  # (B, 1, 1, N): the same for every head and query
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n, S or N, D)
+        q = q.transpose(1, 2)  # (B, n, S, D)
+        k = k.transpose(1, 2)  # (B, n, N, D)
+        v = v.transpose(1, 2)
         out = self.attend(q, k, v, mask)  # (B, n, S, D)
         return self.o(out.transpose(1, 2).flatten(2))  # (B, S, d)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        # A method of its own, so that sequence.py can put attention over several GPUs here.
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -204,8 +209,8 @@ class Block(nn.Module):
         """
         tokens, mask = context if isinstance(context, tuple) else (context, None)
         dtype = self.ffn[0].weight.dtype  # of all products
-        vectors = (self.modulation.float() + time.float()).chunk(6, dim=1)  # 6 × (B, 1, d)
-        attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = vectors
+        vectors = self.modulation.float() + time.float()  # (B, 6, d)
+        attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = vectors.chunk(6, dim=1)
 
         y = modulate(x, attn_shift, attn_scale, self.eps).to(dtype)
         x = torch.addcmul(x, self.self_attn(y, y, rope=rope), attn_gate)  # x + attention * gate
@@ -230,7 +235,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, S, d), time (B, d) float32 -> (B, S, C · pt · ph · pw) float32."""
-        shift, scale = (self.modulation.float() + time.float().unsqueeze(1)).chunk(2, dim=1)
+        vectors = self.modulation.float() + time.float().unsqueeze(1)  # (B, 2, d)
+        shift, scale = vectors.chunk(2, dim=1)
         return self.head(modulate(x, shift, scale, self.eps))
 
 

@@ -107,7 +107,8 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(ffn_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
 
 def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
@@ -119,7 +120,9 @@ def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channels i and i + D/2 of x (..., D) by one angle, in float32. cos, sin: (..., D/2)."""
     a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    turned_a = a * cos - b * sin
+    turned_b = b * cos + a * sin
+    return torch.cat([turned_a, turned_b], dim=-1).to(x.dtype)
 
 
 # --- The vision tower: patches -> visual tokens ---------------------------------------------------
@@ -142,15 +145,17 @@ def patch_layout(
     """
     clips = []
     for clip, (t, h, w) in enumerate(grids):
-        axes = (torch.tensor([clip]), torch.arange(t), torch.arange(h), torch.arange(w))
-        cells = torch.cartesian_prod(*axes)  # (t * h * w, 4): clip, pair of frames, row, column
+        sides = (torch.arange(t), torch.arange(h), torch.arange(w))
+        # (t * h * w, 4): clip, pair of frames, row, column
+        cells = torch.cartesian_prod(torch.tensor([clip]), *sides)
         # The order of mllm.cut_patches: patches of one visual token are neighbours.
-        cells = cells.view(t, h // merge, merge, w // merge, merge, 4).transpose(2, 3)
-        clips.append(cells.reshape(-1, 4))
+        cells = cells.view(t, h // merge, merge, w // merge, merge, 4)
+        clips.append(cells.transpose(2, 3).reshape(-1, 4))
     cells = torch.cat(clips)  # (P, 4)
 
     windows = cells // torch.tensor([1, 1, window, window])
     _, window_of, sizes = windows.unique(dim=0, return_inverse=True, return_counts=True)
+    # One number to sort by: first the size of a patch's window, then which window it is.
     by_size_then_window = sizes[window_of] * len(sizes) + window_of  # (P,)
     order = torch.argsort(by_size_then_window, stable=True)
     sizes, numbers = sizes.unique(return_counts=True)
@@ -169,12 +174,16 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, runs: list[tuple[int, int]]) -> Tensor:
         """x (P, d); cos, sin (P, 1, D/2); runs of (number of groups, patches in each) -> (P, d)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # (P, heads, D)
-        qkv = torch.stack([rotate(q, cos, sin), rotate(k, cos, sin), v])  # (3, P, heads, D)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (P, 3, heads, D)
+        q, k, v = qkv.unbind(1)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        qkv = torch.stack([q, k, v])  # (3, P, heads, D)
         lengths = [number * size for number, size in runs]
         out = []
         for group, (number, size) in zip(qkv.split(lengths, dim=1), runs, strict=True):
-            q, k, v = group.unflatten(1, (number, size)).transpose(2, 3)  # (number, heads, size, D)
+            group = group.unflatten(1, (number, size))  # (3, number, size, heads, D)
+            q, k, v = group.transpose(2, 3)  # (number, heads, size, D)
             attended = F.scaled_dot_product_attention(q, k, v)
             out.append(attended.transpose(1, 2).flatten(0, 1))  # (number * size, heads, D)
         return self.proj(torch.cat(out).flatten(1))
@@ -326,8 +335,10 @@ class Qwen2_5_VL(nn.Module):
         is_query = (input_ids == self.config.query_token_id)[..., None]
         visual = self.encode_video(pixel_values, grid_thw)  # (M, d)
         x = self.model.embed_tokens(input_ids)  # (B, N, d)
+        # Placeholders are replaced in order: by visual tokens, and in each row by all queries.
         x = x.masked_scatter(is_visual, visual.to(x.dtype))
-        x = x.masked_scatter(is_query, queries.to(x.dtype).expand(len(x), -1, -1))
+        queries = queries.to(x.dtype).expand(len(x), -1, -1)  # (B, K, d)
+        x = x.masked_scatter(is_query, queries)
 
         positions = self.position_ids(input_ids, grid_thw, attention_mask)
         return self.decode(x, positions, attention_mask)
@@ -368,7 +379,8 @@ class Qwen2_5_VL(nn.Module):
             cells = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w))
             clips.append(cells * step)
         in_clip = torch.cat(clips).to(device)  # (M, 3), counted from the clip's first token
-        extent = ((sizes - 1) * step).amax(1, keepdim=True).to(device) + 1  # (B, 1)
+        last_cell = (sizes - 1) * step  # (B, 3)
+        extent = last_cell.amax(1, keepdim=True).to(device) + 1  # (B, 1)
 
         is_visual = self.is_visual(input_ids)  # (B, N)
         is_real = torch.ones_like(is_visual) if attention_mask is None else attention_mask.bool()
@@ -389,7 +401,9 @@ class Qwen2_5_VL(nn.Module):
         # M-RoPE: the first frequencies turn with time, the next with the row, the last with the
         # column.
         sections = frequencies.split(config.mrope_section)
-        angles = [axis[..., None] * part for axis, part in zip(positions, sections, strict=True)]
+        angles = []
+        for axis, part in zip(positions, sections, strict=True):
+            angles.append(axis[..., None] * part)
         angles = torch.cat(angles, dim=-1).unsqueeze(1)  # (B, 1, N, D/2)
         cos, sin = angles.cos(), angles.sin()
 

@@ -45,6 +45,8 @@ class TokenParallel:
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.num_tokens = 0  # S of the current clip
+        # Three places change: what makes the tokens, what mixes them, and what comes after the last
+        # layer that treats them one by one.
         self.embed_all = dit._embed
         dit._embed = self.embed
         for block in dit.blocks:
@@ -58,12 +60,18 @@ class TokenParallel:
         # The last rank's tokens are filled up with zeros, so that all have as many.
         missing = -self.num_tokens % self.ranks
         x = F.pad(x, (0, 0, 0, missing))
-        rope = [F.pad(table, (0, 0, 0, 0, 0, missing)) for table in rope]
-        own_rope = tuple(table.chunk(self.ranks)[self.rank] for table in rope)
-        return x.chunk(self.ranks, dim=1)[self.rank].contiguous(), own_rope
+        own_tokens = x.chunk(self.ranks, dim=1)[self.rank].contiguous()
+        own_rope = []
+        for table in rope:  # (S, 1, D)
+            table = F.pad(table, (0, 0, 0, 0, 0, missing))
+            own_rope.append(table.chunk(self.ranks)[self.rank])
+        return own_tokens, tuple(own_rope)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Self-attention over the tokens of all ranks: q, k, v (B, n, s, D) -> (B, n, s, D)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Self-attention over the tokens of all ranks: q, k, v (B, n, s, D) -> (B, n, s, D).
+
+        Stands in the place of `model.Attention.attend`. In self-attention the mask is None.
+        """
         N = self.ranks
         qkv = torch.stack((q, k, v))  # (3, B, n, s, D)
         # To rank r go the heads of part r; from it come its tokens.
@@ -71,7 +79,9 @@ class TokenParallel:
         qkv = self.exchange(qkv)  # the same shape, by the rank that holds the tokens
         qkv = qkv.movedim(0, 3).flatten(3, 4)  # (3, B, n/N, N s, D)
         q, k, v = qkv.unbind()
-        k, v = k[:, :, : self.num_tokens], v[:, :, : self.num_tokens]  # without the filling
+        # Nothing may attend to the zeros that fill up the last rank.
+        k = k[:, :, : self.num_tokens]
+        v = v[:, :, : self.num_tokens]
         out = F.scaled_dot_product_attention(q, k, v)  # (B, n/N, N s, D)
         out = out.unflatten(2, (N, -1)).movedim(2, 0)  # (N, B, n/N, s, D)
         out = self.exchange(out)  # by the rank that holds the heads
@@ -87,7 +97,8 @@ class TokenParallel:
         """The tokens of all ranks, (B, S, ...), from this rank's (B, s, ...)."""
         to_all = x.expand(self.ranks, *x.shape)
         parts = self.exchange(to_all)  # (N, B, s, ...)
-        return parts.movedim(0, 1).flatten(1, 2)[:, : self.num_tokens]
+        tokens = parts.movedim(0, 1).flatten(1, 2)  # (B, N s, ...)
+        return tokens[:, : self.num_tokens]
 
 
 # --- The VAE: rows of the picture -----------------------------------------------------------------
@@ -96,9 +107,9 @@ class TokenParallel:
 class RowParallel:
     """Shares the rows of a VAE's picture out over all ranks.
 
-    Each holds whole rows of latents, and their pixels. Each convolution over space
-    needs one more row on either side, which the neighbours send. The attention in the middle, over
-    all pixels of a small frame, is computed by every rank.
+    Each holds whole rows of latents, and their pixels. Each convolution over space needs one more
+    row on either side, which the neighbours send. The attention in the middle, over all pixels of
+    a small frame, is computed by every rank.
     """
 
     def __init__(self, vae: WanVAE, latent_height: int) -> None:
@@ -134,20 +145,22 @@ class RowParallel:
 
     def own(self, x: Tensor, unit: int = 1) -> Tensor:
         """This rank's rows of (..., H, W), where `unit` rows belong to a row of latents."""
-        first, count = self.starts[self.rank], self.counts[self.rank]
-        return x[..., first * unit : (first + count) * unit, :].contiguous()
+        first = self.starts[self.rank] * unit
+        count = self.counts[self.rank] * unit
+        return x[..., first : first + count, :].contiguous()
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows of all ranks, (..., H, W), from this rank's."""
-        unit = x.shape[-2] // self.counts[self.rank]
+        unit = x.shape[-2] // self.counts[self.rank]  # rows of x to a row of latents
+        # all_gather takes tensors of one shape: those with fewer rows are filled up with zeros.
         missing = unit * max(self.counts) - x.shape[-2]
-        x = F.pad(x, (0, 0, 0, missing)).contiguous()  # as many rows on each rank
+        x = F.pad(x, (0, 0, 0, missing)).contiguous()
         parts = [torch.empty_like(x) for _ in self.counts]
         dist.all_gather(parts, x)
-        parts = [
-            part[..., : unit * count, :] for part, count in zip(parts, self.counts, strict=True)
-        ]
-        return torch.cat(parts, dim=-2)
+        rows = []
+        for part, count in zip(parts, self.counts, strict=True):
+            rows.append(part[..., : unit * count, :])
+        return torch.cat(rows, dim=-2)
 
     def borrow(self, x: Tensor) -> Tensor:
         """Put the nearest row of each neighbour above and below (..., H, W): (..., H + 2, W).
@@ -156,6 +169,7 @@ class RowParallel:
         """
         above = torch.zeros_like(x[..., :1, :]).contiguous()
         below = torch.zeros_like(above)
+        # Sent and received in one batch: one by one, two neighbours could wait for each other.
         messages = []
         if self.rank > 0:
             first = x[..., :1, :].contiguous()
@@ -170,20 +184,26 @@ class RowParallel:
         return torch.cat((above, x, below), dim=-2)
 
     def convolve(self, conv: CausalConv3d, forward: Any, x: Tensor, cache: dict) -> Tensor:
-        y = forward(self.borrow(x), cache)[..., 1:-1, :]
+        y = forward(self.borrow(x), cache)
         # What the next chunk looks back at is cached without the borrowed rows.
-        cache[conv] = cache[conv][..., 1:-1, :].clone()
-        return y
+        past = cache[conv]
+        cache[conv] = past[..., 1:-1, :].clone()
+        return y[..., 1:-1, :]
 
     def downsample(self, resample: Any, x: Tensor) -> Tensor:
         # A stride of 2 from the first row on: each rank has an even number, and needs one below.
-        return resample(self.borrow(x)[..., 1:, :])[..., : x.shape[-2] // 2, :]
+        with_next_row = self.borrow(x)[..., 1:, :]
+        y = resample(with_next_row)
+        own_rows = x.shape[-2] // 2
+        return y[..., :own_rows, :]
 
     def upsample(self, resample: Any, x: Tensor) -> Tensor:
-        return resample(self.borrow(x))[..., 2:-2, :]  # a borrowed row has become two
+        y = resample(self.borrow(x))
+        return y[..., 2:-2, :]  # a borrowed row has become two
 
     def attend(self, forward: Any, x: Tensor) -> Tensor:
-        return self.own(forward(self.gather(x)))
+        whole = self.gather(x)
+        return self.own(forward(whole))
 
 
 # --- One edit -------------------------------------------------------------------------------------
@@ -200,6 +220,7 @@ class Spread:
         ranks = dist.get_world_size()
         device_type = model.dit.patch_embedding.weight.device.type
         groups = number_of_groups(ranks, num_windows, model.config.dit.num_heads)
+        # The ranks as a table: each row is a group, which shares the tokens of its windows.
         names = ("windows", "tokens")
         mesh = init_device_mesh(device_type, (groups, ranks // groups), mesh_dim_names=names)
         self.windows = slice(mesh.get_local_rank("windows"), None, groups)
@@ -216,7 +237,11 @@ class Spread:
 
 
 def number_of_groups(ranks: int, num_windows: int, num_heads: int) -> int:
-    """As many as there are windows, if the ranks and the heads can be shared out evenly."""
+    """As many as there are windows, if the ranks and the heads can be shared out evenly.
+
+    Windows are shared out first, because they need one message a step; tokens need two a block.
+    Raises ValueError if no number of groups fits.
+    """
     for groups in range(min(num_windows, ranks), 0, -1):
         if ranks % groups == 0 and num_heads % (ranks // groups) == 0:
             return groups
