@@ -24,9 +24,7 @@ from typing import Any
 import numpy as np
 
 from scenes import (
-    CATEGORIES,
     COLORS,
-    COMPOSITION,
     FORMS,
     NOT_THERE,
     PLACES,
@@ -41,7 +39,7 @@ from scenes import (
     is_furthest,
     new_shape,
     pick,
-    sample_scene,
+    sample_source,
     twins_of,
     visible_colors,
 )
@@ -493,11 +491,7 @@ def throw(
     rng: np.random.Generator, category: str, extent: Extent, held_out: bool = False
 ) -> tuple[Scene, Scene, str]:
     """A source, its edit and the request; this is "" if the edit cannot be said of that source."""
-    parts = [category]
-    if category == COMPOSITION:  # at most one of the two is a style
-        parts = rng.permutation([pick(rng, CATEGORIES[:3]), pick(rng, CATEGORIES)]).tolist()
-    least = {"Local Add": 1, COMPOSITION: 3}.get(category, 2)
-    source = sample_scene(rng, int(rng.integers(least, 5)), extent)
+    parts, source = sample_source(rng, category, extent)
     talk = Talk(rng, source, extent, len(parts) == 1, held_out)
     sentences = []
     for part in parts:

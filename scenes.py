@@ -201,9 +201,11 @@ def trajectory(shape: Shape, extent: Extent) -> np.ndarray:
     T, H, W = extent
     step = np.array(MOTIONS[shape.motion]) * SPEED
     step = step / math.sqrt(max(1, np.count_nonzero(step)))  # a diagonal step is no longer
-    span = np.array([W, H]) / min(H, W) - 2 * MARGIN
-    unfolded = np.array([shape.x, shape.y]) - MARGIN + step * np.arange(T)[:, None]  # (T, 2)
-    return MARGIN + span - np.abs(unfolded % (2 * span) - span)  # a triangle wave
+    span = np.array([W, H]) / min(H, W) - 2 * MARGIN  # between the margins
+    start = np.array([shape.x, shape.y]) - MARGIN
+    unfolded = start + step * np.arange(T)[:, None]  # (T, 2), as if there were no margins
+    there_and_back = span - np.abs(unfolded % (2 * span) - span)  # a triangle wave from 0 to span
+    return MARGIN + there_and_back
 
 
 # --- Rendering ------------------------------------------------------------------------------------
@@ -219,8 +221,9 @@ class _Raster(NamedTuple):
 
 def _reach(centers: np.ndarray, radius: float, pixels: int, unit: int) -> tuple[slice, np.ndarray]:
     """Along one axis: the pixels that a shape can reach, and their offsets (T, n) in radii."""
-    low = max(0, math.floor((centers.min() - 1.25 * radius) * unit))
-    high = min(pixels, math.ceil((centers.max() + 1.25 * radius) * unit))
+    reach = 1.25 * radius  # the corners of the square are at 1.22; the rest is for soft edges
+    low = max(0, math.floor((centers.min() - reach) * unit))
+    high = min(pixels, math.ceil((centers.max() + reach) * unit))
     offsets = (np.arange(low, high) + 0.5) / unit - centers[:, None]
     return slice(low, high), (offsets / radius).astype(np.float32)
 
@@ -237,7 +240,8 @@ def _raster(shape: Shape, extent: Extent) -> _Raster:
     distance = FORMS[shape.form](np.abs(x), y) * (radius * unit)  # (T, h, w), in pixels
     light = 1.02 - 0.08 * y[..., None]  # a little brighter at the top
     color = np.array(COLORS[shape.color], np.float32) * light
-    return _Raster((slice(None), rows, columns), np.clip(0.5 - distance, 0, 1), color)
+    coverage = np.clip(0.5 - distance, 0, 1)  # from 1 to 0 within a pixel of the outline
+    return _Raster((slice(None), rows, columns), coverage, color)
 
 
 def tones(tone: str) -> np.ndarray:
@@ -257,9 +261,11 @@ def _background(scene: Scene, extent: Extent) -> np.ndarray:
     v = y * math.cos(scene.angle) - x * math.sin(scene.angle)
     ramp = (u - u.min()) / (u.max() - u.min())
     k = 2 * math.pi / scene.period
-    mix = PATTERNS[scene.pattern](u, v, ramp, k, unit / k)
+    edge = unit / k
+    mix = PATTERNS[scene.pattern](u, v, ramp, k, edge)  # (H, W)
+    share = np.clip(mix, 0, 1)[..., None]  # of the second tone
     first, second = tones(scene.tone)
-    return first + np.clip(mix, 0, 1)[..., None] * (second - first)
+    return first + share * (second - first)
 
 
 def _to_levels(frames: np.ndarray) -> np.ndarray:
@@ -270,11 +276,12 @@ def _to_levels(frames: np.ndarray) -> np.ndarray:
 
 def _mosaic(frames: np.ndarray) -> np.ndarray:
     """Average over square tiles, of which six fit into the shorter side."""
+    # One axis after the other. Tiles differ in size by a pixel if six do not divide the side.
     unit = min(frames.shape[1:3])
     tiles = frames.astype(np.float32)
     for axis in (1, 2):
         tile_of_pixel = np.arange(frames.shape[axis]) * 6 // unit
-        starts = np.unique(tile_of_pixel, return_index=True)[1]
+        _, starts = np.unique(tile_of_pixel, return_index=True)
         lengths = np.diff(starts, append=frames.shape[axis])
         along_axis = [1, 1, 1, 1]
         along_axis[axis] = -1
@@ -340,10 +347,13 @@ def _sample_start(rng: np.random.Generator, motion: str, extent: Extent) -> list
 def sample_scene(rng: np.random.Generator, count: int, extent: Extent) -> Scene:
     """`count` shapes on a background. One in five shares form and colour with the one before it."""
     angle, period = rng.uniform((0, 0.3), (math.pi, 0.5)).tolist()
-    pattern, tone = pick(rng, PATTERNS), pick(rng, BACKGROUNDS)
+    pattern = pick(rng, PATTERNS)
+    tone = pick(rng, BACKGROUNDS)
     shapes: list[Shape] = []
     for _ in range(count):
-        form, color = pick(rng, FORMS), pick(rng, visible_colors(tone))
+        form = pick(rng, FORMS)
+        color = pick(rng, visible_colors(tone))
+        # Such pairs teach a model to mind size, motion and place.
         if shapes and rng.random() < 0.2:
             form, color = shapes[-1].form, shapes[-1].color
         motion = pick(rng, MOTIONS)
@@ -352,17 +362,34 @@ def sample_scene(rng: np.random.Generator, count: int, extent: Extent) -> Scene:
     return Scene(pattern, tone, angle, period, tuple(shapes))
 
 
+def sample_source(
+    rng: np.random.Generator, category: str, extent: Extent
+) -> tuple[list[str], Scene]:
+    """The categories of the edits in one instruction, and a scene with enough objects for them."""
+    parts = [category]
+    if category == COMPOSITION:  # at most one of the two is a style
+        parts = rng.permutation([pick(rng, CATEGORIES[:3]), pick(rng, CATEGORIES)]).tolist()
+    least = {"Local Add": 1, COMPOSITION: 3}.get(category, 2)
+    count = int(rng.integers(least, 5))
+    return parts, sample_scene(rng, count, extent)
+
+
 def new_shape(rng: np.random.Generator, scene: Scene, place: str, extent: Extent) -> Shape:
     """A shape at one of PLACES. It does not move towards the border that it is near."""
     _, H, W = extent
     column, row = PLACES[place]
-    x, y = (np.array([column * W, row * H]) / (4 * min(H, W))).tolist()
+    quarter = 4 * min(H, W)  # quarters of the frame -> units of its shorter side
+    x = column * W / quarter
+    y = row * H / quarter
     inward = []
     for motion, (dx, dy) in MOTIONS.items():
         if (column - 2) * dx <= 0 and (row - 2) * dy <= 0:
             inward.append(motion)
-    form, color, size = pick(rng, FORMS), pick(rng, visible_colors(scene.tone)), pick(rng, SIZES)
-    return Shape(form, color, size, pick(rng, inward), x, y)
+    form = pick(rng, FORMS)
+    color = pick(rng, visible_colors(scene.tone))
+    size = pick(rng, SIZES)
+    motion = pick(rng, inward)
+    return Shape(form, color, size, motion, x, y)
 
 
 def is_clear(scene: Scene, extent: Extent) -> bool:
@@ -370,15 +397,17 @@ def is_clear(scene: Scene, extent: Extent) -> bool:
 
     There, at least half of it is seen, and it touches no other object of its colour.
     """
-    uncovered = np.ones(extent, np.float32)
+    uncovered = np.ones(extent, np.float32)  # what the shapes above leave of each pixel
     for shape in reversed(scene.shapes):
         box, coverage, _ = _raster(shape, extent)
-        seen = (coverage * uncovered[box]).sum((1, 2)) / coverage.sum((1, 2))  # (T,)
+        visible = coverage * uncovered[box]
+        seen = visible.sum((1, 2)) / coverage.sum((1, 2))  # (T,)
         if (seen < 0.5).mean() > 0.25:
             return False
         uncovered[box] *= 1 - coverage
     for a, b in itertools.combinations(scene.shapes, 2):
-        distance = np.linalg.norm(trajectory(a, extent) - trajectory(b, extent), axis=1)  # (T,)
+        offset = trajectory(a, extent) - trajectory(b, extent)  # (T, 2)
+        distance = np.linalg.norm(offset, axis=1)  # (T,)
         touching = distance / (SIZES[a.size] + SIZES[b.size]) < 1
         if a.color == b.color and touching.mean() > 0.25:
             return False
@@ -399,12 +428,16 @@ def is_furthest(shape: Shape, others: list[Shape], side: str, extent: Extent) ->
     """Whether a shape is clearly nearer to a side of the frame than all others, in every frame."""
     axis, sign = SIDES[side]
     position = trajectory(shape, extent)[:, axis]  # (T,)
-    return all(
-        (sign * (trajectory(other, extent)[:, axis] - position)).min() > MIN_GAP for other in others
-    )
+    for other in others:
+        gap = sign * (trajectory(other, extent)[:, axis] - position)  # (T,)
+        if gap.min() <= MIN_GAP:
+            return False
+    return True
 
 
 def exchange(scene: Scene, shape: Shape, *new: Shape) -> Scene:
     """The scene with one shape replaced by others, or by none, at its place in the stack."""
     index = scene.shapes.index(shape)
-    return replace(scene, shapes=scene.shapes[:index] + new + scene.shapes[index + 1 :])
+    below = scene.shapes[:index]
+    above = scene.shapes[index + 1 :]
+    return replace(scene, shapes=below + new + above)

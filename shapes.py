@@ -43,7 +43,7 @@ from scenes import (
     new_shape,
     pick,
     render,
-    sample_scene,
+    sample_source,
     twins_of,
     visible_colors,
 )
@@ -99,6 +99,7 @@ def _listed(things: list[str]) -> str:
 
 def caption(scene: Scene) -> str:
     """One sentence that says all that a clip shows."""
+    # The reference branch reads it (ℓ*), so it must not tell what a style has made invisible.
     has_hue = scene.style not in HUELESS
     things = []
     for shape in scene.shapes:
@@ -172,6 +173,7 @@ def _edit(
         return _restyle(rng, scene)
     if category == "Local Add":
         return _add(rng, scene, extent)
+    # In a composition, the second edit is about an object that the first has left alone.
     untouched = [shape for shape in scene.shapes if shape in source.shapes]
     shape = pick(rng, untouched)
     pool = tuple(dict.fromkeys(source.shapes + scene.shapes))  # without repetitions
@@ -192,11 +194,8 @@ def _as_typed(rng: np.random.Generator, instruction: str) -> str:
 
 def _throw(rng: np.random.Generator, category: str, extent: Extent) -> tuple[Scene, Scene, str]:
     """A source, its edit and the instruction; this is "" if the edit cannot be said."""
-    parts = [category]
-    if category == COMPOSITION:  # at most one of the two is a style
-        parts = rng.permutation([pick(rng, CATEGORIES[:3]), pick(rng, CATEGORIES)]).tolist()
-    least = {"Local Add": 1, COMPOSITION: 3}.get(category, 2)
-    source = target = sample_scene(rng, int(rng.integers(least, 5)), extent)
+    parts, source = sample_source(rng, category, extent)
+    target = source
     sentences = []
     for part in parts:
         target, words = _edit(rng, part, target, source, extent)
@@ -328,6 +327,7 @@ class ShapesDataset(Dataset):
                 mask[:] = True
             if target == source:  # a request for what is not there
                 return Sample(source, target, instruction, (before, after), mask)
+            # Too small or too faint an edit teaches nothing, so another one is drawn.
             change = np.square(before[mask].astype(np.float32) - after[mask])  # (pixels, 3)
             if mask.mean() >= MIN_AREA and change.mean() >= MIN_CHANGE**2:
                 return Sample(source, target, instruction, (before, after), mask)
