@@ -10,7 +10,7 @@ import pytest
 
 import people
 import shapes
-from scenes import COLORS, FORMS, NOT_THERE, SIZES, Scene, Shape, trajectory
+from scenes import COLORS, FORMS, NOT_THERE, SIZES, Scene, Shape, sample_scene, trajectory
 from shapes import EVERYTHING, ShapesDataset
 
 EXTENT = (5, 64, 64)
@@ -80,7 +80,7 @@ def test_a_reference_means_one_object(held_out: bool):
     rng = np.random.default_rng(0)
     lengths = set()
     for seed in range(400):
-        scene = people.sample_scene(rng, 4, EXTENT)
+        scene = sample_scene(rng, 4, EXTENT)
         chosen = make_talk(seed, scene, held_out).choose()
         if chosen is not None:
             shape, name = chosen
