@@ -103,6 +103,7 @@ NEW_TO_WAN_AND_QWEN = rf"^encoder\.(\w*queries|\w+_connector\.)|{LORA}|{SOURCE_E
 
 
 def rename(key: str, rules: Rules) -> str:
+    # One after the other: a rule may meet what an earlier one has made.
     for pattern, replacement in rules:
         key = re.sub(pattern, replacement, key)
     return key
@@ -148,6 +149,8 @@ def renamed(
 
 def with_native_connectors(tensors: dict[str, Any]) -> dict[str, Any]:
     """Kiwi-Edit has one connector; those of X_v and X_ℓ begin as copies of it."""
+    # All three map hidden states of the same MLLM to the same DiT. Copied, they begin in a place
+    # that the DiT can read.
     copies = {}
     for key, tensor in tensors.items():
         if key.startswith("encoder.editing_connector."):
@@ -230,7 +233,9 @@ def dit_config(file: Path, tensors: dict[str, Stored]) -> DiTConfig:
     blocks = config.get("num_layers")
     if heads is None or blocks is None:
         raise ValueError(f"{file} does not say how many heads and layers the transformer has")
+    # (dim, in_channels, frames, height, width of a patch)
     dim, in_channels, *patch = shape_of(tensors, "dit.patch_embedding.weight", 5, file.parent)
+    # The last layer has a row for each channel of each latent in a patch.
     head_rows = shape_of(tensors, "dit.head.head.weight", 2, file.parent)[0]
     fields = dict(
         dim=dim,
@@ -302,7 +307,6 @@ def shape_of(
 
 # --- Whole checkpoints ----------------------------------------------------------------------------
 
-
 # Fields of Kiwi-Edit's mllm_encoder/config.json that we use, and our names for them.
 KIWI_LIMITS = {"max_frames": "max_mllm_frames", "max_pixels_per_frame": "max_mllm_pixels"}
 
@@ -313,7 +317,7 @@ def open_kiwi_release(folder: Path) -> Opened:
     tokenizer = weights.read_tokenizer(folder / "processor")
     dit = dit_config(folder / "transformer" / "config.json", tensors)
     fields = dict(
-        dit=dataclasses.replace(dit, bf16_timestep=True),
+        dit=dataclasses.replace(dit, bf16_timestep=True),  # as it was trained
         vae=vae_config(folder / "vae" / "config.json", tensors, folder),
         qwen=qwen_config(folder / "processor" / "qwen_config.json", tokenizer),
         routing_depth=dit.num_blocks,
@@ -374,7 +378,7 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
         num_editing_tokens=shape_of(trained, "encoder.queries", 2, file)[0],
         num_image_tokens=shape_of(trained, "encoder.image_queries", 2, file)[0],
     )
-    if any(re.search(LORA, key) for key in trained):
+    if any(re.search(LORA, key) for key in trained):  # its rank may be another than ours
         lora = "encoder.qwen.model.layers.0.self_attn.q_proj.lora_A"
         fields["lora_rank"] = shape_of(trained, lora, 2, file)[0]
     else:

@@ -125,10 +125,13 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[Row]:
     if not lines:
         return
     names, delimiter = _csv_header(path, lines[0])
+    # With two texts, nobody could say to which of them a comma belongs.
     only_text_is_prompt = {*names} - PATH_COLUMNS - {"category", "dataset"} == {"prompt"}
     mended = 0
     start = 1  # the index of the first line that has not been read
     while start < len(lines):
+        # A row may have several lines, and what a bad one has swallowed is read again: so each row
+        # gets a reader of its own.
         place = f"line {start + 1}"
         rest = (lines[index] for index in range(start, len(lines)))
         reader = csv.reader(rest, delimiter=delimiter, strict=True, skipinitialspace=True)
@@ -157,7 +160,7 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[Row]:
 
 
 def _csv_header(path: Path, line: str) -> tuple[list[str], str]:
-    """The names of the columns, and the delimiter."""
+    """The names of the columns, and the delimiter. ValueError for a line that is not CSV."""
     delimiter = ";" if line.count(";") > line.count(",") else ","
     try:
         fields = next(csv.reader([line], delimiter=delimiter))
@@ -223,6 +226,8 @@ def _checked_texts(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, 
 
 
 def _check_path(name: str, path: str) -> None:
+    # Found here, because an operating system would only say so when the clip is opened, in the
+    # middle of a run.
     longest = max(len(part.encode()) for part in path.split("/"))
     if "\0" in path or longest > MAX_NAME or len(path.encode()) > MAX_PATH:
         raise ValueError(f"its {name} is not a path that can be opened: {path!r}")
@@ -312,6 +317,7 @@ class TripletDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.row(index)
+        # Only the first frames are decoded; a Video also knows how many there are in all.
         source = video.read_video(row["src_video"], self.max_frames)
         target = video.read_video(row["tgt_video"], self.max_frames)
         length = min(len(source.frames), len(target.frames))
@@ -332,6 +338,8 @@ class TripletDataset(Dataset):
         """Raise ValueError for clips that are too short, or that differ in length or rate."""
         if length < min(MIN_FRAMES, self.max_frames or MIN_FRAMES):
             raise ValueError(f"{target.path}: too short, it or its source has only {length} frames")
+        # A target may lack a frame or two at the end, or say 30 fps for 29.97. More than that would
+        # pair frames of different moments.
         if abs(source.total - target.total) > 3 or abs(source.rate / target.rate - 1) > 0.01:
             here = f"{target.total} frames at {float(target.rate):.4g} fps"
             there = f"{source.total} frames at {float(source.rate):.4g} fps"
@@ -397,7 +405,7 @@ def fit_clip(frames: Tensor, num_frames: int, height: int, width: int) -> Tensor
     scaled_width = max(width, round(W * scale))
     top = (scaled_height - height) // 2
     left = (scaled_width - width) // 2
-    length = (min(T, num_frames) - 1) // 4 * 4 + 1
+    length = (min(T, num_frames) - 1) // 4 * 4 + 1  # 4k + 1 frames, as the VAE takes them
     scaled = video.resize(frames[:length], scaled_height, scaled_width)
     return scaled[:, top : top + height, left : left + width]
 
@@ -411,7 +419,7 @@ def training_size(height: int, width: int, max_pixels: int, factor: int) -> tupl
     Raises ValueError for a clip that is too small or too narrow.
     """
     sides = list(model_size(height, width, max_pixels, factor))
-    while True:
+    while True:  # shorten the side that asks for the larger scale, until both conditions hold
         scales = sides[0] / height, sides[1] / width
         scale = max(scales)  # the smallest at which the clip covers both sides
         cut_rows = round(height * scale) - sides[0]
@@ -479,6 +487,7 @@ class Latents:
 
     def __init__(self, folder: Path, vae: WanVAE, create: bool = False) -> None:
         self.folder = folder
+        # One small layer stands for the VAE: another training or precision changes all of them.
         weight = vae.conv1.weight.detach().cpu().contiguous()
         wanted = {"vae": hashlib.sha256(weight.numpy().tobytes()).hexdigest()}
         description = folder / "latents.json"
@@ -494,6 +503,7 @@ class Latents:
         """Where the latents of a triplet are. OSError if one of its clips is not there."""
         clips = [(path, os.path.getsize(path)) for path in (source_path, target_path)]
         name = hashlib.sha256(repr((clips, *size)).encode()).hexdigest()
+        # 256 folders, because some file systems are slow with 100,000 files in one.
         return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
     def read(self, item: dict[str, Any], size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -545,6 +555,7 @@ class Batch(NamedTuple):
 
 def generator(*key: int | str) -> torch.Generator:
     """A random number generator on the CPU whose state is a function of the key alone."""
+    # Not hash(key): Python salts it anew in each process.
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -682,8 +693,9 @@ class Batches(Dataset):
 
         sources = [sample.source for sample in samples]
         targets = [sample.target for sample in samples]
+        # Tokenized here, in a worker process, while the GPU is busy with the step before.
         edit_inputs = self.encoder.prepare(sources, [sample.instruction for sample in samples])
-        ref_inputs = None
+        ref_inputs = None  # without the alignment loss, nothing reads (v*, ℓ*)
         if self.config.align_weight > 0:
             ref_inputs = self.encoder.prepare(targets, [sample.caption for sample in samples])
         if self.latents:
@@ -731,6 +743,7 @@ class Batches(Dataset):
             try:
                 return self.load(index, step), broken
             except (ValueError, OSError) as error:
+                # Appended in one write, because several workers may write at once.
                 with open(self.broken_file, "a", encoding="utf-8") as file:
                     file.write(f"triplet {index + 1}: {one_line(error)}\n")
         raise ValueError(

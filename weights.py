@@ -75,6 +75,7 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
     for key, part in slices.items():
         shape = tuple(part.get_shape())
         is_float = part.get_dtype().startswith(("F", "BF"))  # such as F32 or BF16
+        # key=key: without it, each of these functions would read the last key of the loop.
         tensors[key] = Stored(path, shape, lambda key=key: file.get_tensor(key), is_float)
     return tensors
 
@@ -136,6 +137,7 @@ def _open_shards(index: Path, shards: list[Path], weight_map: dict[str, str]) ->
     tensors = {}
     for shard in shards:
         tensors |= open_file(shard)
+    # A download that was cut short, or shards of two versions in one folder, show in one of these.
     nowhere = weight_map.keys() - tensors.keys()
     if nowhere:
         raise ValueError(
@@ -252,7 +254,7 @@ def build_config(kind: type, fields: Any, file: Path, prefix: str = "") -> Any:
     """
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: {prefix.rstrip('.')} is {_short(fields)}, not an object")
-    types = typing.get_type_hints(kind)
+    types = typing.get_type_hints(kind)  # the annotations are strings until this resolves them
     for name in sorted(fields.keys() - types.keys()):
         raise ValueError(f"{file}: this model has no field {_short(prefix + name)}")
     values = {}
@@ -382,6 +384,7 @@ def match(
     those may be absent whose names match the regular expression `may_lack`. Any other missing,
     unexpected or misshapen key raises ValueError, which names `source`.
     """
+    # Said first, because quantised weights are often misshapen as well.
     parameters = dict(module.named_parameters())
     integers = [key for key, tensor in tensors.items() if not tensor.is_float]
     if integers:
@@ -489,6 +492,7 @@ def write_checkpoint(
     _remove_leftovers(folder)
     with cli.replacing(folder) as partial:
         partial.mkdir(parents=True)
+        # The index names the file of each tensor, and is only known when all shards are written.
         weight_map = _write_shards(partial, tensors)
         texts = texts | {
             "model.safetensors.index.json": json.dumps({"weight_map": weight_map}, indent=1)
@@ -512,6 +516,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[s
     """Write the tensors under file names that count the shards; returns the file of each key."""
     keys_of_shards = []
     for number, shard in enumerate(_shards(tensors), start=1):
+        # Under a number for now: the final names say how many shards there are.
         try:
             save_file(shard, folder / f"{number}", metadata={"format": "pt"})
         except SafetensorError as error:  # of the operating system, such as a full disk

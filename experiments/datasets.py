@@ -374,7 +374,8 @@ def draw_from_set(
             drawn.in_bench += 1
             continue
         drawn.available[category] += 1
-        # Paths as they stand in the table: where the set lies does not change the sample.
+        # Paths as they stand in the table: where the set lies does not change the sample. A hash as
+        # the key draws at random in one pass, and gives the same sample for any order of the rows.
         key = (seed, *(row[name] for name in COLUMNS))
         digest = hashlib.sha256(repr(key).encode()).hexdigest()
         line = json.dumps(row | dict(src_video=source, tgt_video=target))
@@ -463,8 +464,8 @@ def check(dataset: TripletDataset, count: int, workers: int, frames: int) -> Non
 
 CAPTION_PROMPT = (
     "These are frames of one video in order of time. Describe it in one paragraph for someone who "
-    "cannot\nsee it: who and what is there, with looks, number and place; what each does and how "
-    "that changes; surroundings, light,\ncolors, visual style, camera. Tell only what can be seen, "
+    "cannot see it: who and what is there, with looks, number and place; what each does and how "
+    "that changes; surroundings, light, colors, visual style, camera. Tell only what can be seen, "
     "do not mention frames, and add nothing to the description."
 )
 CAPTION_FRAMES = 8  # of a clip that the captioner sees
