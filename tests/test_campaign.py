@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import pytest
 from helpers import make_clip, tiny_model
+from PIL import Image
 from test_video import encode
 
 import rvedit
@@ -33,6 +34,9 @@ def originals(folder):
     yield encode(folder / "g.mov", images, codec="mjpeg", pix_fmt="yuvj420p", audio="pcm_s16le")
     yield encode(folder / "h.gif", images, codec="gif", pix_fmt="rgb8", rate=Fraction(10))
     yield encode(folder / "i.flv", images, codec="flv1", audio="aac")
+    for name in ("j.png", "k.jpg", "l.webp"):
+        Image.fromarray(images[0]).save(folder / name)
+        yield folder / name
 
 
 def mutate(data, rng):
