@@ -174,6 +174,10 @@ def edit_parser() -> Parser:
         description="Edit a video or a photo by an instruction. Without --checkpoint this is the "
         "built-in toy, which knows only moving shapes at 128x128; try --video assets/shapes.mp4 "
         '--prompt "remove the red circle".',
+        epilog="Words of the built-in toy: circle, ring, square, diamond, triangle, cross, heart, "
+        "star; red, orange, yellow, green, cyan, blue, purple, pink; small, medium, large; "
+        "remove, make, turn, replace, resize, add; at the top left, in the center, ...; moving "
+        "left, standing still, ...; a black and white film, an old sepia film, a mosaic, ...",
         allow_abbrev=False,
     )
     clip = parser.add_argument_group("the edit")

@@ -547,12 +547,12 @@ def check_routing_depth(depth: int, config: RVEDiTConfig) -> None:
 
 
 @torch.no_grad()
-def note_foreign_clip(args: Namespace, model: RVEDiT, vae: WanVAE, frame: Tensor) -> None:
+def note_foreign_clip(checkpoint: Path | None, model: RVEDiT, vae: WanVAE, frame: Tensor) -> None:
     """Say on stderr if the built-in model is given a clip that is not of its own world.
 
-    frame: the first of the clip, uint8 (H, W, 3).
+    checkpoint: where the model came from. frame: the first of the clip, uint8 (H, W, 3).
     """
-    if args.checkpoint is not None and args.checkpoint.resolve() != rvedit.TOY.resolve():
+    if checkpoint is not None and checkpoint.resolve() != rvedit.TOY.resolve():
         return
     if RANK > 0:
         return
@@ -621,12 +621,14 @@ def edit(args: Namespace) -> None:
     # All that can be wrong with files is found before the model is loaded.
     compare = check_outputs(args)
     with stage("read", times, args.device):
-        clip = video.read_video(args.video)
+        clip = video.open_video(args.video)
         video.prepare_edit(clip, args.out)
-    shape = tuple(clip.frames.shape[:3])
+        if args.compare:
+            video.check_size(compare, clip.height, 2 * clip.width)
+    shape = (len(clip.timestamps), clip.height, clip.width)
     with stage("load", times, args.device):
         model, vae = load_model(args)
-    note_foreign_clip(args, model, vae, clip.frames[0])
+    note_foreign_clip(args.checkpoint, model, vae, next(frames_of(clip)))
     spread = share_out(args, model, vae, shape)
     unfinished = Unfinished(args)
 

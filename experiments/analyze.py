@@ -29,6 +29,7 @@ X_e, n heads, D width of a head, d width of the DiT, L blocks.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -414,6 +415,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
 
     model, vae = rvedit.load(args.checkpoint, device=DEVICE, dtype=DTYPE)
+    if args.data:
+        with contextlib.suppress(ValueError, OSError):  # said when the clip's turn comes
+            first_frame = clips[0]["source"][0]
+            sample.note_foreign_clip(args.checkpoint, model, vae, first_frame)
     results = {"model": analyze(model, vae, clips, args)}
     L = model.config.dit.num_blocks
     if args.base:

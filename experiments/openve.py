@@ -150,16 +150,17 @@ def describe_editor(settings: Namespace, model: RVEDiT) -> dict[str, str]:
     return editor
 
 
-def edit_clip(model: RVEDiT, vae: WanVAE, settings: Namespace, row: dict, out: Path) -> None:
-    """Edit the clip of one row as `sample.py` does with these options."""
-    clip = video.read_video(row["source"])
+def edit_clip(
+    model: RVEDiT, vae: WanVAE, settings: Namespace, clip: video.Video, prompt: str, out: Path
+) -> None:
+    """Edit a clip as `sample.py` does with these options."""
     video.prepare_edit(clip, out)
     blocks = sample.edit_frames(
         model,
         vae,
-        lambda: iter(clip.frames),
-        tuple(clip.frames.shape[:3]),
-        row["prompt"],
+        lambda: sample.frames_of(clip),
+        (len(clip.timestamps), clip.height, clip.width),
+        prompt,
         settings.steps,
         settings.shift,
         settings.seed,
@@ -199,7 +200,11 @@ def run(args: Namespace) -> None:
     failed = []
     for key in tqdm(missing, desc="editing", unit="clip", disable=None):
         try:
-            edit_clip(model, vae, settings, rows[key], edits[key])
+            clip = video.open_video(rows[key]["source"])
+            if key == missing[0]:
+                first_frame = next(sample.frames_of(clip))
+                sample.note_foreign_clip(settings.checkpoint, model, vae, first_frame)
+            edit_clip(model, vae, settings, clip, rows[key]["prompt"], edits[key])
         except (ValueError, OSError) as error:
             failed.append(error)
     if failed:
