@@ -69,11 +69,13 @@ def train_variant(
     run: Path, name: str, variant: list[str], seed: int, steps: int, options: list[str]
 ) -> Path:
     """Train a variant, or go on with it; return its folder."""
-    out = run / "ablate" / f"{re.sub(r'[^a-zL0-9.]+', '-', name).strip('-')}-{seed}"
+    folder = re.sub(r"[^a-zL0-9.]+", "-", name).strip("-")  # "w/o GRTC (L_s = L)" has a slash
+    out = run / "ablate" / f"{folder}-{seed}"
     if not (out / "scores.json").exists():
         recipe = ["--checkpoint", str(run / "start"), "--out", str(out)]
         if (out / "run.json").exists():
             recipe.append("--resume")
+        # Edits to look at are not worth their time here, so they never come.
         recipe += ["--steps", str(steps), "--seed", str(seed), "--validate-every", "1000000"]
         train.main([*recipe, *variant, *options])
     return out
@@ -103,9 +105,9 @@ def print_table(table: dict[str, list[dict[str, list[float]]]]) -> None:
         columns = torch.cat((overall, scores), dim=1)  # (seeds, 1 + categories, numbers of a Score)
         spread, mean = torch.std_mean(columns, dim=0, correction=0)
         cells = []
-        for (inside, _, _, edited), (inside_std, _, _, edited_std) in zip(
-            mean.tolist(), spread.tolist(), strict=True
-        ):
+        for means, deviations in zip(mean.tolist(), spread.tolist(), strict=True):
+            inside, _, _, edited = means
+            inside_std, _, _, edited_std = deviations
             share = f"{100 * edited:.0f} ± {100 * edited_std:.0f} %"
             cells.append(f"{share}, {inside:.1f} ± {inside_std:.1f} dB")
         print(f"| {name} | " + " | ".join(cells) + " |")

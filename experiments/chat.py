@@ -36,10 +36,11 @@ from tqdm import tqdm
 
 import cli
 
-PAUSES = (2, 4, 8, 16, 32, 0)  # seconds of waiting after each failed try
+# Seconds of waiting after each failed try. After the last one there is nothing to wait for.
+PAUSES = (2, 4, 8, 16, 32, 0)
 LONGEST_PAUSE = 60  # seconds, whatever a server's Retry-After says
 TIMEOUT = 300  # seconds of one try, from the first byte sent to the last byte read
-LONGEST_REPLY = 2**23  # bytes
+LONGEST_REPLY = 2**23  # bytes: far more than an answer, and less than would fill the memory
 LONGEST_SIDE, QUALITY = 512, 85  # of the frames that are sent, in pixels and of JPEG (App. D.3)
 # What servers say of an account that will not get an answer to any question.
 HOPELESS = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
@@ -79,12 +80,13 @@ class _Watchdog:
 
     def watch(self, connection: socket.socket) -> None:
         self.sockets.append(connection.dup())  # stays valid when TLS takes the first one over
-        if self.expired:
+        if self.expired:  # while this connection was being made
             self.close()
 
     def close(self) -> None:
         self.expired = True
         for connection in self.sockets:
+            # shutdown, unlike close, also ends a read that waits in another thread.
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
@@ -141,6 +143,7 @@ def _exchange(request: Request) -> tuple[int, HTTPMessage, bytes]:
 
     Raises OSError or HTTPException if there is no whole reply, or none within TIMEOUT.
     """
+    # Proxies of the environment stay in use: build_opener adds its other handlers by itself.
     opener = build_opener(_HTTPHandler, _HTTPSHandler, _NoRedirects)
     with _Watchdog(TIMEOUT) as request.watchdog:
         try:
@@ -151,10 +154,11 @@ def _exchange(request: Request) -> tuple[int, HTTPMessage, bytes]:
             with reply:
                 body = reply.read(LONGEST_REPLY + 1)
         except Exception:
+            # A connection that the watchdog has closed ends in an error of any kind.
             if request.watchdog.expired:
                 raise TimeoutError(f"no whole answer within {TIMEOUT} s") from None
             raise
-        if request.watchdog.expired:
+        if request.watchdog.expired:  # or it looks like the regular end of a reply
             raise TimeoutError(f"no whole answer within {TIMEOUT} s")
     if len(body) > LONGEST_REPLY:
         raise OSError(f"the reply is longer than {LONGEST_REPLY} bytes")
@@ -188,7 +192,7 @@ def _error(body: bytes) -> str:
     """What the server says about a failure, or "" if it says nothing in the usual form."""
     try:
         reply = _parse(body)
-        reply = reply[0] if isinstance(reply, list) else reply
+        reply = reply[0] if isinstance(reply, list) else reply  # some servers send a list
         return json.dumps(reply["error"], ensure_ascii=False)
     except (ValueError, LookupError, TypeError):
         return ""
@@ -257,6 +261,7 @@ def _hide(text: str, key: str) -> str:
     """The text without the key, however it is escaped. Words such as "EMPTY" are no secrets."""
     if len(key) < 6:
         return text
+    # A server may quote the key in JSON, in Python's way, or as part of an address.
     for form in {key, json.dumps(key)[1:-1], repr(key)[1:-1], quote(key, safe="")}:
         text = re.sub(re.escape(form), "[key]", text, flags=re.IGNORECASE)
     return text
@@ -309,6 +314,7 @@ def _ask_once(request: Request) -> Answer:
     except (OSError, HTTPException) as error:  # unreachable, too slow, too long or cut off
         raise _Again(str(error) or repr(error)) from error
     said = f"{status}: {_error(body) or body.decode('utf-8', 'replace')}"
+    # From here on by kind of status: whose fault it is decides whether asking again can help.
     if 300 <= status < 400:
         place = headers.get("Location", "nowhere")
         raise Refused(f"{status}: a redirect to {place} is refused, the key would go there")
@@ -320,7 +326,7 @@ def _ask_once(request: Request) -> Answer:
         raise ValueError(said)
     try:
         return _answer(body)
-    except ValueError as error:
+    except ValueError as error:  # status 200 and no answer: an overloaded server, perhaps
         raise _Again(str(error)) from None
 
 
@@ -417,7 +423,7 @@ def run(
             failed[key] = str(error)
             return
         line = (json.dumps({"key": key, **result}) + "\n").encode()
-        with writing:
+        with writing:  # one line at a time
             end = file.seek(0, os.SEEK_END)
             try:
                 written = file.write(line)
@@ -427,7 +433,7 @@ def run(
                 file.truncate(end)
                 raise cli.Stop(f"{path} cannot be written: no space is left")
 
-    todo = sorted(jobs.keys() - results(path).keys())
+    todo = sorted(jobs.keys() - results(path).keys())  # sorted, so that runs are alike
     # The pool's threads are daemons: Ctrl-C does not wait for their answers.
     with open(path, "ab", buffering=0) as file, ThreadPool(workers) as pool:
         file.truncate(path.read_bytes().rfind(b"\n") + 1)  # removes a line that a kill cut off

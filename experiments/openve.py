@@ -86,6 +86,7 @@ def locate(path: str, *folders: Path) -> Path:
 
     If there is no such file, returns where it was expected first.
     """
+    # Tables keep the paths of the machine on which they were made, so the last part counts as well.
     places = [folder / path for folder in folders]
     places += [folder / Path(path).name for folder in folders]
     for place in places:
@@ -99,6 +100,7 @@ def read_table(path: Path, bench: Path, categories: list[str]) -> dict[str, dict
 
     Returns them by the name of the source clip without its ending; `source` is added to each.
     """
+    # `triplets` checks that these three columns hold texts. The rows keep all their columns.
     rows: dict[str, dict] = {}
     for row in data.triplets(path, "edited_type", "original_video", "prompt"):
         name = Path(row["original_video"]).stem
@@ -182,7 +184,8 @@ def run(args: Namespace) -> None:
     rows = read_table(args.bench / "benchmark_videos.csv", args.bench, args.categories)
     model, vae = sample.load_model(settings)
 
-    # Clips of two editors in one folder would be judged as those of one.
+    # Clips of two editors in one folder would be judged as those of one, so an editor that is
+    # already described there must be this one.
     editor = describe_editor(settings, model)
     if read_editor(args.out) not in ({}, editor):
         raise ValueError(
@@ -191,6 +194,7 @@ def run(args: Namespace) -> None:
         )
     args.out.mkdir(parents=True, exist_ok=True)
     edits = {key: args.out / f"{key}_edited.mp4" for key in rows}
+    # Both are written before the first edit, so that a run that is stopped can be judged.
     cli.write_text(args.out / "editor.json", json.dumps(editor, indent=1))
     write_results(args.out / "results.csv", rows, edits)
 
@@ -206,7 +210,7 @@ def run(args: Namespace) -> None:
                 sample.note_foreign_clip(settings.checkpoint, model, vae, first_frame)
             edit_clip(model, vae, settings, clip, rows[key]["prompt"], edits[key])
         except (ValueError, OSError) as error:
-            failed.append(error)
+            failed.append(error)  # one clip that cannot be read does not cost the others
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(mine)} clips could not be edited, the first: {failed[0]}"
@@ -236,6 +240,7 @@ def read_rubrics(folder: Path) -> tuple[dict[str, str], str]:
 
 def ask_judge(rubric: str, source: Path, edit: Path, url: str, model: str, key: str) -> dict:
     """Show a judge both clips, in one turn; returns its scores, or None, and its last answer."""
+    # App. D.3: source first, each with a header, then the task.
     clips = {"Source video (before the edit):": source, "Edited video (after the edit):": edit}
     content = []
     for header, path in clips.items():
@@ -244,7 +249,7 @@ def ask_judge(rubric: str, source: Path, edit: Path, url: str, model: str, key: 
     content.append({"type": "text", "text": TASK})
     for _ in range(TRIES):
         answer = chat.ask(url, model, content, rubric, key)
-        scores = None if answer.is_cut_off else parse_scores(answer)
+        scores = None if answer.is_cut_off else parse_scores(answer)  # "8" may be half of "80"
         if scores:
             break
     return {"scores": scores, "answer": answer}
@@ -313,7 +318,7 @@ def judge_folder(
     former = chat.results(path)
     known = {key: row for key, row in former.items() if key in rows}
     again = {key for key, row in known.items() if outdated(row, seen[key])}
-    if args.again:
+    if args.again:  # dropped ones: App. D.3 gives them up, so this is only done if asked for
         again |= {key for key, row in known.items() if row.get("scores") is None}
     chat.forget(path, again)  # `chat.run` does what has no result
     failed = chat.run(path, {key: key for key in rows}, work, args.workers)
@@ -473,6 +478,7 @@ def make_table(rows: list[dict], layout: int) -> list[list[str]]:
         used, name, _ = key
         return used, name == "average", name  # the average comes behind its judges
 
+    # Table 1 compares editors, Tables 2 and 3 variants of one of them.
     title = "Method" if layout == 1 else "Variant"
     about = EDITOR if layout == 1 else {}
     lines = [["Rubrics", "Judge", title, *about, *LAYOUTS[layout], "Scored", "Dropped"]]
@@ -500,6 +506,7 @@ def read_scores(folder: Path) -> list[dict]:
     for path in sorted(folder.glob("scores_*.jsonl")):
         for key, row in chat.results(path).items():
             texts = [row.get(name) for name in ("category", "judge", "rubrics")]
+            # Checked in full: a line that was written by hand must not make wrong numbers.
             valid = all(isinstance(text, str) for text in texts) and texts[0] in NAMES
             scores = row.get("scores", "none at all")
             if scores is not None:

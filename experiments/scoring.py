@@ -53,6 +53,7 @@ def score(output: Tensor, clip: dict[str, Any], ceiling: Tensor) -> Score:
     error_to_source = (output - source).square()
     temporal = (output.diff(dim=0) - target.diff(dim=0)).square().mean().sqrt().item()
     outside = psnr(error[~mask])
+    # The VAE alone may miss 28 dB: an edit cannot be better than its ceiling.
     limit = min(28, psnr((ceiling - target)[~mask].square()) - 3)
     changed = not mask.any() or bool(error[mask].mean() <= error_to_source[mask].mean() / 4)
     kept = not outside < limit  # also if nothing is outside, where both are NaN

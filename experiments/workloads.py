@@ -315,7 +315,7 @@ def rank_step(
 
 @functools.cache
 def planned_bytes(config: RVEDiTConfig, preset: str, size: Size, dtype: torch.dtype) -> int:
-    """What plan.py foresees for `rank_step`."""
+    """The memory that `plan` foresees for `rank_step`."""
     options = training_options(preset, size, compile=False)
     return plan.plan(config, options, RANKS, dtype).total
 
@@ -331,7 +331,7 @@ class Job(NamedTuple):
     runs: Runs
     flops: int
     counted: float = 1.0  # the other's FLOPs in units of ours
-    plan: int | None = None  # bytes that plan.py foresees
+    plan: int | None = None  # bytes that `plan.plan` foresees
     expected: Tensor | None = None  # the result is compared with this one
     seconds: Callable[[], float] | None = None  # of the last run, if not those of the clock
     warm: bool = False  # it has run before

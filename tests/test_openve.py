@@ -42,40 +42,39 @@ def fails(capsys, *command):
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_our_rubrics_have_axes_bands_place_and_format(category):
     text = (ROOT / "experiments" / "rubrics" / f"{category}.txt").read_text("utf-8")
-    assert (
-        re.findall(rf"(?m)^({IC}|{CF}|{VQ}):", text) == [IC, CF, VQ] * 2
-    )  # the questions, then the format
-    assert (
-        re.findall(r"(?m)^ *([0-9]+-[0-9]+):", text)
-        == ["1-20", "21-40", "41-60", "61-80", "81-100"] * 3
-    )
+    axes = re.findall(rf"(?m)^({IC}|{CF}|{VQ}):", text)
+    assert axes == [IC, CF, VQ] * 2  # the questions, then the format
+    bands = re.findall(r"(?m)^ *([0-9]+-[0-9]+):", text)
+    assert bands == ["1-20", "21-40", "41-60", "61-80", "81-100"] * 3
     assert text.count("{edit_prompt}") == 1 and text.isascii()
     asked = text[text.index("Brief reasoning") :]
     assert asked.count("\n") == 4 and openve.parse_scores(text) is None
     assert openve.parse_scores(asked.replace("<whole number 1-100>", "55")) == [55, 55, 55]
 
 
-PAPER = """
-  • Local Change: IC rewards something.
-
-All rubrics share a common scoring-rules block. The token {edit_prompt} is replaced at runtime.
-
-# Shared block: <COMMON_RULES>
-Rules (apply to all):
+RULES = """Rules (apply to all):
 - Rule one; a low
   score is low.
 
 - Rule two.
-
-# Shared block: <RESPONSE_FORMAT>
-Instruction (verbatim):
+"""
+FORMAT = """Instruction (verbatim):
 ‘‘‘
 {edit_prompt}
 ‘‘‘
 
 Answer:
 Instruction Compliance: <integer 1-100>
+"""
+PAPER = f"""
+  • Local Change: IC rewards something.
 
+All rubrics share a common scoring-rules block. The token {{edit_prompt}} is replaced at runtime.
+
+# Shared block: <COMMON_RULES>
+{RULES}
+# Shared block: <RESPONSE_FORMAT>
+{FORMAT}
 Local Change.
 
 You grade replacements.
@@ -106,20 +105,7 @@ You grade styles.
 
 <COMMON_RULES>
 """
-SHARED = """Rules (apply to all):
-- Rule one; a low
-  score is low.
-
-- Rule two.
-
-Instruction (verbatim):
-‘‘‘
-{edit_prompt}
-‘‘‘
-
-Answer:
-Instruction Compliance: <integer 1-100>
-"""
+SHARED = f"{RULES}\n{FORMAT}"
 
 
 @pytest.mark.parametrize(
