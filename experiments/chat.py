@@ -153,9 +153,9 @@ def _exchange(request: Request) -> tuple[int, HTTPMessage, bytes]:
                 reply = error  # which is a reply, too
             with reply:
                 body = reply.read(LONGEST_REPLY + 1)
-        except Exception:
-            # A connection that the watchdog has closed ends in an error of any kind.
-            if request.watchdog.expired:
+        except Exception as error:
+            # Whichever of the two clocks rings first: the watchdog's, or the socket's own.
+            if request.watchdog.expired or isinstance(error, TimeoutError):
                 raise TimeoutError(f"no whole answer within {TIMEOUT} s") from None
             raise
         if request.watchdog.expired:  # or it looks like the regular end of a reply

@@ -335,6 +335,9 @@ def options(**changes):
         "muon": 0.0,
         "lr": 1e-3,
         "out": Path("/nowhere"),
+        "routing_depth": None,
+        "align_weight": None,
+        "temperature": None,
     }
     return SimpleNamespace(**defaults | changes)
 
