@@ -349,7 +349,9 @@ def plot(path: Path, results: dict[str, Any]) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(
-        description="Measure cross-attention by depth: Fig. 4 of the paper.", allow_abbrev=False
+        prog="python -m experiments.analyze",
+        description="Measure cross-attention by depth: Fig. 4 of the paper.",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     whole = cli.number(int, 1)

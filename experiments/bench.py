@@ -334,7 +334,9 @@ def bench(args: argparse.Namespace, command: str) -> None:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
-        description="Time each part of the system beside its FLOPs.", allow_abbrev=False
+        prog="python -m experiments.bench",
+        description="Time each part of the system beside its FLOPs.",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     default_device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -441,7 +441,7 @@ def check(dataset: TripletDataset, count: int, workers: int, frames: int) -> Non
         except (ValueError, OSError) as error:
             return f"bad: triplet {index + 1}: {one_line(error)}"
         T, H, W, _ = target.shape
-        return f"{T} frames of {W}x{H}"
+        return f"{T} {'frame' if T == 1 else 'frames'} of {W}x{H}"
 
     for index, problem in dataset.bad.items():
         print(f"bad: triplet {index + 1}: {problem}")
@@ -450,6 +450,7 @@ def check(dataset: TripletDataset, count: int, workers: int, frames: int) -> Non
     with ThreadPool(workers) as pool:
         results = pool.imap(decode, drawn)
         found = Counter(tqdm(results, total=len(drawn), disable=None))
+    print("   clips  what training would read")
     for line, times in found.most_common():
         print(f"{times:>8}  {line}")
     bad_clips = sum(line.startswith("bad") for line in found)
@@ -567,11 +568,17 @@ def encode(
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
-    parser = cli.Parser(description="Triplets to train on: draw them, check them, caption them.")
+    parser = cli.Parser(
+        prog="python -m experiments.datasets",
+        description="Triplets to train on: draw them, check them, caption them, encode them.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     natural = cli.number(int, 1)
 
-    sample = commands.add_parser("sample", help="draw triplets from the public data sets (§5)")
+    def command(name: str, text: str) -> cli.Parser:
+        return commands.add_parser(name, help=text, description=text)
+
+    sample = command("sample", "draw triplets from the public data sets (§5)")
     for option, dataset in zip(("--openve", "--reco", "--ditto"), SETS, strict=True):
         sample.add_argument(
             option,
@@ -594,12 +601,10 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         "--seed", type=cli.number(int, 0), default=0, help="another seed draws others (default 0)"
     )
 
-    look = commands.add_parser(
-        "check", help="decode some triplets and say what training would meet"
-    )
+    look = command("check", "decode some triplets and say what training would meet")
     look.add_argument("--clips", type=natural, default=200, help="how many to decode (default 200)")
 
-    ask = commands.add_parser("caption", help="have a model on a server describe every target clip")
+    ask = command("caption", "have a model on a server describe every target clip")
     ask.add_argument(
         "--url", required=True, help="an OpenAI-compatible server, as http://localhost:8000/v1"
     )
@@ -607,7 +612,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         "--model", default="Qwen/Qwen3-VL-8B-Instruct", help="default %(default)s, as in App. D.1"
     )
 
-    code = commands.add_parser("encode", help="write the VAE latents of every triplet, once")
+    code = command("encode", "write the VAE latents of every triplet, once")
     code.add_argument("--checkpoint", type=Path, help="the model that will be trained")
     code.add_argument("--wan", type=Path, help="or the folders that training will start from:")
     code.add_argument("--qwen", type=Path, help="Wan2.2-TI2V-5B and Qwen2.5-VL-3B-Instruct")

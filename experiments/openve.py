@@ -529,6 +529,8 @@ def table(args: Namespace) -> None:
         )
     rows: list[dict] = []
     for folder in args.results:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
         found = read_scores(folder)
         if not found:
             raise ValueError(
@@ -571,15 +573,16 @@ def shapes(args: Namespace) -> None:
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
+        prog="python -m experiments.openve",
         description="OpenVE-Bench: edits, judges and tables (§5 and App. D.3 of the paper).",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, text: str) -> cli.Parser:
-        return commands.add_parser(name, help=text, allow_abbrev=False)
+        return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
 
-    edit = command("run", "edit the clips of the benchmark; takes options of sample.py")
+    edit = command("run", "edit the clips of the benchmark; takes the options of sample.py too")
     ask = command("judge", "ask a model on a server to score edits")
     show = command("table", "print Table 1, 2 or 3 from folders of results with scores")
     extract = command("rubrics", "extract the judges' prompts from the text of the paper")

@@ -283,7 +283,9 @@ def make(args: argparse.Namespace) -> None:
 def make_parser() -> cli.Parser:
     whole = cli.number(int, 1)
     parser = cli.Parser(
-        description="Make the built-in model from nothing, and measure it.", allow_abbrev=False
+        prog="python -m experiments.toy",
+        description="Make the built-in model from nothing, and measure it.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--run", type=Path, default=Path("runs/toy"), help="folder of the run (default runs/toy)"

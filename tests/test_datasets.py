@@ -466,11 +466,12 @@ def test_check_reports_what_training_would_meet(tmp_path: Path, capsys):
         "8 triplets: 1 bad rows, 6 without a caption; 7 decoded, 57.1% of them bad"
     )
     assert output[0] == f"bad: triplet 8: {table}, line 8: its caption is not a text: 3"
-    found = sorted(" ".join(line.split()) for line in output[1:-1])
+    assert output[1].split() == "clips what training would read".split()
+    found = sorted(" ".join(line.split()) for line in output[2:-1])
     for line, expected in zip(
         found,
         [
-            "1 1 frames of 32x64",
+            "1 1 frame of 32x64",
             f"1 bad: triplet 3: {tmp_path}/none.mkv: no such file",
             f"1 bad: triplet 4: {tmp_path}/a.mkv: its 7 frames at 8 fps are not in step",
             f"1 bad: triplet 5: {tmp_path}/a.mkv: it is the same as its source",
@@ -483,6 +484,10 @@ def test_check_reports_what_training_would_meet(tmp_path: Path, capsys):
     options = ["--root", str(tmp_path), "--clips", "2", "--workers", "1"]
     datasets.main(["check", str(table), *options])
     assert "; 2 decoded" in capsys.readouterr().out
+    missing = tmp_path / "missing.csv"
+    with pytest.raises(SystemExit):
+        datasets.main(["check", str(missing)])
+    assert capsys.readouterr().err == f"error: {missing}: no such file or directory\n"
 
 
 # --- Captions -------------------------------------------------------------------------------------

@@ -360,6 +360,7 @@ def test_folders_that_make_no_table_are_named(tmp_path, capsys):
     write_scores(tmp_path / "b" / "x", *scores("", "p", local_add=[None]))
     write_scores(tmp_path / "empty")
     assert "same name" in fails(capsys, "table", tmp_path / "a" / "x", tmp_path / "b" / "x")
+    assert "nowhere: no such folder" in fails(capsys, "table", tmp_path / "nowhere")
     assert "empty: no scores" in fails(capsys, "table", tmp_path / "a" / "x", tmp_path / "empty")
 
 
