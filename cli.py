@@ -34,6 +34,13 @@ def fail(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
+def plain_reason(error: OSError) -> str:
+    """What went wrong with which file, without Python's "[Errno 2]" and quotes."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror.lower()}"
+
+
 def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a command's main: errors that a user can mend become one line and exit code 2."""
 
@@ -41,7 +48,9 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return main(*args, **kwargs)
-        except (ValueError, OSError, Stop) as error:
+        except OSError as error:
+            fail(plain_reason(error))
+        except (ValueError, Stop) as error:
             fail(error)
         except RecursionError:
             fail("the input is nested too deeply, such as JSON of thousands of brackets")
@@ -251,7 +260,7 @@ def edit_parser() -> Parser:
     run.add_argument(
         "--resume",
         action="store_true",
-        help="continue an edit that was stopped, from its last step",
+        help="continue an edit that was stopped; its steps are saved every 30 seconds",
     )
     run.add_argument(
         "--offload", action="store_true", help="keep only the network in use on the GPU"

@@ -404,6 +404,8 @@ def layout(path: str | Path) -> str:
     config = path / "config.json"
     if config.is_file() and weights.read_json(config).get("model_type") == "rvedit":
         return "rvedit"
+    if (path / "model" / "config.json").is_file():
+        raise ValueError(f"{path} is the folder of a training: its checkpoint is {path / 'model'}")
     names = sorted(entry.name for entry in path.iterdir())
     holds = ", ".join(names[:5]) or "nothing"
     raise ValueError(

@@ -129,7 +129,10 @@ class Unfinished:
                 edit = dict(file.metadata())
                 z = file.get_tensor("z").to(noise.device)
         except (OSError, SafetensorError):
-            raise ValueError(f"--resume: there is no unfinished edit at {self.path}") from None
+            raise ValueError(
+                f"--resume: there is no unfinished edit at {self.path}; leave --resume out. The "
+                f"steps of an edit are saved every {self.SAVE_SECONDS} seconds"
+            ) from None
         done = int(edit.pop("done"))
         different = [name for name in self.edit if self.edit[name] != edit.get(name)]
         if different:
@@ -672,7 +675,8 @@ def edit(args: Namespace) -> None:
             file=sys.stderr,
         )
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in times.items())
-    print(f"{args.out}: {num_frames} frames of {width}x{height} ({seconds})")
+    frames = "1 frame" if num_frames == 1 else f"{num_frames} frames"
+    print(f"{args.out}: {frames} of {width}x{height} ({seconds})")
 
 
 def main(argv: list[str] | None = None) -> None:

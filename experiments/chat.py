@@ -312,7 +312,8 @@ def _ask_once(request: Request) -> Answer:
     try:
         status, headers, body = _exchange(request)
     except (OSError, HTTPException) as error:  # unreachable, too slow, too long or cut off
-        raise _Again(str(error) or repr(error)) from error
+        reason = error.reason if isinstance(error, URLError) else error
+        raise _Again(str(reason) or repr(reason)) from error
     said = f"{status}: {_error(body) or body.decode('utf-8', 'replace')}"
     # From here on by kind of status: whose fault it is decides whether asking again can help.
     if 300 <= status < 400:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -505,6 +506,15 @@ def test_bad_options_are_named(options, message, checkpoint, tmp_path, capsys, m
     defaults |= dict(zip(options[::2], options[1::2], strict=True))
     assert message in expect_error(capsys, *(word for pair in defaults.items() for word in pair))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
+
+
+def test_the_folder_of_a_training_leads_to_its_checkpoint(checkpoint, tmp_path, capsys):
+    clip = encode(tmp_path / "in.mp4", images=images(2))
+    run_folder = tmp_path / "run"
+    shutil.copytree(checkpoint, run_folder / "model")
+    options = ["--video", clip, "--prompt", "add snow", "--checkpoint", run_folder]
+    error = expect_error(capsys, *options, "--out", tmp_path / "out.mp4")
+    assert f"the folder of a training: its checkpoint is {run_folder / 'model'}" in error
 
 
 def test_a_read_only_output_folder_is_named_before_any_work(
