@@ -23,15 +23,8 @@ from typing import Any
 
 import numpy as np
 
+import scenes
 from scenes import (
-    COLORS,
-    FORMS,
-    NOT_THERE,
-    PLACES,
-    PLAIN_TONES,
-    SIDES,
-    SIZES,
-    STYLES,
     Extent,
     Scene,
     Shape,
@@ -298,7 +291,7 @@ def references(shape: Shape, pool: Iterable[Shape], extent: Extent) -> list[tupl
             found.append((attributes, ""))
     for attributes in SIDED:
         twins = twins_of(shape, pool, *attributes)
-        for side in SIDES:
+        for side in scenes.SIDES:
             if twins and is_furthest(shape, twins, side, extent):
                 found.append((attributes, side))
     return found
@@ -338,7 +331,7 @@ def reshape_one(talk: Talk) -> Edit | None:
         return None
     shape, name = chosen
     attributes = ["form"]
-    new = replace(shape, form=talk.pick([form for form in FORMS if form != shape.form]))
+    new = replace(shape, form=talk.pick([form for form in scenes.FORMS if form != shape.form]))
     if talk.chance(0.4):
         attributes.append("color")
         new = replace(new, color=talk.pick(visible_colors(talk.scene.tone)))
@@ -353,7 +346,7 @@ def resize_one(talk: Talk) -> Edit | None:
     if chosen is None:
         return None
     shape, name = chosen
-    sizes = list(SIZES)
+    sizes = list(scenes.SIZES)
     size = talk.pick([size for size in sizes if size != shape.size])
     step = sizes.index(size) - sizes.index(shape.size)
     if abs(step) == 1 and talk.chance(0.7):
@@ -366,7 +359,7 @@ def resize_one(talk: Talk) -> Edit | None:
 def recolor_background(talk: Talk) -> Edit | None:
     """A background of one tone, in which every object can still be seen."""
     tones = []
-    for tone in PLAIN_TONES:
+    for tone in scenes.PLAIN_TONES:
         visible = visible_colors(tone)
         if all(shape.color in visible for shape in talk.scene.shapes):
             tones.append(tone)
@@ -396,7 +389,7 @@ def recolor_all(talk: Talk) -> Edit | None:
 def add_one(talk: Talk) -> Edit | None:
     """A new object; what is not said of it has its default."""
     says_place = talk.chance(0.7)
-    place = talk.pick(PLACES) if says_place else "in the center"
+    place = talk.pick(scenes.PLACES) if says_place else "in the center"
     shape = new_shape(talk.rng, talk.scene, place, talk.extent)
     defaults = {
         "color": visible_colors(talk.scene.tone)[0],
@@ -420,20 +413,20 @@ def add_one(talk: Talk) -> Edit | None:
 
 
 def restyle(talk: Talk) -> Edit | None:
-    style = talk.pick(STYLES)
+    style = talk.pick(scenes.STYLES)
     return replace(talk.scene, style=style), talk.command(f"{style} style")
 
 
 def ask_for_absent(talk: Talk) -> Edit | None:
     """An edit of an object whose colour and form no object has together: nothing changes."""
     there = [(shape.color, shape.form) for shape in talk.scene.shapes]
-    absent = [pair for pair in itertools.product(COLORS, FORMS) if pair not in there]
+    absent = [pair for pair in itertools.product(scenes.COLORS, scenes.FORMS) if pair not in there]
     color, form = talk.pick(absent)
     name = noun(talk, Shape(form, color, "medium", "still", 0.5, 0.5), ["color", "form"])
     action = talk.pick(["remove", "color", "bigger", "smaller"])
     slots = {"it": f"the {name}"}
     if action == "color":
-        new_color = talk.pick([other for other in COLORS if other != color])
+        new_color = talk.pick([other for other in scenes.COLORS if other != color])
         slots["color"] = talk.say(new_color)
     return talk.scene, talk.say(action, **slots)
 
@@ -444,7 +437,7 @@ EDITS = {
     "Local Remove": (remove_one, remove_one, remove_one, remove_all),
     "Local Add": (add_one,),
     "Global Style": (restyle,),
-    NOT_THERE: (ask_for_absent,),
+    scenes.NOT_THERE: (ask_for_absent,),
 }  # fmt: skip
 OF_GROUPS = (remove_all, recolor_all)  # what they mean after another edit would not be clear
 

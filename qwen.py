@@ -448,17 +448,3 @@ def add_lora(qwen: Qwen2_5_VL, rank: int, alpha: float) -> None:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             base = getattr(attention, name)
             setattr(attention, name, LoRALinear(base, rank, alpha / rank))
-
-
-@torch.no_grad()
-def merge_lora(qwen: Qwen2_5_VL) -> None:
-    """Fold each LoRA into its weight, in place: same outputs, and the hub's state dict again."""
-    for layer in qwen.model.layers:
-        for name, lora in list(layer.self_attn.named_children()):
-            if not isinstance(lora, LoRALinear):
-                continue
-            has_bias = lora.bias is not None
-            plain = nn.Linear(lora.in_features, lora.out_features, bias=has_bias, device="meta")
-            plain.weight, plain.bias = lora.weight, lora.bias
-            plain.weight += lora.scale * (lora.lora_B.float() @ lora.lora_A.float())
-            setattr(layer.self_attn, name, plain)

@@ -12,7 +12,7 @@ import data
 import rvedit
 from mllm import Condition
 from model import DiTConfig
-from qwen import QwenConfig, VisionConfig
+from qwen import LoRALinear, QwenConfig, VisionConfig
 from vae import VAEConfig, WanVAE
 
 SPECIAL_TOKENS = [
@@ -206,3 +206,19 @@ def make_batch(model, vae, size=64):
         ref_inputs=model.encoder.prepare(list(target), ["a hill in the snow", "a hill"]),
         broken=0,
     )
+
+
+@torch.no_grad()
+def merge_lora(qwen):
+    """Fold each LoRA of a Qwen2_5_VL into its weight, in place, as Kiwi-Edit's release has it.
+
+    The outputs stay the same, and the state dict is the hub's again.
+    """
+    for layer in qwen.model.layers:
+        for name, lora in list(layer.self_attn.named_children()):
+            if isinstance(lora, LoRALinear):
+                has_bias = lora.bias is not None
+                plain = torch.nn.Linear(lora.in_features, lora.out_features, bias=has_bias)
+                plain.weight, plain.bias = lora.weight, lora.bias
+                plain.weight += lora.scale * (lora.lora_B.float() @ lora.lora_A.float())
+                setattr(layer.self_attn, name, plain)

@@ -12,14 +12,14 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
+from helpers import merge_lora, relative_error
 from peft import LoraConfig, get_peft_model
 from tiny_qwen import HUB_CONFIG, qwen_tokenizer, tiny_hub_config
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 import convert
-from qwen import Qwen2_5_VL, QwenConfig, add_lora, merge_lora
+from qwen import Qwen2_5_VL, QwenConfig, add_lora
 
 MANIFEST = Path(__file__).parent / "manifests" / "qwen2.5_vl_3b_hub.json"
 NUM_QUERIES = 5
@@ -206,7 +206,7 @@ def test_positions_step_by_two_for_each_pair_of_frames(config: QwenConfig) -> No
 
 @torch.no_grad()
 def test_lora_matches_peft(pair: tuple, config: QwenConfig) -> None:
-    """LoRA starts without effect, computes what PEFT does, and merges into the hub's state dict."""
+    """LoRA starts without effect, computes what PEFT does, and can be merged as PEFT does."""
     qwen, reference = pair
     inputs = make_inputs([[2, 8, 12]], config)
     keys, base = set(qwen.state_dict()), qwen(**inputs)

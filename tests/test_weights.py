@@ -20,13 +20,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_clip, randomise, relative_error, tiny_config, tiny_model
+from helpers import make_clip, merge_lora, randomise, relative_error, tiny_config, tiny_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import rvedit
 import weights
-from qwen import merge_lora
 
 MANIFESTS = Path(__file__).parent / "manifests"
 STEM = "diffusion_pytorch_model"

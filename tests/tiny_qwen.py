@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import helpers
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Tokenizer
 
@@ -45,15 +46,7 @@ HUB_CONFIG = {
     "vocab_size": 151936,
 }
 
-SPECIAL_TOKENS = [
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIAL_TOKENS = helpers.SPECIAL_TOKENS[1:]  # transformers adds <|endoftext|> by itself
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
