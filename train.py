@@ -125,11 +125,12 @@ def training_step(
     batch: (v, ℓ, v*, ℓ*), t and ε of line 3, on the model's device. depth: the ℓ_idx of line 16,
     from 1 to L. Returns L (a scalar), and without gradients L_fm of each sample (B,) and L_align.
     """
-    # z_t lies on the straight line from the target's latents (t = 0) to the noise (t = 1).
+    # The VAE is frozen: its latents are data. With --latents they were encoded before.
     with torch.no_grad():
         source_latents = data.latents_of(vae, batch.source)  # VAE(v), (B, C, T', H', W')
         target_latents = data.latents_of(vae, batch.target)  # VAE(v*)
-    t = batch.t.view(-1, 1, 1, 1, 1)
+    # z_t lies on the straight line from the target's latents (t = 0) to the noise (t = 1).
+    t = batch.t.view(-1, 1, 1, 1, 1)  # beside (B, C, T', H', W')
     z_t = (1 - t) * target_latents + t * batch.noise
 
     # Lines 5 and 7, editing branch: one pass of the MLLM gives X_v, X_ℓ and X_e of (v, ℓ).
@@ -138,24 +139,29 @@ def training_step(
     # Line 9, Eq. 3: C^(l) is X_e up to block L_s, then [X_e; X_v; X_ℓ].
     edit_contexts = model.contexts(edit_condition)
 
-    # Line 11: the velocity û, and the cross-attention features A^(l) at the drawn depth.
+    # Line 11: the velocity û, and the cross-attention features A^(l) at the drawn depth. The DiT
+    # sees the source beside z_t, so that it can keep what the edit does not touch.
     velocity, edit_features = model.dit(z_t, batch.t, edit_contexts, source_latents, capture=depth)
 
     # Line 14: L_fm of each sample, so that it can be logged by t.
     flow = torch.vmap(losses.flow_matching_loss)(velocity, batch.noise, target_latents)  # (B,)
+
+    # The paper's "w/o RAAA": without alignment the reference branch has nothing to do.
     if model.config.align_weight == 0:
         return flow.mean(), flow.detach(), torch.zeros_like(flow[0])
 
-    # Lines 5-9 and 12, reference branch: the same weights read (v*, ℓ*), without gradients.
+    # Lines 5-9 and 12, reference branch: the same weights read (v*, ℓ*), without gradients. It is
+    # shown the finished edit, in clip and words, so its attention is where a good edit's should be.
     with torch.no_grad():
         ref_condition = model.encoder.encode(batch.ref_inputs)
         ref_contexts = model.contexts(ref_condition)
         ref_features = model.dit.features(z_t, batch.t, ref_contexts, target_latents, depth)
 
-    # Lines 17-18, Eq. 4-5: normalise both features, symmetric InfoNCE between them.
+    # Lines 17-18, Eq. 4-5: normalise both features, symmetric InfoNCE between them. A position of
+    # one branch has to find itself among all positions of the other.
     align = losses.alignment_loss(edit_features, ref_features, model.config.temperature)
 
-    # Line 19, Eq. 6.
+    # Line 19, Eq. 6. What λ means depends on L_fm being a mean: see the README's table.
     total = flow.mean() + model.config.align_weight * align
     return total, flow.detach(), align.detach()
 
@@ -186,6 +192,8 @@ def compute_gradients(
         total, flow, align = training_step(run.model, run.vae, batch, depth)
         (total / args.accumulate).backward()
 
+        # What is logged: means over all passes and ranks, and the flow loss by t, because a loss at
+        # one t says little about one at another.
         share = args.accumulate * run.ranks
         flow_mean += flow.mean() / share
         align_mean += align / share
@@ -195,7 +203,7 @@ def compute_gradients(
         flow_by_t += flow.double() @ one_hot
         count_by_t += one_hot.sum(0)
 
-    # One collective for all sums.
+    # One collective for all sums: on many GPUs each has a price, whatever its size.
     sums = torch.cat((torch.stack((flow_mean, align_mean, num_broken)), flow_by_t, count_by_t))
     dist.all_reduce(sums)
     flow_mean, align_mean, num_broken = sums[:3].tolist()
@@ -224,7 +232,7 @@ def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """The rate of a step, counted from 0. The paper's is constant."""
-    lr = args.lr
+    lr = args.lr  # the paper's recipe ends here: no warm-up, no decay
     # 1) It rises linearly in the first steps.
     warmup_steps = max(1.0, args.warmup * args.steps)
     lr *= min(1.0, (step + 1) / warmup_steps)
@@ -274,7 +282,7 @@ def train(
             run.step += 1
             run.samples += samples_per_step
 
-            # Log the step.
+            # Log the step. The speed includes waiting for data and for other ranks.
             speed = samples_per_step / (time.perf_counter() - start)
             report |= dict(grad_norm=grad_norm, lr=lr, skipped=not finite)
             report |= dict(
@@ -310,7 +318,7 @@ def train(
                     "or allow more by --max-bad"
                 )
 
-            # Edit some clips, for a person to look at.
+            # Edit some clips, for a person to look at: losses do not show what edits look like.
             if run.step % args.validate_every == 0:
                 run.validate(validation)
 
