@@ -588,6 +588,7 @@ def count_tokens(tokenizer: Tokenizer, text: str, verbatim: bool = True) -> int:
 def max_text_tokens(config: RVEDiTConfig, tokenizer: Tokenizer, max_pixels: int) -> int:
     """How many tokens of text the MLLM's context holds beside any clip or still, and the queries.
 
+    Below 1 for a size that leaves no room.
     max_pixels: of a still, which the MLLM reads at its full size.
     """
     vision = config.qwen.vision
@@ -671,6 +672,11 @@ class Batches(Dataset):
             raise ValueError("--latents works with --data and a --batch of 1")
         max_pixels = max(height * width for _, height, width in sizes)
         self.max_text_tokens = max_text_tokens(config, encoder.tokenizer, max_pixels)
+        if self.max_text_tokens < 1:
+            raise ValueError(
+                f"--size: a still of {max_pixels} pixels leaves no room for text in the MLLM's "
+                f"context of {config.qwen.max_position_embeddings} tokens; take a smaller --size"
+            )
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         step, micro = key

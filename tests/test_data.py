@@ -711,6 +711,12 @@ def test_the_room_for_text_is_what_the_encoder_takes(model, shape):
         encoder.prepare([clip], ["x" * (room + 16)])
 
 
+def test_a_size_that_leaves_no_room_for_text_is_refused_at_once(model, tmp_path: Path):
+    triplets = TripletDataset(write_table(tmp_path, (9, 64, 64)))
+    with pytest.raises(ValueError, match="^--size: .* no room for text .* take a smaller --size$"):
+        batches(model, triplets, tmp_path, sizes=[(9, 1600, 1600)])
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 
