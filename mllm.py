@@ -70,10 +70,12 @@ def pillow_weights(length: int, new_length: int) -> tuple[Tensor, Tensor]:
     """
     scale = length / new_length
     stretch = max(scale, 1.0)  # the filter is 4 new pixels wide when shrinking, else 4 old ones
-    center = (torch.arange(new_length, dtype=torch.float64)[:, None] + 0.5) * scale
+    new_pixels = torch.arange(new_length, dtype=torch.float64)[:, None]  # (new_length, 1)
+    center = (new_pixels + 0.5) * scale  # in old pixels
     first = (center - 2 * stretch + 0.5).trunc().clamp(min=0)
     end = (center + 2 * stretch + 0.5).trunc().clamp(max=length)
-    index = first + torch.arange(2 * math.ceil(2 * stretch) + 1)  # (new_length, taps)
+    taps = 2 * math.ceil(2 * stretch) + 1
+    index = first + torch.arange(taps)  # (new_length, taps)
 
     distance = ((index - center + 0.5) * (1 / stretch)).abs()
     near = (1.5 * distance - 2.5) * distance * distance + 1
@@ -82,7 +84,8 @@ def pillow_weights(length: int, new_length: int) -> tuple[Tensor, Tensor]:
     beyond_center = torch.where(distance < 2, far, 0.0)
     weights = torch.where(distance < 1, near, beyond_center)
     weights = weights * (index < end)  # nothing is outside of the frame
-    weights = weights / weights.sum(dim=1, keepdim=True) * 2**22
+    total = weights.sum(dim=1, keepdim=True)
+    weights = weights / total * 2**22
     weights = (weights + 0.5 * weights.sign()).trunc().int()  # halves are rounded away from zero
     return index.clamp(max=length - 1).long(), weights
 

@@ -69,7 +69,8 @@ def rope_table(
         shape = [1, 1, 1, size // 2]
         shape[axis] = grid[axis]
         angles.append(angle.view(shape).expand(*grid, size // 2))
-    angles = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)  # (S, 1, D/2)
+    angles = torch.cat(angles, dim=-1)  # (t, h, w, D/2)
+    angles = angles.flatten(0, 2).unsqueeze(1)  # (S, 1, D/2)
     cos = angles.cos().float()
     sin = angles.sin().float()
     cos = torch.stack((cos, cos), dim=-1).flatten(-2)  # (S, 1, D)
@@ -82,7 +83,8 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rope
     # With the channels of each pair exchanged by a copy, all products are of whole rows. On a CPU
     # that is twice as fast as products of every second channel.
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, S, n, D/2) each
+    pairs = x.unflatten(-1, (-1, 2))  # (B, S, n, D/2, 2)
+    first, second = pairs.unbind(-1)  # (B, S, n, D/2) each
     exchanged = torch.stack((second, first), dim=-1).flatten(-2)  # (B, S, n, D)
     # x * cos + exchanged * sin; the float32 tables make the products float32.
     return torch.addcmul(x * cos, exchanged, sin).to(x.dtype)
@@ -215,7 +217,8 @@ class Block(nn.Module):
         y = modulate(x, attn_shift, attn_scale, self.eps).to(dtype)
         x = torch.addcmul(x, self.self_attn(y, y, rope=rope), attn_gate)  # x + attention * gate
 
-        features = self.cross_attn(self.norm3(x).to(dtype), tokens.to(dtype), mask)  # A^(l), Eq. 4
+        y = self.norm3(x).to(dtype)
+        features = self.cross_attn(y, tokens.to(dtype), mask)  # A^(l), Eq. 4
         x = x + features
 
         y = modulate(x, ffn_shift, ffn_scale, self.eps).to(dtype)

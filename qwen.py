@@ -236,7 +236,8 @@ class VisionTower(nn.Module):
         # Half of the rotary frequencies turn with the row, half with the column.
         head_dim = config.hidden_size // config.num_heads
         frequencies = rotary_frequencies(head_dim // 2, 10_000.0, x.device)  # (D/4,)
-        angles = (positions[..., None] * frequencies).flatten(1).unsqueeze(1)  # (P, 1, D/2)
+        angles = positions[..., None] * frequencies  # (P, 2, D/4)
+        angles = angles.flatten(1).unsqueeze(1)  # (P, 1, D/2)
         cos, sin = angles.cos(), angles.sin()
 
         # Patches stay in window order, and return to frame order for the few blocks of full
@@ -376,8 +377,8 @@ class Qwen2_5_VL(nn.Module):
         step = torch.tensor([vision.tokens_per_second, 1, 1])
         clips = []
         for t, h, w in sizes.tolist():
-            cells = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w))
-            clips.append(cells * step)
+            axes = (torch.arange(t), torch.arange(h), torch.arange(w))
+            clips.append(torch.cartesian_prod(*axes) * step)  # (t * h * w, 3)
         in_clip = torch.cat(clips).to(device)  # (M, 3), counted from the clip's first token
         last_cell = (sizes - 1) * step  # (B, 3)
         extent = last_cell.amax(1, keepdim=True).to(device) + 1  # (B, 1)
@@ -390,7 +391,8 @@ class Qwen2_5_VL(nn.Module):
 
         is_visual, is_real = is_visual[..., None], is_real[..., None]  # (B, N, 1)
         cell = in_clip.new_zeros(*input_ids.shape, 3).masked_scatter(is_visual, in_clip)
-        positions = torch.where(is_visual, num_text[..., None] + cell, text[..., None])  # (B, N, 3)
+        at_clip = num_text[..., None] + cell  # (B, N, 3), right at visual tokens
+        positions = torch.where(is_visual, at_clip, text[..., None])  # (B, N, 3)
         return (positions * is_real).movedim(-1, 0)
 
     def decode(self, x: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:

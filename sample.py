@@ -228,7 +228,7 @@ Frames = Callable[[], Iterator[Tensor]]
 
 
 def window_frames(window: slice, num_frames: int, factor: int, limit: int) -> list[int]:
-    """The frames, `limit` at most, that the MLLM sees of a window of latent frames."""
+    """Which frames, `limit` at most, the MLLM sees of a window of latent frames."""
     # Latent frame 0 is frame 0. Latent frame k > 0 is frames factor·(k - 1) + 1 to factor·k.
     first = max(0, factor * (window.start - 1) + 1)
     last = factor * (window.stop - 1)
@@ -338,7 +338,8 @@ def restore_source(
             now = torch.lerp(before, after, (i + 1) / len(source_block))  # (1, h, w)
             weight = F.interpolate(now.unsqueeze(0), frame.shape[:2], mode="bilinear")
             weight = weight[0].movedim(0, -1)  # (H, W, 1)
-            frame.copy_(torch.lerp(source_block[i].float(), frame.float(), weight).round())
+            blended = torch.lerp(source_block[i].float(), frame.float(), weight)
+            frame.copy_(blended.round())
         yield edited_block
         before = after
 

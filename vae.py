@@ -73,12 +73,14 @@ def split_time(x: Tensor, size: int) -> Iterator[Tensor]:
 def patchify(x: Tensor, patch: int) -> Tensor:
     """(B, C, T, H, W) -> (B, C * patch², T, H / patch, W / patch), channels as (C, column, row)."""
     # pixel_unshuffle orders them as (C, row, column), so rows and columns change places around it.
-    return F.pixel_unshuffle(x.permute(0, 2, 1, 4, 3), patch).permute(0, 2, 1, 4, 3)
+    x = x.permute(0, 2, 1, 4, 3)  # (B, T, C, W, H)
+    return F.pixel_unshuffle(x, patch).permute(0, 2, 1, 4, 3)
 
 
 def unpatchify(x: Tensor, patch: int) -> Tensor:
     """The inverse of `patchify`."""
-    return F.pixel_shuffle(x.permute(0, 2, 1, 4, 3), patch).permute(0, 2, 1, 4, 3)
+    x = x.permute(0, 2, 1, 4, 3)  # (B, T, C * patch², W / patch, H / patch)
+    return F.pixel_shuffle(x, patch).permute(0, 2, 1, 4, 3)
 
 
 def average_down(x: Tensor, channels: int, factor_t: int, factor_s: int) -> Tensor:
@@ -223,7 +225,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         frames = self.norm(x.transpose(1, 2).flatten(0, 1))  # (B * T, C, H, W)
-        qkv = self.to_qkv(frames).flatten(2).transpose(1, 2).contiguous()  # (B * T, H * W, 3 * C)
+        qkv = self.to_qkv(frames).flatten(2)  # (B * T, 3 * C, H * W)
+        qkv = qkv.transpose(1, 2).contiguous()  # (B * T, H * W, 3 * C)
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)  # (B * T, 1, H * W, C)
         out = F.scaled_dot_product_attention(q, k, v)
         out = out.squeeze(1).transpose(1, 2).reshape(frames.shape)  # (B * T, C, H, W)
@@ -278,7 +281,8 @@ class Upsample(Streaming):
             if conv is not None:  # the first frame
                 cache[conv] = x.new_zeros(batch, channels, conv.history, height, width)
             frames = x.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
-        return self.resample(frames).unflatten(0, (batch, -1)).transpose(1, 2)
+        frames = self.resample(frames)
+        return frames.unflatten(0, (batch, -1)).transpose(1, 2)  # (B, C, T or T * 2, H * 2, W * 2)
 
 
 # --- Encoder and decoder --------------------------------------------------------------------------
@@ -346,7 +350,8 @@ class Encoder(Streaming):
         )
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        return run((self.conv1, *self.downsamples, *self.middle, *self.head), x, cache)
+        layers = (self.conv1, *self.downsamples, *self.middle, *self.head)
+        return run(layers, x, cache)
 
 
 class Decoder(Streaming):
@@ -374,7 +379,8 @@ class Decoder(Streaming):
         )
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        return run((self.conv1, *self.middle, *self.upsamples, *self.head), x, cache)
+        layers = (self.conv1, *self.middle, *self.upsamples, *self.head)
+        return run(layers, x, cache)
 
 
 # --- The VAE --------------------------------------------------------------------------------------
@@ -469,8 +475,10 @@ class WanVAE(nn.Module):
         cache: Cache = {}
         for z in split_time(latents, chunk):
             z = z.to(device).float() * std + mean
-            x = self.decoder(self.conv2(z.to(dtype)), cache)
-            yield unpatchify(x, self.config.patch_size).float().clamp(-1, 1)
+            z = self.conv2(z.to(dtype))
+            x = self.decoder(z, cache)  # (B, 3 * patch_size², T, H, W)
+            x = unpatchify(x, self.config.patch_size)  # (B, 3, T, H, W)
+            yield x.float().clamp(-1, 1)
 
     def latent_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents over real videos, (z_dim, 1, 1, 1) both."""
