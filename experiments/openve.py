@@ -465,6 +465,11 @@ def lacking(groups: dict[tuple[str, str, str], list[dict]]) -> dict[str, str]:
     return marks
 
 
+def two_digits(value: float) -> str:
+    """A cell of a table; a dash where there is no value."""
+    return "-" if np.isnan(value) else f"{value:.2f}"
+
+
 def make_table(rows: list[dict], layout: int) -> list[list[str]]:
     """Make the header and the lines of Table 1, 2 or 3 from scores with their `method`."""
     groups: dict[tuple[str, str, str], list] = {}
@@ -486,7 +491,7 @@ def make_table(rows: list[dict], layout: int) -> list[list[str]]:
         mean = means[used, name, method]
         values = by_column(mean)
         cells = [values[column] for column in LAYOUTS[layout]]
-        texts = ["-" if np.isnan(x) else f"{x:.2f}" for x in cells]
+        texts = [two_digits(x) for x in cells]
         counts = [f"{count:.0f}" for count in mean[17:19]]
         editor = [str(editors[method].get(key, "-")) for key in about.values()]
         lines.append([used, name, method + marks.get(method, ""), *editor, *texts, *counts])
@@ -563,8 +568,8 @@ def shapes(args: Namespace) -> None:
     # 2026: clips of other seeds than those of training.
     found = scoring.assess(model, vae, 2026, args.clips, frames, size, categories=NAMES)
     for _, clip, (inside, outside, temporal, edited) in found:
-        cells = [f"{inside:.2f}", f"{outside:.2f}", f"{temporal:.2f}", f"{edited:.0%}"]
-        lines.setdefault(clip, [clip]).extend(cells)
+        cells = [two_digits(x) for x in (inside, outside, temporal)]
+        lines.setdefault(clip, [clip]).extend([*cells, f"{edited:.0%}"])
     print_table([header, *lines.values()])
 
 

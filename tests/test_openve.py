@@ -950,7 +950,7 @@ def test_shapes_prints_the_scores_of_toy_evaluate(monkeypatch, capsys):
         "edited",
     ]
     assert found[1][:9] == "edit 20.00 30.46 5.50 25% 21.00 30.46 5.50 25%".split()
-    assert found[2][:5] == ["source unchanged", "8.00", "nan", "9.50", "0%"]
+    assert found[2][:5] == ["source unchanged", "8.00", "-", "9.50", "0%"]
     assert [len(line) for line in found] == [17] * 3
 
 
