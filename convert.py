@@ -45,7 +45,9 @@ WAN_TRANSFORMER: Rules = [  # from Diffusers' names; they leave the original nam
     (r"\.ffn\.net\.2\.", ".ffn.2."),
 ]
 
-WAN_VAE: Rules = [  # likewise, apart from the resampling layers, whose number is that of the blocks
+# From Diffusers' names too. The resampling layers are missing here, because their number in the
+# original names depends on how many residual blocks a stage has: see `wan_vae_key`.
+WAN_VAE: Rules = [
     (r"^quant_conv\.", "conv1."),
     (r"^post_quant_conv\.", "conv2."),
     (r"\.conv_in\.", ".conv1."),

@@ -50,7 +50,7 @@ MAX_CHARACTERS = 10_000  # of an instruction or a caption: a longer text is a mi
 MAX_NAME, MAX_PATH = 255, 4095  # bytes of a file's name and of a path, on Linux
 MIN_FRAMES = 5  # of a clip that is not a still: two frames of latents
 MAX_ASPECT = 200  # of a frame's sides: Qwen's preprocessing takes no more
-MAX_BROKEN = 20  # so many broken triplets, one after the other, end a run
+MAX_BROKEN = 20  # this many broken triplets, one after the other, end a run
 
 # --- Tables ---------------------------------------------------------------------------------------
 
@@ -545,17 +545,17 @@ class Batch(NamedTuple):
     """Algorithm 1, line 3: a minibatch (v, ℓ, v*, ℓ*) with t and ε."""
 
     source: Tensor  # v, uint8 (B, T, H, W, 3); or VAE(v), (B, C, T', H', W'): see `latents_of`
-    target: Tensor  # v*, likewise
+    target: Tensor  # v*, in the same form
     t: Tensor  # (B,)
     noise: Tensor  # ε, of the latents' shape, (B, C, T', H', W')
     edit_inputs: tuple[Any, ...]  # (v, ℓ) as the MLLM reads it
-    ref_inputs: tuple[Any, ...] | None  # (v*, ℓ*), likewise; None if λ = 0
+    ref_inputs: tuple[Any, ...] | None  # (v*, ℓ*) for it; None if λ = 0
     broken: int  # triplets that could not be read and were replaced
 
 
 def generator(*key: int | str) -> torch.Generator:
     """A random number generator on the CPU whose state is a function of the key alone."""
-    # Not hash(key): Python salts it anew in each process.
+    # Not hash(key): for strings, its value differs from process to process.
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 

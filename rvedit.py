@@ -107,11 +107,11 @@ class RVEDiTConfig:
     temperature: float = 0.07  # τ of Eq. 5
     # LoRA on q, k, v, o of the language tower (§5). Its alpha is the rank, so that its scale is 1.
     lora_rank: int = 64
-    # The MLLM sees at most so many frames of a clip, evenly spaced, each resized to these limits.
+    # The MLLM sees at most this many frames of a clip, evenly spaced, each resized to these limits.
     max_mllm_frames: int = 16
     min_mllm_pixels: int = 128 * 28**2
     max_mllm_pixels: int = 512**2
-    # The VAE and the DiT work on frames of at most so many pixels. The edit is resized back.
+    # The VAE and the DiT work on frames of at most this many pixels. The edit is resized back.
     max_pixels: int = 704 * 1280
     max_frames: int = 81  # in one pass of the DiT; a longer clip is edited in overlapping windows
     sampling_steps: int = 50  # of Euler's method, by default

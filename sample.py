@@ -223,7 +223,7 @@ def model_size(height: int, width: int, max_pixels: int, factor: int) -> tuple[i
 
 # --- The stages of an edit ------------------------------------------------------------------------
 
-# Each call reads the clip anew, and gives its frames one by one: uint8 (H, W, 3).
+# Each call reads the clip from its start, and gives its frames one by one: uint8 (H, W, 3).
 Frames = Callable[[], Iterator[Tensor]]
 
 

@@ -40,7 +40,7 @@ class VAEConfig:
     # Which stages halve time besides space? The last stage halves neither and has no entry.
     temporal_downsample: tuple[bool, ...]
     latents_mean: tuple[float, ...] = ()  # of each latent channel over real videos; empty: 0
-    latents_std: tuple[float, ...] = ()  # likewise; empty: 1
+    latents_std: tuple[float, ...] = ()  # their deviations; empty: 1
     patch_size: int = 2  # patch_size x patch_size pixels become channels before the first layer
 
     def __post_init__(self) -> None:

@@ -223,7 +223,7 @@ def plan(
     dtype: torch.dtype,
     tokenizer: Tokenizer | None = None,
 ) -> Plan:
-    """Plan a training run on so many ranks that computes in dtype; args are train.py's options."""
+    """Plan a training run on `ranks` GPUs that computes in dtype; args are train.py's options."""
     with torch.device("meta"):
         model = RVEDiT(config, tokenizer or stand_in_tokenizer(config))
         vae = WanVAE(config.vae).requires_grad_(False)

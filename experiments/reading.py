@@ -269,7 +269,7 @@ def word_tokens(tokenizer: Tokenizer, words: list[str]) -> Tensor:
 
 
 def read_lessons(model: rvedit.RVEDiT, steps: int, batch: int, state: Path) -> None:
-    """Train the MLLM of an editor for so many steps, from what the file `state` holds."""
+    """Train the MLLM of an editor for `steps`, from what the file `state` holds."""
     encoder = model.encoder
     qwen = encoder.qwen.to(DEVICE)
     encoder.queries.data = encoder.queries.data.to(DEVICE)

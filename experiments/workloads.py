@@ -386,7 +386,7 @@ def rank_job(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> Job:
 def edit_job(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> Job:
     """A whole edit; with --memory-limit by networks that rest on the CPU.
 
-    args.few_steps: sample in only so many steps, and compute from them what --steps would take.
+    args.few_steps: sample in this many steps only, and compute from them what --steps would take.
     """
     resting, device, name = args.device, None, "edit"
     if args.memory_limit:
