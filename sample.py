@@ -387,6 +387,7 @@ def edit_frames(
     times: dict[str, float] | None = None,
     spread: Spread | None = None,
     unfinished: Unfinished | None = None,
+    if_unchanged: Callable[[], None] | None = None,
 ) -> Iterator[Tensor]:
     """`edit_video` for a clip that is read when needed, and whose edit is yielded block by block.
 
@@ -394,6 +395,7 @@ def edit_frames(
     (n, H, W, 3) blocks, T frames in all. Memory grows with the latents, not with the frames.
     spread: how several processes share the work; each of them then yields the whole edit.
     unfinished: where the steps done are kept until the edit is written.
+    if_unchanged: called if the edit differs from its source nowhere.
     """
     times = {} if times is None else times
     offload = device is not None
@@ -436,8 +438,10 @@ def edit_frames(
 
     with stage("decode", times, device, vae.decoder, vae.conv2, offload=offload):
         edited = decode(vae, latents, shape)  # Alg. 2, line 8
+        mask = change_mask(latents, source).cpu()
+        if if_unchanged is not None and not mask.any():
+            if_unchanged()
         if keep_source:  # a third time that the clip is read
-            mask = change_mask(latents, source).cpu()
             edited = restore_source(edited, latent_blocks(frames(), length, factor), mask)
         yield from edited
 
@@ -576,6 +580,16 @@ def note_foreign_clip(checkpoint: Path | None, model: RVEDiT, vae: WanVAE, frame
         )
 
 
+def note_unchanged() -> None:
+    """Say on stderr that an edit did nothing: without it, a user would look for the change."""
+    if RANK == 0:
+        print(
+            "note: nothing was changed; say it in other words (for the built-in model, in those "
+            "that `sample.py -h` lists)",
+            file=sys.stderr,
+        )
+
+
 def check_outputs(args: Namespace) -> Path:
     """Where --compare goes. Raises ValueError or OSError for outputs that could not be written."""
     video.check_writable(args.out)
@@ -651,6 +665,7 @@ def edit(args: Namespace) -> None:
         times=times,
         spread=spread,
         unfinished=unfinished,
+        if_unchanged=note_unchanged,
     )
     try:
         if RANK > 0:

@@ -322,6 +322,10 @@ def train(
             if run.step % args.validate_every == 0:
                 run.validate(validation)
 
+    if num_broken and run.rank == 0:
+        broken = run.out / "broken.txt"
+        print(f"note: {num_broken} of {num_read} clips were broken and replaced: see {broken}")
+
     # Line 21: end while. Line 22, "return θ and φ": `launch` writes them to OUT/model.
 
 
@@ -561,6 +565,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.compile = torch.cuda.is_available()
     if args.preset != "toy" and not args.data and not args.plan:
         cli.fail(f"--preset {args.preset} needs --data FILE: triplets of videos and instructions")
+    begins = not (args.plan or args.resume or args.export)
+    if begins and args.preset != "toy" and args.checkpoint is None and args.wan is None:
+        cli.fail(
+            f"--preset {args.preset} needs weights to start from: --checkpoint DIR, or --wan DIR "
+            "and --qwen DIR; to train the small model instead, add --preset toy"
+        )
     return args
 
 
@@ -598,6 +608,9 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
         minibatches = load_in_workers(make_batches(triplets, run, args), run, args)
         train(run, minibatches, make_batches(validation, run, args), args, signals)
     run.export()
+    if run.rank == 0:
+        model = args.out / "model"
+        print(f"{model}: edit with `python sample.py --checkpoint {model} --video ...`", flush=True)
     if lock is not None:
         lock.close()
 

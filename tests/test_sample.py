@@ -20,6 +20,7 @@ import cli
 import rvedit
 import sample
 import scenes
+import video
 from mllm import EditEncoder
 from model import WanDiT
 from shapes import ShapesDataset
@@ -718,6 +719,27 @@ def test_the_built_in_model_says_that_real_footage_is_not_its_world(built_in, ca
         sample.note_foreign_clip(None, *built_in, foreign)
         error = capsys.readouterr().err
         assert "knows only moving shapes" in error and error.count("\n") == 1
+
+
+def test_an_edit_that_changes_nothing_is_said(built_in):
+    """The built-in model does not know "snow"; it knows how to remove a circle."""
+    source = video.read_video(ROOT / "assets" / "shapes.mp4").frames
+    said = []
+    for prompt in ("make it snow", "remove the red circle"):
+        blocks = sample.edit_frames(
+            *built_in,
+            lambda: iter(source),
+            tuple(source.shape[:3]),
+            prompt,
+            steps=2,
+            shift=5.0,
+            seed=0,
+            device=None,
+            keep_source=False,
+            if_unchanged=lambda prompt=prompt: said.append(prompt),
+        )
+        list(blocks)
+    assert said == ["make it snow"]
 
 
 def test_help_lists_the_words_of_the_built_in_model():

@@ -845,7 +845,9 @@ def test_two_runs_cannot_share_a_folder(start, tmp_path, capsys):
 def test_options_survive_run_json(tmp_path):
     """Sizes, flags that are off, paths and numbers: parsed again, they are what they were."""
     words = "--size 5 64 64 --size 9 32 64 --no-compile --freeze-lora --lr 1e-4 --data a.csv b.csv"
-    args = train.parse_arguments([*words.split(), "--root", "clips", "--steps", "7"])
+    args = train.parse_arguments(
+        [*words.split(), "--root", "clips", "--steps", "7", "--checkpoint", "weights"]
+    )
     options = saved_options(args)
     run = dict(options=options, samples_per_step=1, tables=None)
     (tmp_path / "run.json").write_text(json.dumps(run, default=str))
@@ -1067,7 +1069,7 @@ def test_mistakes_get_one_line_and_exit_code_2(start, alone, tmp_path, capsys):
         "needs --data": ["--preset", "wan2.2-ti2v-5b", "--wan", str(tmp_path)],
         "is of another model": options(other, tmp_path / "run", "--resume"),
         "holds no run": options(start, tmp_path / "empty", "--export"),
-        "leave out --resume": options(start, tmp_path / "empty", "--resume"),
+        "holds no run to resume": options(start, tmp_path / "empty", "--resume"),
         "is a symbolic link": options(start, tmp_path / "link"),
         "neither a checkpoint of ours": options(start, tmp_path / "foreign"),
         "does not exist": options(tmp_path / "nowhere", tmp_path / "empty"),
