@@ -314,9 +314,7 @@ def read_run(out: Path, presets: Iterable[str]) -> dict[str, Any]:
     """The run.json that `begin_log` writes. ValueError if OUT holds no run, or a damaged one."""
     file = out / "run.json"
     if not file.is_file():
-        raise ValueError(
-            f"{out} holds no run to resume or export: it has no run.json"
-        )
+        raise ValueError(f"{out} holds no run to resume or export: it has no run.json")
     run = weights.read_json(file)
     try:
         # Parsed again, so that a damaged value is found now and not in the middle of the run.

@@ -842,6 +842,15 @@ def test_two_runs_cannot_share_a_folder(start, tmp_path, capsys):
     train.main(arguments)
 
 
+def test_a_table_without_weights_is_refused(capsys):
+    """Its default is the full-size preset, which would otherwise train the small built-in model."""
+    with pytest.raises(SystemExit) as stop:
+        train.parse_arguments(["--data", "triplets.csv"])
+    assert stop.value.code == 2
+    assert "needs weights to start from: --checkpoint DIR" in capsys.readouterr().err
+    assert train.parse_arguments(["--data", "triplets.csv", "--preset", "toy"]).preset == "toy"
+
+
 def test_options_survive_run_json(tmp_path):
     """Sizes, flags that are off, paths and numbers: parsed again, they are what they were."""
     words = "--size 5 64 64 --size 9 32 64 --no-compile --freeze-lora --lr 1e-4 --data a.csv b.csv"
