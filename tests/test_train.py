@@ -731,6 +731,7 @@ def test_a_worker_does_not_outlive_an_error(start, tmp_path):
     assert done.stderr.count(b"Traceback") == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     start, tmp_path, monkeypatch, capsys
 ):
@@ -989,6 +990,7 @@ def test_data_without_one_good_clip_ends_the_run_in_one_line(start, tmp_path, ca
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_latents_that_were_encoded_before_train_alike(start, tmp_path):
     """`datasets encode` and --latents DIR give the same losses bit for bit."""
     file = write_triplets(tmp_path / "data", good=2, bad=0)

@@ -1522,7 +1522,7 @@ def test_an_opened_clip_gives_the_frames_of_a_read_one(
     whole = video.read_video(tmp_path / name, limit)
     opened = video.open_video(tmp_path / name, limit)
     assert opened.frames is None
-    assert dataclasses.replace(opened, frames=whole.frames) == whole
+    assert dataclasses.replace(whole, frames=None) == opened
     for length in (3, 4, 100):
         blocks = list(opened.blocks(length))
         assert torch.equal(torch.cat(blocks), whole.frames)
@@ -1578,6 +1578,7 @@ def test_an_opened_clip_with_a_damaged_frame_is_refused_at_once(tmp_path: Path) 
         ("monkey_832x480_16fps_81f.mp4", 16, False),
     ],
 )
+@pytest.mark.slow
 def test_real_clips(tmp_path: Path, name: str, rate: int, with_audio: bool) -> None:
     """Clips made by others keep their times, audio and picture."""
     if not (DATA / name).exists():
