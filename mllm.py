@@ -151,6 +151,13 @@ def cut_patches(frames: Tensor, config: VisionConfig) -> tuple[Tensor, tuple[int
     return x.reshape(t * h * w, -1), (t, h, w)
 
 
+def evenly_spaced(count: int, limit: int) -> Tensor:
+    """At most `limit` of the numbers 0 ... count - 1, from the first to the last, as int64."""
+    if count <= limit:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, limit).round().long()
+
+
 def preprocess_frames(
     frames: Tensor, config: VisionConfig, max_frames: int, min_pixels: int, max_pixels: int
 ) -> tuple[Tensor, tuple[int, int, int]]:
@@ -160,10 +167,7 @@ def preprocess_frames(
     each is resized to between `min_pixels` and `max_pixels`. Returns float32 patches, as
     `cut_patches` orders them.
     """
-    if len(frames) > max_frames:
-        chosen = torch.linspace(0, len(frames) - 1, max_frames).round().long()
-        frames = frames[chosen]
-    x = frames.permute(0, 3, 1, 2)  # (T, 3, H, W)
+    x = frames[evenly_spaced(len(frames), max_frames)].permute(0, 3, 1, 2)  # (T, 3, H, W)
 
     # Kiwi-Edit resizes twice: each frame, by Pillow, to multiples of two visual tokens, with a
     # small lower bound, and then all of them, by torchvision, to multiples of one.

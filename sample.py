@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import rvedit
 import video
+from mllm import evenly_spaced
 from model import Context
 from rvedit import RVEDiT, RVEDiTConfig
 from vae import WanVAE
@@ -232,11 +233,7 @@ def window_frames(window: slice, num_frames: int, factor: int, limit: int) -> li
     # Latent frame 0 is frame 0. Latent frame k > 0 is frames factor·(k - 1) + 1 to factor·k.
     first = max(0, factor * (window.start - 1) + 1)
     last = factor * (window.stop - 1)
-    count = last - first + 1
-    if count > limit:
-        chosen = first + torch.linspace(0, count - 1, limit).round().long()
-    else:
-        chosen = first + torch.arange(count)
+    chosen = first + evenly_spaced(last - first + 1, limit)
     # A clip is padded to 4k + 1 frames by repeating its last one.
     return chosen.clamp(max=num_frames - 1).tolist()
 
@@ -438,7 +435,8 @@ def edit_frames(
 
     with stage("decode", times, device, vae.decoder, vae.conv2, offload=offload):
         edited = decode(vae, latents, shape)  # Alg. 2, line 8
-        mask = change_mask(latents, source).cpu()
+        if keep_source or if_unchanged is not None:
+            mask = change_mask(latents, source).cpu()
         if if_unchanged is not None and not mask.any():
             if_unchanged()
         if keep_source:  # a third time that the clip is read
@@ -555,15 +553,19 @@ def check_routing_depth(depth: int, config: RVEDiTConfig) -> None:
 
 
 @torch.no_grad()
-def note_foreign_clip(checkpoint: Path | None, model: RVEDiT, vae: WanVAE, frame: Tensor) -> None:
+def note_foreign_clip(
+    checkpoint: Path | None, model: RVEDiT, vae: WanVAE, frames: Iterator[Tensor]
+) -> None:
     """Say on stderr if the built-in model is given a clip that is not of its own world.
 
-    checkpoint: where the model came from. frame: the first of the clip, uint8 (H, W, 3).
+    checkpoint: where the model came from. frames: of the clip, uint8 (H, W, 3). For other models
+    none is asked for, so that none is decoded.
     """
     if checkpoint is not None and checkpoint.resolve() != rvedit.TOY.resolve():
         return
     if RANK > 0:
         return
+    frame = next(frames)
     sides = frame.shape[:2]
     size = model_size(*sides, model.config.max_pixels, model.config.spatial_factor)
     resized = video.resize(frame.unsqueeze(0), *size)  # (1, h, w, 3)
@@ -646,7 +648,7 @@ def edit(args: Namespace) -> None:
     shape = (len(clip.timestamps), clip.height, clip.width)
     with stage("load", times, args.device):
         model, vae = load_model(args)
-    note_foreign_clip(args.checkpoint, model, vae, next(frames_of(clip)))
+    note_foreign_clip(args.checkpoint, model, vae, frames_of(clip))
     spread = share_out(args, model, vae, shape)
     unfinished = Unfinished(args)
 

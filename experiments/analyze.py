@@ -419,8 +419,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, vae = rvedit.load(args.checkpoint, device=DEVICE, dtype=DTYPE)
     if args.data:
         with contextlib.suppress(ValueError, OSError):  # said when the clip's turn comes
-            first_frame = clips[0]["source"][0]
-            sample.note_foreign_clip(args.checkpoint, model, vae, first_frame)
+            frames = (clip["source"][0] for clip in clips)  # read only if they are asked for
+            sample.note_foreign_clip(args.checkpoint, model, vae, frames)
     results = {"model": analyze(model, vae, clips, args)}
     L = model.config.dit.num_blocks
     if args.base:

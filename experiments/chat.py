@@ -35,6 +35,7 @@ import torch
 from tqdm import tqdm
 
 import cli
+from mllm import evenly_spaced
 
 # Seconds of waiting after each failed try. After the last one there is nothing to wait for.
 PAUSES = (2, 4, 8, 16, 32, 0)
@@ -286,10 +287,8 @@ def image_parts(frames: torch.Tensor, number: int) -> list[dict]:
     except ImportError as error:
         raise Refused(f"{error}, which turns frames into JPEG: pip install pillow") from None
 
-    number = min(number, len(frames))
-    index = torch.linspace(0, len(frames) - 1, number).round().long()
     parts = []
-    for frame in frames[index].numpy():
+    for frame in frames[evenly_spaced(len(frames), number)].numpy():
         image = Image.fromarray(frame)
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # shrinks only, and keeps the aspect
         file = io.BytesIO()

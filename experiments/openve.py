@@ -206,8 +206,8 @@ def run(args: Namespace) -> None:
         try:
             clip = video.open_video(rows[key]["source"])
             if key == missing[0]:
-                first_frame = next(sample.frames_of(clip))
-                sample.note_foreign_clip(settings.checkpoint, model, vae, first_frame)
+                frames = sample.frames_of(clip)
+                sample.note_foreign_clip(settings.checkpoint, model, vae, frames)
             edit_clip(model, vae, settings, clip, rows[key]["prompt"], edits[key])
         except (ValueError, OSError) as error:
             failed.append(error)  # one clip that cannot be read does not cost the others

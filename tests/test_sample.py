@@ -711,12 +711,12 @@ def test_a_global_style_is_hardly_changed_by_keep_source(built_in):
 def test_the_built_in_model_says_that_real_footage_is_not_its_world(built_in, capsys):
     own = ShapesDataset(1, 4, 5, 128, 128)
     for index in range(4):
-        sample.note_foreign_clip(None, *built_in, own[index]["source"][0])
+        sample.note_foreign_clip(None, *built_in, iter(own[index]["source"]))
     assert capsys.readouterr().err == ""
     noise = torch.randint(0, 256, (128, 128, 3), generator=torch.Generator().manual_seed(0))
     large = own[0]["source"][0].repeat(4, 4, 1)
     for foreign in (noise.to(torch.uint8), large):
-        sample.note_foreign_clip(None, *built_in, foreign)
+        sample.note_foreign_clip(None, *built_in, iter([foreign]))
         error = capsys.readouterr().err
         assert "knows only moving shapes" in error and error.count("\n") == 1
 
@@ -749,5 +749,5 @@ def test_help_lists_the_words_of_the_built_in_model():
 
 
 def test_other_checkpoints_say_nothing_about_footage(checkpoint, capsys):
-    sample.note_foreign_clip(checkpoint, *tiny_model(), make_clip(1, 300, 300)[0])
+    sample.note_foreign_clip(checkpoint, *tiny_model(), iter(make_clip(1, 300, 300)))
     assert capsys.readouterr().err == ""
