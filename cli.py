@@ -328,6 +328,12 @@ def train_parser(presets: Iterable[str], kind: type[Parser] = Parser) -> Parser:
         help="tables of triplets, .csv or .jsonl; default: moving shapes",
     )
     group.add_argument(
+        "--world",
+        choices=("all", "small"),
+        help="without --data: all moving shapes (default), or a few forms, colors and words, which "
+        "are learned in minutes",
+    )
+    group.add_argument(
         "--root", type=Path, help="folder of the tables' relative paths; default: the table's own"
     )
     group.add_argument(

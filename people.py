@@ -28,6 +28,7 @@ from scenes import (
     Extent,
     Scene,
     Shape,
+    World,
     exchange,
     is_furthest,
     new_shape,
@@ -318,7 +319,7 @@ def recolor_one(talk: Talk) -> Edit | None:
     if chosen is None:
         return None
     shape, name = chosen
-    colors = visible_colors(talk.scene.tone)
+    colors = visible_colors(talk.scene.tone, talk.scene.world)
     color = talk.pick([color for color in colors if color != shape.color])
     words = talk.command("color", it=f"the {name}", color=talk.say(color))
     return exchange(talk.scene, shape, replace(shape, color=color)), words
@@ -331,10 +332,11 @@ def reshape_one(talk: Talk) -> Edit | None:
         return None
     shape, name = chosen
     attributes = ["form"]
-    new = replace(shape, form=talk.pick([form for form in scenes.FORMS if form != shape.form]))
+    forms = [form for form in talk.scene.world.forms if form != shape.form]
+    new = replace(shape, form=talk.pick(forms))
     if talk.chance(0.4):
         attributes.append("color")
-        new = replace(new, color=talk.pick(visible_colors(talk.scene.tone)))
+        new = replace(new, color=talk.pick(visible_colors(talk.scene.tone, talk.scene.world)))
     thing = _with_article(noun(talk, new, attributes))
     words = talk.command("form", it=f"the {name}", new=thing)
     return exchange(talk.scene, shape, new), words
@@ -346,7 +348,7 @@ def resize_one(talk: Talk) -> Edit | None:
     if chosen is None:
         return None
     shape, name = chosen
-    sizes = list(scenes.SIZES)
+    sizes = talk.scene.world.sizes
     size = talk.pick([size for size in sizes if size != shape.size])
     step = sizes.index(size) - sizes.index(shape.size)
     if abs(step) == 1 and talk.chance(0.7):
@@ -360,7 +362,7 @@ def recolor_background(talk: Talk) -> Edit | None:
     """A background of one tone, in which every object can still be seen."""
     tones = []
     for tone in scenes.PLAIN_TONES:
-        visible = visible_colors(tone)
+        visible = visible_colors(tone, talk.scene.world)
         if all(shape.color in visible for shape in talk.scene.shapes):
             tones.append(tone)
     if not tones:
@@ -378,7 +380,7 @@ def remove_all(talk: Talk) -> Edit | None:
 
 def recolor_all(talk: Talk) -> Edit | None:
     members, name = talk.choose_group()
-    color = talk.pick(visible_colors(talk.scene.tone))
+    color = talk.pick(visible_colors(talk.scene.tone, talk.scene.world))
     shapes = []
     for shape in talk.scene.shapes:
         shapes.append(replace(shape, color=color) if shape in members else shape)
@@ -392,7 +394,7 @@ def add_one(talk: Talk) -> Edit | None:
     place = talk.pick(scenes.PLACES) if says_place else "in the center"
     shape = new_shape(talk.rng, talk.scene, place, talk.extent)
     defaults = {
-        "color": visible_colors(talk.scene.tone)[0],
+        "color": visible_colors(talk.scene.tone, talk.scene.world)[0],
         "size": "medium",
         "motion": "still",
     }
@@ -413,20 +415,21 @@ def add_one(talk: Talk) -> Edit | None:
 
 
 def restyle(talk: Talk) -> Edit | None:
-    style = talk.pick(scenes.STYLES)
+    style = talk.pick(talk.scene.world.styles)
     return replace(talk.scene, style=style), talk.command(f"{style} style")
 
 
 def ask_for_absent(talk: Talk) -> Edit | None:
     """An edit of an object whose colour and form no object has together: nothing changes."""
     there = [(shape.color, shape.form) for shape in talk.scene.shapes]
-    absent = [pair for pair in itertools.product(scenes.COLORS, scenes.FORMS) if pair not in there]
+    world = talk.scene.world
+    absent = [pair for pair in itertools.product(world.colors, world.forms) if pair not in there]
     color, form = talk.pick(absent)
     name = noun(talk, Shape(form, color, "medium", "still", 0.5, 0.5), ["color", "form"])
     action = talk.pick(["remove", "color", "bigger", "smaller"])
     slots = {"it": f"the {name}"}
     if action == "color":
-        new_color = talk.pick([other for other in scenes.COLORS if other != color])
+        new_color = talk.pick([other for other in world.colors if other != color])
         slots["color"] = talk.say(new_color)
     return talk.scene, talk.say(action, **slots)
 
@@ -481,10 +484,14 @@ def typed(rng: np.random.Generator, text: str, slips: bool = True) -> str:
 
 
 def throw(
-    rng: np.random.Generator, category: str, extent: Extent, held_out: bool = False
+    rng: np.random.Generator,
+    category: str,
+    extent: Extent,
+    world: World,
+    held_out: bool = False,
 ) -> tuple[Scene, Scene, str]:
     """A source, its edit and the request; this is "" if the edit cannot be said of that source."""
-    parts, source = sample_source(rng, category, extent)
+    parts, source = sample_source(rng, category, extent, world)
     talk = Talk(rng, source, extent, len(parts) == 1, held_out)
     sentences = []
     for part in parts:

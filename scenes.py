@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,6 +175,44 @@ PATTERNS = {
 Extent = tuple[int, int, int]  # of a clip: T, H, W
 
 
+class World(NamedTuple):
+    """What scenes and their edits are drawn from."""
+
+    forms: tuple[str, ...]
+    colors: tuple[str, ...]
+    sizes: tuple[str, ...]
+    motions: tuple[str, ...]
+    tones: tuple[str, ...]
+    patterns: tuple[str, ...]
+    styles: tuple[str, ...]
+    most: int  # objects in a scene
+
+
+WORLDS = {
+    "all": World(
+        forms=tuple(FORMS),
+        colors=tuple(COLORS),
+        sizes=tuple(SIZES),
+        motions=tuple(MOTIONS),
+        tones=tuple(BACKGROUNDS),
+        patterns=tuple(PATTERNS),
+        styles=tuple(STYLES),
+        most=4,
+    ),
+    # Learnt in minutes on a CPU: what differs, differs plainly.
+    "small": World(
+        forms=("circle", "cross", "heart"),
+        colors=("red", "yellow", "blue"),
+        sizes=("medium", "large"),
+        motions=("still", "left", "right"),
+        tones=("mint", "charcoal"),
+        patterns=("plain",),
+        styles=("gray", "negative", "night"),
+        most=3,
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Shape:
     form: str
@@ -193,6 +231,7 @@ class Scene:
     period: float
     shapes: tuple[Shape, ...]  # the last is on top
     style: str | None = None
+    world: World = field(default=WORLDS["all"], repr=False)  # what its edits are drawn from
 
 
 @functools.lru_cache(maxsize=64)
@@ -321,11 +360,11 @@ def pick(rng: np.random.Generator, options: Iterable) -> Any:
 
 
 @functools.cache
-def visible_colors(tone: str) -> list[str]:
-    """The colours that stand out from both tones of a background."""
+def visible_colors(tone: str, world: World) -> list[str]:
+    """The colours of a world that stand out from both tones of a background."""
     visible = []
-    for color, rgb in COLORS.items():
-        distances = np.linalg.norm(tones(tone) - rgb, axis=1)
+    for color in world.colors:
+        distances = np.linalg.norm(tones(tone) - COLORS[color], axis=1)
         if distances.min() > MIN_CONTRAST:
             visible.append(color)
     return visible
@@ -344,34 +383,36 @@ def _sample_start(rng: np.random.Generator, motion: str, extent: Extent) -> list
     return start
 
 
-def sample_scene(rng: np.random.Generator, count: int, extent: Extent) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, count: int, extent: Extent, world: World = WORLDS["all"]
+) -> Scene:
     """`count` shapes on a background. One in five shares form and colour with the one before it."""
     angle, period = rng.uniform((0, 0.3), (math.pi, 0.5)).tolist()
-    pattern = pick(rng, PATTERNS)
-    tone = pick(rng, BACKGROUNDS)
+    pattern = pick(rng, world.patterns)
+    tone = pick(rng, world.tones)
     shapes: list[Shape] = []
     for _ in range(count):
-        form = pick(rng, FORMS)
-        color = pick(rng, visible_colors(tone))
+        form = pick(rng, world.forms)
+        color = pick(rng, visible_colors(tone, world))
         # Such pairs teach a model to mind size, motion and place.
         if shapes and rng.random() < 0.2:
             form, color = shapes[-1].form, shapes[-1].color
-        motion = pick(rng, MOTIONS)
+        motion = pick(rng, world.motions)
         x, y = _sample_start(rng, motion, extent)
-        shapes.append(Shape(form, color, pick(rng, SIZES), motion, x, y))
-    return Scene(pattern, tone, angle, period, tuple(shapes))
+        shapes.append(Shape(form, color, pick(rng, world.sizes), motion, x, y))
+    return Scene(pattern, tone, angle, period, tuple(shapes), world=world)
 
 
 def sample_source(
-    rng: np.random.Generator, category: str, extent: Extent
+    rng: np.random.Generator, category: str, extent: Extent, world: World
 ) -> tuple[list[str], Scene]:
     """The categories of the edits in one instruction, and a scene with enough objects for them."""
     parts = [category]
     if category == COMPOSITION:  # at most one of the two is a style
         parts = rng.permutation([pick(rng, CATEGORIES[:3]), pick(rng, CATEGORIES)]).tolist()
     least = {"Local Add": 1, COMPOSITION: 3}.get(category, 2)
-    count = int(rng.integers(least, 5))
-    return parts, sample_scene(rng, count, extent)
+    count = int(rng.integers(least, world.most + 1))
+    return parts, sample_scene(rng, count, extent, world)
 
 
 def new_shape(rng: np.random.Generator, scene: Scene, place: str, extent: Extent) -> Shape:
@@ -382,12 +423,13 @@ def new_shape(rng: np.random.Generator, scene: Scene, place: str, extent: Extent
     x = column * W / quarter
     y = row * H / quarter
     inward = []
-    for motion, (dx, dy) in MOTIONS.items():
+    for motion in scene.world.motions:
+        dx, dy = MOTIONS[motion]
         if (column - 2) * dx <= 0 and (row - 2) * dy <= 0:
             inward.append(motion)
-    form = pick(rng, FORMS)
-    color = pick(rng, visible_colors(scene.tone))
-    size = pick(rng, SIZES)
+    form = pick(rng, scene.world.forms)
+    color = pick(rng, visible_colors(scene.tone, scene.world))
+    size = pick(rng, scene.world.sizes)
     motion = pick(rng, inward)
     return Shape(form, color, size, motion, x, y)
 

@@ -27,16 +27,16 @@ from scenes import (
     CATEGORIES,
     COMPOSITION,
     EVERYTHING,
-    FORMS,
     HUELESS,
     NOT_THERE,
     PLACES,
     SIDES,
-    SIZES,
     STYLES,
+    WORLDS,
     Extent,
     Scene,
     Shape,
+    World,
     exchange,
     is_clear,
     is_furthest,
@@ -134,7 +134,7 @@ def refer(rng: np.random.Generator, shape: Shape, pool: Sequence[Shape], extent:
 
 
 def _restyle(rng: np.random.Generator, scene: Scene) -> tuple[Scene, str]:
-    style = pick(rng, STYLES)
+    style = pick(rng, scene.world.styles)
     template = pick(rng, RESTYLE)
     return replace(scene, style=style), template.format(pick(rng, STYLES[style]))
 
@@ -152,7 +152,11 @@ def _add(rng: np.random.Generator, scene: Scene, extent: Extent) -> tuple[Scene,
 
 def _change(rng: np.random.Generator, scene: Scene, shape: Shape, name: str) -> tuple[Scene, str]:
     """Other values for some attributes of a shape that is called `name`."""
-    values = {"color": visible_colors(scene.tone), "form": list(FORMS), "size": list(SIZES)}
+    values = {
+        "color": visible_colors(scene.tone, scene.world),
+        "form": scene.world.forms,
+        "size": scene.world.sizes,
+    }
     attributes = pick(rng, CHANGE)
     new = {}
     for attribute in attributes:
@@ -192,9 +196,11 @@ def _as_typed(rng: np.random.Generator, instruction: str) -> str:
     return instruction
 
 
-def _throw(rng: np.random.Generator, category: str, extent: Extent) -> tuple[Scene, Scene, str]:
+def _throw(
+    rng: np.random.Generator, category: str, extent: Extent, world: World
+) -> tuple[Scene, Scene, str]:
     """A source, its edit and the instruction; this is "" if the edit cannot be said."""
-    parts, source = sample_source(rng, category, extent)
+    parts, source = sample_source(rng, category, extent, world)
     target = source
     sentences = []
     for part in parts:
@@ -214,6 +220,7 @@ def draw_edit(
     extent: Extent,
     looked_at: Extent | None = None,
     words: str = "plain",
+    world: World = WORLDS["all"],
 ) -> tuple[Scene, Scene, str]:
     """Draw a source, its edit and the instruction, again and again until both scenes are clear.
 
@@ -223,10 +230,10 @@ def draw_edit(
     looked_at = looked_at or extent
     while True:
         if words == "plain" or (words == "people" and category in EVERYTHING and _is_plain(rng)):
-            source, target, instruction = _throw(rng, category, extent)
+            source, target, instruction = _throw(rng, category, extent, world)
         else:
             held_out = words == "held-out"
-            source, target, instruction = people.throw(rng, category, extent, held_out)
+            source, target, instruction = people.throw(rng, category, extent, world, held_out)
         if instruction and is_clear(source, looked_at) and is_clear(target, looked_at):
             return source, target, instruction
 
@@ -252,6 +259,7 @@ class Sample(NamedTuple):
 class ShapesDataset(Dataset):
     """`size` clips, each a function of (seed, index) and the arguments; the categories take turns.
 
+    world: what scenes and edits are drawn from, a key of `scenes.WORLDS`.
     words: how the instructions are worded, one of WORDINGS. All but "plain" also have the category
     "Not There", whose target is the source.
     coarse: check in small frames whether objects can be told apart, which is several times faster.
@@ -271,6 +279,7 @@ class ShapesDataset(Dataset):
         categories: Sequence[str] = CATEGORIES,
         coarse: bool = False,
         words: str = "plain",
+        world: str = "all",
     ) -> None:
         if words not in WORDINGS:
             raise ValueError(f"words {words!r}: choose from {', '.join(WORDINGS)}")
@@ -283,6 +292,7 @@ class ShapesDataset(Dataset):
         self.seed, self.size, self.categories = seed, size, tuple(categories)
         self.extent = (frames, height, width)
         self.words = words
+        self.world = world
         self.coarse = coarse
         self.looked_at = self.extent
         if coarse:  # the shorter side gets 32 to 63 pixels
@@ -294,9 +304,8 @@ class ShapesDataset(Dataset):
 
     def at(self, extent: Extent) -> ShapesDataset:
         """A set with the same arguments but another size of the clips."""
-        return ShapesDataset(
-            self.seed, self.size, *extent, self.categories, self.coarse, self.words
-        )
+        options = (self.categories, self.coarse, self.words, self.world)
+        return ShapesDataset(self.seed, self.size, *extent, *options)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         _, target, instruction, (before, after), mask = self.sample(index)
@@ -319,7 +328,12 @@ class ShapesDataset(Dataset):
         rng = np.random.default_rng((self.seed, index))
         while True:
             source, target, instruction = draw_edit(
-                rng, self._category(index), self.extent, self.looked_at, self.words
+                rng,
+                self._category(index),
+                self.extent,
+                self.looked_at,
+                self.words,
+                WORLDS[self.world],
             )
             before, after = render(source, self.extent), render(target, self.extent)
             mask = _differs(before, after)
@@ -339,7 +353,12 @@ def _differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return differs[..., 0] | differs[..., 1] | differs[..., 2]  # any(-1) takes four times as long
 
 
-def training_set(seed: int, extent: Extent) -> ShapesDataset:
-    """What the toy is trained on, practically without end: people's words, coarse checks."""
+def training_set(seed: int, extent: Extent, world: str = "all") -> ShapesDataset:
+    """What the toy is trained on, practically without end: people's words, coarse checks.
+
+    In the small world the words are plain: there, nothing is to be learnt that takes long.
+    """
+    if world == "small":
+        return ShapesDataset(seed, 1_000_000, *extent, EVERYTHING, coarse=True, world="small")
     mix = (*TRAINING_MIX, NOT_THERE)
     return ShapesDataset(seed, 1_000_000, *extent, mix, coarse=True, words="people")

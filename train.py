@@ -496,7 +496,8 @@ def open_triplets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
         return ConcatDataset(tables), ConcatDataset(tables)
     # Moving shapes, painted as they are needed; those of another seed validate.
     size = args.size[0]
-    return training_set(args.seed, size), training_set(args.seed + 1, size)
+    shapes = training_set(args.seed, size, args.world)
+    return shapes, training_set(args.seed + 1, size, args.world)
 
 
 def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.Batches:
@@ -531,6 +532,7 @@ DEFAULTS: dict[str, Any] = dict(
     align_weight=None,
     temperature=None,
     data=None,
+    world="all",
     root=None,
     caption_fallback=False,
     latents=None,

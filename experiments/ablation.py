@@ -1,27 +1,32 @@
-"""The paper's Table 2 at the scale of the toy: variants trained from one start, then scored.
+"""The paper's Table 2 at the scale of the toy: variants trained from scratch, then compared.
 
-All variants start from RUN/start of the recipe, so they share VAE, tokenizer and MLLM, and a DiT
-that has learned nothing yet. The same seed means the same clips, noise and depths for all.
+They live in the small world of scenes.py, on stills and short clips, with a DiT half as wide as the
+toy's, so that each is trained until it edits. All have the built-in checkpoint's VAE, and an MLLM
+that has learned to read this world (reading.py). The same seed means the same clips, noise and
+depths for all variants, so they are compared seed by seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import cli
 import rvedit
 import train
+from experiments import reading
 from experiments.learning import DEVICE
 from experiments.scoring import assess
-from run import read_run
 from scenes import EVERYTHING
 
-VARIANTS = {  # of Table 2, as options of train.py; the preset has 6 blocks
+VARIANTS = {  # as options of train.py. The others of a group are compared with its first one.
     "components": {
         "full": [],
         "w/o GRTC (L_s = L)": ["--routing-depth", "6"],
@@ -30,13 +35,20 @@ VARIANTS = {  # of Table 2, as options of train.py; the preset has 6 blocks
         # The control that the paper lacks.
         "all tokens everywhere (L_s = 0)": ["--routing-depth", "0"],
     },
-    "depth": {f"L_s = {depth}": ["--routing-depth", str(depth)] for depth in range(7)},
+    "depth": {
+        f"L_s = {depth}": ["--routing-depth", str(depth), "--align-weight", "0"]
+        for depth in (3, 0, 1, 2, 4, 5, 6)
+    },
     "weight": {
         f"λ = {weight}": ["--align-weight", str(weight)]
         for weight in (0, 0.005, 0.02, 0.05, 0.25, 0.75)
     },
 }
+SIZES = ((1, 64, 64), (1, 64, 64), (5, 64, 64))  # of the training clips, one a step
+READING_STEPS = 1500
 SCORED_SEED = 2026
+# The two-sided 95 % quantile of Student's t by the number of seeds, for confidence intervals.
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,10 +60,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a block of Table 2 (default components)",
     )
     parser.add_argument(
-        "--seeds", type=whole, default=3, help="trainings of each variant (default 3)"
+        "--seeds",
+        type=int,
+        choices=STUDENT_T,
+        default=5,
+        help="trainings of each variant (default 5)",
     )
     parser.add_argument(
-        "--clips", type=whole, default=25, help="scored clips of each category (default 25)"
+        "--clips", type=whole, default=50, help="scored clips of each category (default 50)"
+    )
+    parser.add_argument(
+        "--reading-steps",
+        type=whole,
+        default=READING_STEPS,
+        help=f"steps in which the MLLM learns to read (default {READING_STEPS})",
     )
     parser.add_argument(
         "--variant-steps", type=whole, default=2000, help="steps of each training (default 2000)"
@@ -65,18 +87,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def write_start(folder: Path, reading_steps: int) -> Path:
+    """What all variants start from; returns its folder."""
+    start = folder / "start"
+    if not start.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        built_in, vae = rvedit.load()
+        toy = rvedit.preset("toy")
+        dit = dataclasses.replace(toy.dit, dim=128, ffn_dim=384, num_heads=4)
+        config = dataclasses.replace(toy, dit=dit, vae=vae.config)
+        model = rvedit.RVEDiT(config, built_in.encoder.tokenizer)
+        rvedit.initialise(model)
+        reading.read_lessons(model, reading_steps, reading.BATCH, folder / "mllm.pt", world="small")
+        rvedit.save(start, model, vae)
+    return start
+
+
 def train_variant(
-    run: Path, name: str, variant: list[str], seed: int, steps: int, options: list[str]
+    start: Path, name: str, variant: list[str], seed: int, steps: int, options: list[str]
 ) -> Path:
     """Train a variant, or go on with it; return its folder."""
     folder = re.sub(r"[^a-zL0-9.]+", "-", name).strip("-")  # "w/o GRTC (L_s = L)" has a slash
-    out = run / "ablate" / f"{folder}-{seed}"
+    out = start.with_name(f"{folder}-{seed}")
     if not (out / "scores.json").exists():
-        recipe = ["--checkpoint", str(run / "start"), "--out", str(out)]
+        recipe = ["--checkpoint", str(start), "--out", str(out), "--world", "small"]
+        for size in SIZES:
+            recipe += ["--size", *map(str, size)]
         if (out / "run.json").exists():
             recipe.append("--resume")
         # Edits to look at are not worth their time here, so they never come.
         recipe += ["--steps", str(steps), "--seed", str(seed), "--validate-every", "1000000"]
+        recipe += ["--log-gradients", "50"]
         train.main([*recipe, *variant, *options])
     return out
 
@@ -86,43 +127,81 @@ def score_variant(out: Path, clips: int) -> dict[str, list[float]]:
     kept = out / "scores.json"
     if not kept.exists():
         model, vae = rvedit.load(out / "model", device=DEVICE)
-        frames, height, width = read_run(out, train.RECIPES)["options"]["size"][0]
         scores = {}
-        for category, what, values in assess(model, vae, SCORED_SEED, clips, frames, height, width):
+        rows = assess(model, vae, SCORED_SEED, clips, *SIZES[-1], world="small")
+        for category, what, values in rows:
             if what == "edit":
                 scores[category] = values
         cli.write_text(kept, json.dumps(scores))
     return json.loads(kept.read_text())
 
 
-def print_table(table: dict[str, list[dict[str, list[float]]]]) -> None:
-    """Markdown of the edited share and the PSNR inside the mask, mean ± standard deviation."""
-    print("| variant | overall | " + " | ".join(EVERYTHING) + " |")
-    print("| --- |" + " ---: |" * (1 + len(EVERYTHING)))
-    for name, runs in table.items():
-        scores = torch.tensor([[run[category] for category in EVERYTHING] for run in runs])
-        overall = scores.mean(1, keepdim=True)
-        columns = torch.cat((overall, scores), dim=1)  # (seeds, 1 + categories, numbers of a Score)
-        spread, mean = torch.std_mean(columns, dim=0, correction=0)
+def gradient_norms(out: Path) -> tuple[float, float]:
+    """Of L_fm and of λ·L_align: medians over the second half of a run's log."""
+    rows = []
+    for line in (out / "log.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "grad_norm_flow" in row:
+            rows.append((row["grad_norm_flow"], row["grad_norm_align"]))
+    if not rows:
+        return math.nan, math.nan
+    flow, align = torch.tensor(rows[len(rows) // 2 :]).median(dim=0).values.tolist()
+    return flow, align
+
+
+def table_of(runs: list[dict[str, list[float]]]) -> Tensor:
+    """Share that is edited, in percent, and PSNR inside the mask: (seeds, 1 + categories, 2)."""
+    scores = torch.tensor([[run[category] for category in EVERYTHING] for run in runs])
+    inside, edited = scores[..., 0], 100 * scores[..., 3]
+    numbers = torch.stack((edited, inside), dim=-1)  # (seeds, categories, 2)
+    overall = numbers.mean(dim=1, keepdim=True)
+    return torch.cat((overall, numbers), dim=1)
+
+
+def print_tables(runs: dict[str, list[dict[str, list[float]]]]) -> None:
+    """Two tables in Markdown: each variant, and what it differs by from the first.
+
+    Means over the seeds, with 95 % confidence intervals of the differences seed by seed.
+    """
+    columns = " | ".join(("overall", *EVERYTHING))
+    head = f"| variant | {columns} |\n| --- |" + " ---: |" * (1 + len(EVERYTHING))
+    tables = {name: table_of(scores) for name, scores in runs.items()}
+    print(head)
+    for name, table in tables.items():
+        cells = [f"{edited:.0f} %, {inside:.1f} dB" for edited, inside in table.mean(0).tolist()]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    first, *others = tables
+    print(f"\nminus {first}, seed by seed\n\n{head}")
+    for name in others:
+        difference = tables[name] - tables[first]  # (seeds, 1 + categories, 2)
+        deviation, mean = torch.std_mean(difference, dim=0)
+        seeds = len(difference)
+        half = STUDENT_T[seeds] * deviation / math.sqrt(seeds)
         cells = []
-        for means, deviations in zip(mean.tolist(), spread.tolist(), strict=True):
-            inside, _, _, edited = means
-            inside_std, _, _, edited_std = deviations
-            share = f"{100 * edited:.0f} ± {100 * edited_std:.0f} %"
-            cells.append(f"{share}, {inside:.1f} ± {inside_std:.1f} dB")
+        for (edited, inside), (edited_half, inside_half) in zip(
+            mean.tolist(), half.tolist(), strict=True
+        ):
+            cells.append(
+                f"{edited:+.0f} ± {edited_half:.0f} %, {inside:+.2f} ± {inside_half:.2f} dB"
+            )
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def ablate(args: argparse.Namespace) -> None:
-    """Train and score each variant of a group with each seed; print their table.
+    """Train and score each variant of a group with each seed; print their tables.
 
     What is finished is kept in the run's folder and not done again; an unfinished training goes on.
     """
-    if not (args.run / "start").exists():
-        raise ValueError(f"{args.run / 'start'} does not exist yet: run `toy` first")
-    table: dict[str, list[dict[str, list[float]]]] = {}
+    start = write_start(args.run / "ablate", args.reading_steps)
+    runs: dict[str, list[dict[str, list[float]]]] = {}
+    norms: dict[str, list[tuple[float, float]]] = {}
     for seed in range(args.seeds):
         for name, variant in VARIANTS[args.group].items():
-            out = train_variant(args.run, name, variant, seed, args.variant_steps, args.train)
-            table.setdefault(name, []).append(score_variant(out, args.clips))
-    print_table(table)
+            out = train_variant(start, name, variant, seed, args.variant_steps, args.train)
+            runs.setdefault(name, []).append(score_variant(out, args.clips))
+            norms.setdefault(name, []).append(gradient_norms(out))
+    print_tables(runs)
+    print("\nNorms of the gradients of L_fm and of λ L_align, medians over the second half:")
+    for name, of_seeds in norms.items():
+        flow, align = torch.tensor(of_seeds).mean(0).tolist()
+        print(f"{name}: {flow:.3g}, {align:.3g}")

@@ -35,10 +35,10 @@ from muon import Muon
 from scenes import (
     COLORS,
     FORMS,
-    NOT_THERE,
     PLACES,
     SIZES,
     STYLES,
+    WORLDS,
     Extent,
     Scene,
     Shape,
@@ -46,7 +46,7 @@ from scenes import (
     render,
     twins_of,
 )
-from shapes import TRAINING_MIX, caption, draw_edit
+from shapes import caption, draw_edit, training_set
 
 SEED = 3
 SIZES_READ: tuple[Extent, ...] = (  # T, H, W of a step's clips, by turns
@@ -118,7 +118,7 @@ def ask_place(rng: np.random.Generator, scene: Scene, extent: Extent) -> tuple[s
 
 def ask_number(rng: np.random.Generator, scene: Scene, extent: Extent) -> tuple[str, str]:
     """How many objects there are, of a colour, of a form, or in all."""
-    attribute, values = pick(rng, [("color", COLORS), ("form", FORMS)])
+    attribute, values = pick(rng, [("color", scene.world.colors), ("form", scene.world.forms)])
     value = pick(rng, values)
     if rng.random() < 0.5:  # of a kind that is there
         value = getattr(pick(rng, scene.shapes), attribute)
@@ -172,20 +172,24 @@ class Lesson(NamedTuple):
 
 
 class Lessons(Dataset):
-    """Minibatches by step, each a function of the step alone; no clip comes twice."""
+    """Minibatches by step, each a function of the step alone; no clip comes twice.
 
-    def __init__(self, encoder: EditEncoder, batch: int) -> None:
+    world: a key of `scenes.WORLDS`.
+    """
+
+    def __init__(self, encoder: EditEncoder, batch: int, world: str = "all") -> None:
         self.tokenizer = encoder.tokenizer
         self.config = encoder.config
         self.qwen_config = encoder.qwen.config
         self.batch = batch
+        self.world = world
 
     def __getitem__(self, step: int) -> Lesson:
         rng = np.random.default_rng((SEED, step))
         extent = SIZES_READ[step % len(SIZES_READ)]
         rows, targets, patches, grids = [], [], [], []
         for _ in range(self.batch):
-            scene, pairs = draw_questions(rng, extent)
+            scene, pairs = draw_questions(rng, extent, self.world)
             clip = torch.from_numpy(render(scene, extent))
             clip_patches, grid = preprocess_frames(
                 clip,
@@ -226,13 +230,16 @@ class Lessons(Dataset):
         return ids, is_answer
 
 
-def draw_questions(rng: np.random.Generator, extent: Extent) -> tuple[Scene, list[tuple[str, str]]]:
+def draw_questions(
+    rng: np.random.Generator, extent: Extent, world: str = "all"
+) -> tuple[Scene, list[tuple[str, str]]]:
     """A scene, and pairs of questions and answers about it. One of them is about an edit."""
-    T, H, W = extent
-    factor = min(H, W) // 32
-    coarse = (T, H // factor, W // factor)
-    category = pick(rng, (*TRAINING_MIX, NOT_THERE))
-    source, target, instruction = draw_edit(rng, category, extent, coarse, "people")
+    # The clips, words and categories that the editor will meet.
+    clips = training_set(SEED, extent, world)
+    category = pick(rng, clips.categories)
+    source, target, instruction = draw_edit(
+        rng, category, extent, clips.looked_at, clips.words, WORLDS[world]
+    )
     pairs = [(instruction, effect(source, target))]
     while len(pairs) < QUESTIONS:
         question, answer = pick(rng, ABOUT_SCENES)(rng, source, extent)
@@ -268,7 +275,9 @@ def word_tokens(tokenizer: Tokenizer, words: list[str]) -> Tensor:
     return torch.tensor(found)
 
 
-def read_lessons(model: rvedit.RVEDiT, steps: int, batch: int, state: Path) -> None:
+def read_lessons(
+    model: rvedit.RVEDiT, steps: int, batch: int, state: Path, world: str = "all"
+) -> None:
     """Train the MLLM of an editor for `steps`, from what the file `state` holds."""
     encoder = model.encoder
     qwen = encoder.qwen.to(DEVICE)
@@ -292,5 +301,5 @@ def read_lessons(model: rvedit.RVEDiT, steps: int, batch: int, state: Path) -> N
     def rate(step: int) -> float:
         return cosine(step, steps, RATE, WARMUP)
 
-    learn("MLLM", qwen, optimizer, Lessons(encoder, batch), steps, rate, loss, state)
+    learn("MLLM", qwen, optimizer, Lessons(encoder, batch, world), steps, rate, loss, state)
     encoder.cpu()

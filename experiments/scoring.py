@@ -86,6 +86,7 @@ def assess(
     words: str = "plain",
     categories: tuple[str, ...] = EVERYTHING,
     batch: int = 25,
+    world: str = "all",
 ) -> Iterator[tuple[str, str, list[float]]]:
     """Yield category, what is scored and its mean `Score` over `number` clips.
 
@@ -94,7 +95,7 @@ def assess(
     """
     for category in categories:
         extent = (frames, height, width or height)
-        shapes = ShapesDataset(seed, number, *extent, [category], words=words)
+        shapes = ShapesDataset(seed, number, *extent, [category], words=words, world=world)
         scores: dict[str, list[Score]] = {}
         for first in tqdm(range(0, number, batch), desc=category, disable=None, leave=False):
             clips = [shapes[i] for i in range(first, min(first + batch, number))]

@@ -10,7 +10,7 @@ import pytest
 
 import people
 import shapes
-from scenes import COLORS, FORMS, NOT_THERE, SIZES, Scene, Shape, sample_scene, trajectory
+from scenes import COLORS, FORMS, NOT_THERE, SIZES, WORLDS, Scene, Shape, sample_scene, trajectory
 from shapes import EVERYTHING, ShapesDataset
 
 EXTENT = (5, 64, 64)
@@ -231,12 +231,12 @@ def test_held_out_words_are_never_trained_on_and_always_asked():
             held_out |= own | {f"{word}s" for word in own}  # "all doughnuts"
     rng = np.random.default_rng(0)
     for category in (*EVERYTHING, NOT_THERE) * 250:
-        _, _, learnt = people.throw(rng, category, EXTENT)
-        _, _, asked = people.throw(rng, category, EXTENT, held_out=True)
+        _, _, learnt = people.throw(rng, category, EXTENT, WORLDS["all"])
+        _, _, asked = people.throw(rng, category, EXTENT, WORLDS["all"], held_out=True)
         assert not held_out & set(re.findall(WORD, learnt.lower())), learnt
         assert asked == "" or held_out & set(re.findall(WORD, asked.lower())), asked
     for category in EVERYTHING * 100:  # "people" has plain instructions, too
-        _, _, plain = shapes._throw(rng, category, EXTENT)
+        _, _, plain = shapes._throw(rng, category, EXTENT, WORLDS["all"])
         assert not held_out & set(re.findall(WORD, plain.lower())), plain
 
 

@@ -119,6 +119,28 @@ def test_impossible_sets_are_refused(change: dict):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("words", shapes.WORDINGS)
+def test_the_small_world_is_never_left(words: str):
+    """Neither by the sources nor by what the edits bring."""
+    world = scenes.WORLDS["small"]
+    clips = ShapesDataset(5, 60, 5, 48, 48, ALL, coarse=True, words=words, world="small")
+    seen: dict[str, set] = {"form": set(), "color": set(), "size": set(), "motion": set()}
+    styles = set()
+    for index in range(len(clips)):
+        sample = clips.sample(index)
+        assert sample.source.tone in world.tones and sample.source.pattern in world.patterns
+        assert len(sample.source.shapes) <= world.most
+        styles.add(sample.target.style)
+        for shape in sample.source.shapes + sample.target.shapes:
+            for attribute, values in seen.items():
+                values.add(getattr(shape, attribute))
+    assert seen["form"] == set(world.forms) and seen["color"] == set(world.colors)
+    assert seen["motion"] == set(world.motions)
+    assert styles == {None, *world.styles}
+    # "medium" is what an added object is in people's words without a size.
+    assert seen["size"] == set(world.sizes)
+
+
 # --- The words fix the target ---------------------------------------------------------------------
 
 SIZE, COLOR, FORM = (
@@ -225,7 +247,7 @@ def test_instruction_alone_leads_from_source_to_target():
     """A parser written here sees words and source only, and finds the target and no other."""
     rng = np.random.default_rng(5)
     for category in ALL * 600:
-        source, target, instruction = shapes._throw(rng, category, EXTENT)
+        source, target, instruction = shapes._throw(rng, category, EXTENT, scenes.WORLDS["all"])
         if not instruction:  # could not be said
             continue
         text = instruction.removesuffix(".")

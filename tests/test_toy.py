@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -417,7 +416,7 @@ def test_several_processes_are_refused_before_they_write_over_each_other(monkeyp
         (["evaluate", "--natural", "x"], "--natural FILE and --video CLIP go together"),
         (["evaluate", "--natural", "nowhere.txt", "--video", "x"], "nowhere.txt"),
         (["evaluate", "--lr", "1"], "unrecognized arguments: --lr 1"),
-        (["--run", "nowhere", "ablate"], "start does not exist yet"),
+        (["ablate", "--seeds", "1"], "invalid choice: 1"),
     ],
 )
 def test_mistakes_are_one_line(options, message, capsys):
@@ -455,28 +454,54 @@ def test_the_built_in_checkpoint_edits(category, share, inside, possible):
     assert source[3] == 0 and ceiling[3] >= possible
 
 
+def test_student_t_covers_95_percent():
+    """The density of Student's t for n - 1 degrees of freedom, integrated."""
+    for seeds, quantile in ablation.STUDENT_T.items():
+        degrees = seeds - 1
+        t = torch.linspace(-quantile, quantile, 200_001, dtype=torch.float64)
+        density = (1 + t.square() / degrees) ** (-(degrees + 1) / 2)
+        log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
+        scale = math.exp(log_scale) / math.sqrt(degrees * math.pi)
+        assert scale * torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-4)
+
+
+def test_variants_are_compared_seed_by_seed(capsys):
+    """What the seeds have in common is no uncertainty of a difference."""
+
+    def run(edited, inside):
+        return {category: [inside, 30.0, 1.0, edited] for category in EVERYTHING}
+
+    full = [run(0.2, 10.0), run(0.5, 20.0), run(0.8, 30.0)]
+    other = [run(0.3, 10.5), run(0.6, 20.5), run(1.0, 30.8)]
+    ablation.print_tables({"full": full, "other": other})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| full | 50 %, 20.0 dB |")
+    # Differences of 10, 10 and 20 %: mean 13.3, standard deviation 5.77, times 4.303 / sqrt(3).
+    assert lines[-1].startswith("| other | +13 ± 14 %, +0.60 ± 0.43 dB |")
+
+
 @pytest.mark.slow
 def test_the_ablation_trains_every_variant_once(tmp_path, monkeypatch, capsys):
-    """Its table has mean and spread of the runs' scores; a second call trains nothing."""
+    """Its tables come from the runs' scores and logs; a second call trains nothing."""
     variants = {"full": [], "w/o GRTC (L_s = L)": ["--routing-depth", "6"]}
     monkeypatch.setitem(ablation.VARIANTS, "components", variants)
-    shutil.copytree(rvedit.TOY, tmp_path / "start")
-    run = ["--run", str(tmp_path), "ablate", "--seeds", "2", "--clips", "1", "--variant-steps", "1"]
-    toy.main([*run, "--train", "--batch", "1", "--size", "5", "32", "32", "--workers", "0"])
-    table = capsys.readouterr().out.splitlines()[-4:]
-    folders = sorted(folder.name for folder in (tmp_path / "ablate").iterdir())
+    monkeypatch.setattr(ablation, "SIZES", ((5, 32, 32),))
+    monkeypatch.setattr(reading, "SIZES_READ", ((1, 32, 32),))
+    monkeypatch.setattr(reading, "BATCH", 2)
+    command = ["--run", str(tmp_path), "ablate", "--seeds", "2", "--clips", "1"]
+    command += ["--reading-steps", "1", "--variant-steps", "1"]
+    toy.main([*command, "--train", "--batch", "1", "--workers", "0", "--log-gradients", "1"])
+    tables = capsys.readouterr().out.splitlines()[-14:]
+    runs = tmp_path / "ablate"
+    folders = sorted(folder.name for folder in runs.iterdir() if (folder / "model").exists())
     assert folders == ["full-0", "full-1", "w-o-L-s-L-0", "w-o-L-s-L-1"]
-    depths = [
-        rvedit.load(tmp_path / "ablate" / name / "model")[0].config.routing_depth
-        for name in folders
-    ]
+    depths = [rvedit.load(runs / name / "model")[0].config.routing_depth for name in folders]
     assert depths == [3, 3, 6, 6]
-    scores = [
-        json.loads((tmp_path / "ablate" / name / "scores.json").read_text()) for name in folders[:2]
-    ]
-    inside = [score["Local Add"][0] for score in scores]
-    mean, half = sum(inside) / 2, abs(inside[0] - inside[1]) / 2
-    assert table[2].split("|")[5].strip().endswith(f", {mean:.1f} ± {half:.1f} dB")
+    scores = [json.loads((runs / name / "scores.json").read_text()) for name in folders[:2]]
+    inside = sum(score["Local Add"][0] for score in scores) / 2
+    assert tables[2].split("|")[5].strip().endswith(f", {inside:.1f} dB")
+    flow, align = tables[-2].removeprefix("full: ").split(", ")
+    assert float(flow) > 0 and float(align) > 0
     monkeypatch.setattr(toy.train, "main", None)
-    toy.main(run)
-    assert capsys.readouterr().out.splitlines() == table
+    toy.main(command)
+    assert capsys.readouterr().out.splitlines() == tables
