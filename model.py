@@ -352,3 +352,18 @@ class WanDiT(nn.Module):
         x = x.unflatten(1, grid)  # (B, t, h, w, pt, ph, pw, C)
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, t, pt, h, ph, w, pw)
         return x.reshape(shape[0], -1, *shape[2:])
+
+
+def flops(config: DiTConfig, S: int, context: list[int]) -> int:
+    """Floating-point operations of a pass over S tokens; block l reads context[l - 1] tokens.
+
+    A product of (m, k) and (k, n) has 2·m·k·n. Embeddings and head are left out: they are few.
+    """
+    d = config.dim
+    total = 0
+    for N in context:
+        self_attention = 2 * S * 4 * d * d + 2 * (2 * S * S * d)
+        cross_attention = 2 * S * 2 * d * d + 2 * N * 2 * d * d + 2 * (2 * S * N * d)
+        feed_forward = 2 * (2 * S * d * config.ffn_dim)
+        total += self_attention + cross_attention + feed_forward
+    return total

@@ -41,7 +41,7 @@ from tqdm import tqdm
 import rvedit
 import video
 from mllm import evenly_spaced
-from model import Context
+from model import Context, flops
 from rvedit import RVEDiT, RVEDiTConfig
 from vae import WanVAE
 
@@ -339,6 +339,77 @@ def restore_source(
             frame.copy_(blended.round())
         yield edited_block
         before = after
+
+
+# --- What an edit will take -----------------------------------------------------------------------
+
+
+def forecast(
+    model: RVEDiT, vae: WanVAE, shape: tuple[int, int, int], offload: bool
+) -> tuple[int, int, int]:
+    """Of an edit of a clip (T, H, W): the windows, the FLOPs of a step, the bytes at the peak.
+
+    Instruction, embeddings and head are not counted, because they are small, nor are libraries.
+    """
+    config, vision = model.config, model.config.qwen.vision
+    num_frames, *sides = shape
+    height, width = model_size(*sides, config.max_pixels, config.spatial_factor)
+    length, slices = clip_windows(num_frames, config)
+    window = slices[0].stop - slices[0].start
+    tokens = window * height * width // config.spatial_factor**2  # S
+
+    token_side = vision.patch_size * vision.spatial_merge_size  # of a visual token, in pixels
+    images = config.max_mllm_frames // vision.temporal_patch_size
+    visual = images * config.max_mllm_pixels // token_side**2  # N_v, at most
+    K, L, L_s = config.num_editing_tokens, config.dit.num_blocks, config.routing_depth
+    context = [K] * L_s + [K + visual] * (L - L_s)  # Eq. 3
+    step = len(slices) * flops(config.dit, tokens, context)
+
+    # The two stages that need most. Their factors, counted on the meta device, say how many tensors
+    # of the largest kind are alive at a time.
+    denoising = 8 * 4 * tokens * config.dit.dim
+    block = vae.config.temporal_factor * height * width // vae.config.patch_size**2
+    decoding = 14 * block * vae.config.dec_dim * vae.conv2.weight.itemsize
+    networks = (model.encoder, model.dit, vae.decoder)
+    encoder, dit, decoder = (sum(p.nbytes for p in network.parameters()) for network in networks)
+    if offload:
+        peak = max(encoder, dit + denoising, decoder + decoding)
+    else:
+        peak = encoder + dit + decoder + max(denoising, decoding)
+
+    # What grows with the clip: both contexts of each window; noise, source and z, and a new z while
+    # it is computed.
+    contexts = len(slices) * sum(set(context)) * config.dit.dim * model.encoder.queries.itemsize
+    latents = 4 * vae.config.z_dim * length * height * width // vae.config.spatial_factor**2
+    return len(slices), step, peak + contexts + 6 * latents
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, times: int = 3) -> float:
+    """FLOP/s of the product of two square matrices, the fastest of some."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # which waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
+
+
+def announce(args: Namespace, model: RVEDiT, vae: WanVAE, shape: tuple[int, int, int]) -> None:
+    """Say on stderr what an edit takes, before it begins, if it will denoise for over a minute."""
+    num_windows, step, memory = forecast(model, vae, shape, args.offload)
+    if RANK > 0 or args.steps * step < 1e12:  # so few take less on any machine
+        return
+    rate = RANKS * matmul_rate(args.device, getattr(torch, args.dtype))
+    minutes = args.steps * step / rate / 60
+    if minutes > 1:
+        windows = "1 window" if num_windows == 1 else f"{num_windows} windows"
+        print(
+            f"plan: {windows} and {args.steps} steps of {step / 1e12:.3g} TFLOP, at least "
+            f"{minutes:,.0f} min of denoising; {memory / 1e9:.1f} GB of memory",
+            file=sys.stderr,
+        )
 
 
 # --- From clip to clip ----------------------------------------------------------------------------
@@ -651,6 +722,7 @@ def edit(args: Namespace) -> None:
     note_foreign_clip(args.checkpoint, model, vae, frames_of(clip))
     spread = share_out(args, model, vae, shape)
     unfinished = Unfinished(args)
+    announce(args, model, vae, shape)
 
     # Frames are decoded, scaled and written as they come: the clip is never in memory as a whole.
     blocks = edit_frames(

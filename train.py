@@ -256,6 +256,9 @@ def train(
     """
     samples_per_step = args.batch * args.accumulate * run.ranks
     num_read = num_broken = bad_steps = 0
+    if run.rank == 0:
+        left = args.steps - run.step
+        print(f"{left:,} steps to go, each of {samples_per_step} clips", flush=True)
     with tqdm(total=args.steps, initial=run.step, unit="step", disable=run.rank > 0) as bar:
         # Line 2: "while not converged" is a given number of steps.
         while run.step < args.steps:
@@ -602,7 +605,7 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
     if run.rank == 0:
         print(parameter_table(model, vae))
         share = data.caption_share(triplets)
-        print(f"captions: {share:.0%} of the triplets have one", flush=True)
+        print(f"captions: {share:.0%} of the {len(triplets):,} triplets have one")
 
     # Train, and write the model that sample.py takes.
     if not args.export:

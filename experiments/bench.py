@@ -54,6 +54,7 @@ import train
 from experiments import plan, runbook, workloads
 from experiments.workloads import Job, Runs
 from rvedit import RVEDiTConfig
+from sample import matmul_rate
 
 PARTS = ("dit", "step", "info_nce", "encode", "decode", "mllm", "edit")
 
@@ -82,14 +83,6 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, int]:
     _, _, after = (process / "status").read_text().partition("VmHWM:")
     kilobytes, *_ = after.split()
     return seconds, 1024 * int(kilobytes)
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of some square products."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    seconds = [timed(lambda: a @ b, device)[0] for _ in range(20)]
-    return 2 * n**3 / min(seconds)
 
 
 def in_turn(runs: Runs, i: int) -> list[str]:
@@ -301,7 +294,7 @@ def bench(args: argparse.Namespace, command: str) -> None:
     config = workloads.shrink(rvedit.preset(args.preset), args.shrink)
     for size in args.size:
         workloads.fit_config(config, size)  # a mistake shows before any work
-    peak = matmul_peak(args.device, getattr(torch, args.dtype))
+    peak = matmul_rate(args.device, getattr(torch, args.dtype), times=20)
     machine = f"{torch.get_num_threads()} threads of {platform.machine()}"
     if args.device.type == "cuda":
         machine = torch.cuda.get_device_name(args.device)

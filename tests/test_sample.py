@@ -1,5 +1,6 @@
 """Algorithm 2, the way from clip to clip, and the command line with all that can go wrong in it."""
 
+import dataclasses
 import itertools
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -21,9 +23,11 @@ import rvedit
 import sample
 import scenes
 import video
+from experiments import bench, plan, workloads
 from mllm import EditEncoder
 from model import WanDiT
 from shapes import ShapesDataset
+from vae import WAN2_2_VAE
 
 ROOT = Path(__file__).parents[1]
 REAL_CLIPS = (
@@ -703,6 +707,49 @@ def test_a_global_style_is_hardly_changed_by_keep_source(built_in):
     target = clip["target"].float()
     plain, kept = ((edit - target).square().mean() for edit in edits)
     assert kept < 1.05 * plain
+
+
+# --- What an edit will take -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(9, 128, 128), (17, 96, 160)])
+def test_the_forecast_has_the_flops_of_the_dit(size):
+    """Those that PyTorch counts, to 2 %; a clip of two windows has twice as many."""
+    config = workloads.fit_config(rvedit.preset("toy"), size)
+    networks = workloads.meta_networks(config)
+    args = bench.parse_arguments(["--device", "cpu"])
+    counted = workloads.flops(config, size, ("dit",), args)["dit"]
+    num_windows, step, _ = sample.forecast(*networks, size, offload=False)
+    assert num_windows == 1 and step == pytest.approx(counted, rel=0.02)
+    longer = (size[0] + 8, *size[1:])
+    assert sample.forecast(*networks, longer, offload=False)[:2] == (2, 2 * step)
+
+
+def test_the_forecast_has_the_memory_of_decoding():
+    """Most of an offloaded edit's: the decoder, and the tensors alive in it on the meta device."""
+    size = (5, 480, 832)
+    config = dataclasses.replace(rvedit.preset("toy"), vae=WAN2_2_VAE, max_pixels=480 * 832)
+    model, vae = workloads.meta_networks(config)
+    latents = torch.empty(1, 48, 2, 480 // 16, 832 // 16, device="meta")
+    alive = plan.Alive("meta")
+    with torch.no_grad(), plan.fused_attention(), alive:
+        for _ in vae.decode_chunks(latents):
+            pass
+    weights = sum(p.nbytes for p in vae.decoder.parameters())
+    *_, memory = sample.forecast(model, vae, size, offload=True)
+    assert memory == pytest.approx(weights + alive.peaks["start"], rel=0.05)
+
+
+def test_only_a_long_edit_is_announced(built_in, capsys, monkeypatch):
+    """In one line, with its windows, steps, minutes and memory."""
+    monkeypatch.setattr(sample, "matmul_rate", lambda *_: 1e10)
+    args = SimpleNamespace(steps=2, offload=False, device=torch.device("cpu"), dtype="float32")
+    for frames in (9, 600):
+        sample.announce(args, *built_in, (frames, 360, 640))
+    step = sample.forecast(*built_in, (600, 360, 640), offload=False)[1]
+    expected = f"2 steps of {step / 1e12:.3g} TFLOP, at least {2 * step / 1e10 / 60:.0f} min"
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and expected in error and "38 windows" in error
 
 
 # --- The built-in model and clips that are not of its world ---------------------------------------
