@@ -20,6 +20,11 @@ from typing import Any, NoReturn
 # Packages of requirements.txt, by the names under which they are imported.
 REQUIRED = ("torch", "safetensors", "numpy", "av", "tokenizers", "tqdm")
 
+# Which of torchrun's processes this is, of how many, and which on its node.
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
 # --- Errors ---------------------------------------------------------------------------------------
 
 
@@ -32,6 +37,12 @@ def fail(message: object) -> NoReturn:
     lines = str(message).strip().splitlines() or ["unknown error"]
     print(f"error: {lines[0]}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def note(text: str) -> None:
+    """Print a line on stderr, once for all processes of torchrun."""
+    if RANK == 0:
+        print(f"note: {text}", file=sys.stderr)
 
 
 def plain_reason(error: OSError) -> str:
@@ -84,6 +95,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
+        if RANK > 0:  # all processes of torchrun have the same options: one reports
+            raise SystemExit(2)
         fail(message.removeprefix("argument "))
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+import cli
 import weights
 from model import DiTConfig
 from qwen import QwenConfig
@@ -369,7 +368,9 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
     dit = dataclasses.replace(base.fields["dit"], bf16_timestep=True)
     first_stage = not any(key.startswith("dit.") for key in trained)
     if first_stage:
-        note(f"{file} is of Kiwi-Edit's first stage, which trains no DiT: train it before editing")
+        cli.note(
+            f"{file} is of Kiwi-Edit's first stage, which trains no DiT: train it before editing"
+        )
         may_lack.append(SOURCE_EMBEDDING)
         if "encoder.image_queries" in trained:
             trained.setdefault("encoder.queries", trained["encoder.image_queries"])
@@ -392,10 +393,4 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
 def note_references(names: Iterable[str], source: Path) -> None:
     """Say so if a checkpoint of Kiwi-Edit's was trained with reference images."""
     if any("ref_queries" in name for name in names):
-        note(f"{source} was trained with reference images, which are not used here")
-
-
-def note(text: str) -> None:
-    """Print a line on stderr, once for all processes of torchrun."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
+        cli.note(f"{source} was trained with reference images, which are not used here")

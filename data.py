@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,8 +154,7 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[Row]:
             problem = f"{len(fields)} fields for {len(names)} columns"
             yield Row(place, {}, f'{problem}; a text with commas needs "double quotes"')
     if mended:
-        note = f"{mended} prompts whose commas lacked quotes were put together"
-        print(f"note: {path}: {note}", file=sys.stderr)
+        cli.note(f"{path}: {mended} prompts whose commas lacked quotes were put together")
 
 
 def _csv_header(path: Path, line: str) -> tuple[list[str], str]:

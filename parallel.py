@@ -109,7 +109,7 @@ def processes() -> Iterator[torch.device]:
     device = torch.device("cpu")
     backend = "gloo_on_one_thread"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", cli.LOCAL_RANK)
         if device.index >= torch.cuda.device_count():
             raise cli.Stop(
                 f"this machine has no GPU for its rank {device.index}: give a smaller "

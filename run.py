@@ -246,7 +246,7 @@ def lock_out(out: Path) -> IO[str]:
     except (BlockingIOError, PermissionError):
         raise ValueError(f"another run writes to {out}: give another --out") from None
     except OSError as error:
-        print(f"note: {out} cannot be locked ({error.strerror}): start one run only", flush=True)
+        cli.note(f"{out} cannot be locked ({error.strerror}): start one run only")
     # Left by a run that was killed while it wrote a checkpoint.
     for partial in (out / "checkpoints").glob(".partial-*"):
         shutil.rmtree(partial)

@@ -17,8 +17,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -40,6 +38,7 @@ from tqdm import tqdm
 
 import rvedit
 import video
+from cli import LOCAL_RANK, RANK, RANKS
 from mllm import evenly_spaced
 from model import Context, flops
 from rvedit import RVEDiT, RVEDiTConfig
@@ -48,10 +47,7 @@ from vae import WanVAE
 if TYPE_CHECKING:  # its import takes as long as half of PyTorch, and most edits run on one GPU
     from sequence import Spread
 
-RANK = int(os.environ.get("RANK", 0))  # of torchrun's processes, which share one edit
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-
-# Bars, for terminals only, and of one process only.
+# Bars, for terminals only, and of one of torchrun's processes only, which share one edit.
 progress = functools.partial(tqdm, disable=True if RANK else None, leave=False)
 
 # --- Algorithm 2 ----------------------------------------------------------------------------------
@@ -572,7 +568,7 @@ def with_defaults(args: Namespace) -> Namespace:
     if args.device is None:
         args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if RANKS > 1 and args.device.type == "cuda":
-        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        args.device = torch.device("cuda", LOCAL_RANK)
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     return args
 
@@ -646,21 +642,18 @@ def note_foreign_clip(
     error = (vae.decode(vae.encode(picture)) - picture).square().mean()
     psnr = 10 * math.log10(4 / error.item())  # of values in [-1, 1]: the peak is 2, its square 4
     if psnr < OWN_WORLD_PSNR or any(side not in OWN_WORLD_SIDES for side in sides):
-        print(
-            "note: the built-in model knows only moving shapes at about 128x128, such as "
-            "assets/shapes.mp4; for real footage add --checkpoint (README, Checkpoints)",
-            file=sys.stderr,
+        cli.note(
+            "the built-in model knows only moving shapes at about 128x128, such as "
+            "assets/shapes.mp4; for real footage add --checkpoint (README, Checkpoints)"
         )
 
 
 def note_unchanged() -> None:
     """Say on stderr that an edit did nothing: without it, a user would look for the change."""
-    if RANK == 0:
-        print(
-            "note: nothing was changed; say it in other words (for the built-in model, in those "
-            "that `sample.py -h` lists)",
-            file=sys.stderr,
-        )
+    cli.note(
+        "nothing was changed; say it in other words (for the built-in model, in those that "
+        "`sample.py -h` lists)"
+    )
 
 
 def check_outputs(args: Namespace) -> Path:
@@ -760,10 +753,7 @@ def edit(args: Namespace) -> None:
 
     num_frames, full_height, full_width = shape
     if (height, width) != (full_height, full_width):
-        print(
-            f"note: H.264 has no odd sides, {full_width}x{full_height} became {width}x{height}",
-            file=sys.stderr,
-        )
+        cli.note(f"H.264 has no odd sides, {full_width}x{full_height} became {width}x{height}")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in times.items())
     frames = "1 frame" if num_frames == 1 else f"{num_frames} frames"
     print(f"{args.out}: {frames} of {width}x{height} ({seconds})")

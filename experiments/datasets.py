@@ -544,9 +544,9 @@ def encode(
 
     Broken triplets are left out with a note. Of the processes of torchrun each takes its share.
     """
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     written = 0
-    for index in tqdm(range(rank, len(dataset), ranks), unit=" triplets", disable=None):
+    share = range(cli.RANK, len(dataset), cli.RANKS)
+    for index in tqdm(share, unit=" triplets", disable=None):
         try:
             clips = clips_to_encode(dataset, index, latents, sizes, factor)
         except (ValueError, OSError) as error:
@@ -651,7 +651,7 @@ def encode_table(args: Namespace) -> None:
         raise ValueError("name the model that will be trained: --checkpoint, or --wan and --qwen")
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == torch.device("cuda"):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", cli.LOCAL_RANK)
     sizes = [tuple(size) for size in args.size or [(81, *TRAINING_PIXELS)]]
     dataset = TripletDataset(args.file, args.root, max(size[0] for size in sizes))
     config, vae = rvedit.load_vae(args.checkpoint, args.wan, args.qwen, device)

@@ -26,7 +26,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
 import sys
 from argparse import Namespace
@@ -198,8 +197,7 @@ def run(args: Namespace) -> None:
     cli.write_text(args.out / "editor.json", json.dumps(editor, indent=1))
     write_results(args.out / "results.csv", rows, edits)
 
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mine = list(rows)[rank::ranks]  # every process has its own share
+    mine = list(rows)[cli.RANK :: cli.RANKS]  # every process has its own share
     missing = [key for key in mine if not edits[key].exists()]
     failed = []
     for key in tqdm(missing, desc="editing", unit="clip", disable=None):

@@ -5,6 +5,7 @@ Letters: B clips, T H W frames, height and width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,8 +130,13 @@ def evaluate(
     print(f"{'':<36}PSNR inside   outside   temporal error   edited")
     rows = assess(model, vae, seed, number, *extent, words=words, categories=categories)
     for category, name, (inside, outside, temporal, edited) in rows:
-        numbers = f"{inside:>8.2f} dB{outside:>7.2f} dB{temporal:>17.2f}{edited:>9.1%}"
-        print(f"{category:<13}{name:<23}{numbers}", flush=True)
+        decibels = f"{_decibels(inside):>11}{_decibels(outside):>10}"
+        print(f"{category:<13}{name:<23}{decibels}{temporal:>17.2f}{edited:>9.1%}", flush=True)
+
+
+def _decibels(value: float) -> str:
+    """With its unit; a dash for NaN, where there was nothing to compare."""
+    return "-" if math.isnan(value) else f"{value:.2f} dB"
 
 
 # --- Requests in a person's words -----------------------------------------------------------------

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -358,7 +357,7 @@ def make_parser() -> cli.Parser:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if cli.RANKS > 1:
         cli.fail(
             "toy is one process: start it without torchrun; for more GPUs, continue RUN/editor "
             "with torchrun train.py --out RUN/editor --resume"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from helpers import make_clip, relative_error, tiny_model
 from tokenizers import Tokenizer
 
+import cli
 import data
 import rvedit
 import sample
@@ -403,7 +404,7 @@ def test_the_contact_sheet_shows_the_clip_and_its_edits(tmp_path, monkeypatch, c
 
 
 def test_several_processes_are_refused_before_they_write_over_each_other(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli, "RANKS", 2)
     with pytest.raises(SystemExit, match="2"):
         toy.main([])
     assert "toy is one process" in capsys.readouterr().err
