@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
