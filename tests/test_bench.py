@@ -266,6 +266,8 @@ def test_all_is_measured_in_the_order_of_importance(tmp_path, capsys):
         ("encode, TF32", *first),
         ("encode, bfloat16", *first),
         ("encode, float16", *first),
+        ("encode, 5 latent frames at a time", *first),
+        ("encode, channels last", *first),
         ("encode", *first),
         ("decode", *first),
         ("dit as Wan's", *first),
@@ -276,6 +278,9 @@ def test_all_is_measured_in_the_order_of_importance(tmp_path, capsys):
     by_part = {row["part"]: row for row in report["rows"]}
     assert by_part["rank"]["plan"] > 0
     assert by_part["encode, bfloat16"]["difference"] > by_part["encode, TF32"]["difference"]
+    for part in ("encode, 5 latent frames at a time", "encode, channels last"):
+        float16 = by_part["encode, float16"]["difference"]
+        assert by_part[part]["difference"] == pytest.approx(float16, rel=0.1)
     assert "diffusers" in by_part["dit as Wan's"]["seconds"]
     assert "--all" in report["about"]
 
