@@ -384,7 +384,17 @@ def train_parser(presets: Iterable[str], kind: type[Parser] = Parser) -> Parser:
     group.add_argument(
         "--steps", type=natural, help="optimiser steps of the whole run; default: one epoch"
     )
-    group.add_argument("--batch", type=natural, help="clips of a rank in one forward pass")
+    group.add_argument(
+        "--batch",
+        type=natural,
+        help="clips of a rank, or of N that share them, in one forward pass",
+    )
+    group.add_argument(
+        "--sequence-parallel",
+        type=natural,
+        metavar="N",
+        help="let N ranks of a node share their clips, which may then be longer (default 1)",
+    )
     group.add_argument(
         "--accumulate", type=natural, help="forward passes in one optimiser step (default 1)"
     )

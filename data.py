@@ -604,6 +604,7 @@ def max_text_tokens(config: RVEDiTConfig, tokenizer: Tokenizer, max_pixels: int)
 class Batches(Dataset):
     """The minibatches of one rank: `batches[step, micro]`, where micro counts accumulation steps.
 
+    Where ranks share clips (sequence.py), a group of ranks counts as one here.
     The samples of an optimiser step are numbered over accumulation steps, then ranks, then the
     clips of a minibatch. All that is random depends on (seed, step, number) only, so a run draws
     the same samples however they are divided. A resumed run gives the step it goes on with, and

@@ -177,6 +177,26 @@ def make_mesh(device: torch.device) -> DeviceMesh | None:
     return init_device_mesh(device.type, (ranks,))
 
 
+def neighbours(ranks: int, device: torch.device) -> dist.ProcessGroup | None:
+    """The ranks of this one's node that share its clips (sequence.py); None if they are not shared.
+
+    Ends all ranks if those of a node do not make groups of so many.
+    """
+    if ranks == 1:
+        return None
+    world = dist.get_world_size()
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    problem = None
+    if ranks_per_node % ranks:
+        problem = (
+            f"--sequence-parallel {ranks} must divide the number of processes of a node, which is "
+            f"{ranks_per_node}"
+        )
+    fail_together(problem)
+    shape, names = (world // ranks, ranks), ("clips", "tokens")
+    return init_device_mesh(device.type, shape, mesh_dim_names=names).get_group("tokens")
+
+
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     """For each flag, whether it is set on at least one rank."""
     counts = torch.tensor(flags, dtype=torch.int32, device=device)
@@ -249,7 +269,8 @@ def keep_or_recompute(context: Any, operation: Any, *args: Any, **kwargs: Any) -
     of the block's 9.7 TFLOP for self-attention, 1.6 for the second product of the feed-forward, and
     0.35 for each other product. The first product of the feed-forward would take 530 MB to save
     1.6 TFLOP, so it is computed again, with the norms and the modulation: 17 % of a forward pass.
-    All that is kept, with the float32 stream, is 1.3 GB a block, 39 GB in all 30 blocks.
+    All that is kept, with the float32 stream, is 1.3 GB a block, 39 GB in all 30 blocks. Messages
+    between ranks that share a clip are sent again, by all of them alike.
     """
     keep = "scaled_dot_product" in str(operation)
     if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):

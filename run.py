@@ -76,6 +76,10 @@ class Run:
         self.out = args.out
         self.rank = dist.get_rank()
         self.ranks = dist.get_world_size()
+        # A group of ranks has one minibatch. It is a single rank without --sequence-parallel.
+        self.groups = self.ranks // args.sequence_parallel
+        self.group = self.rank // args.sequence_parallel
+        self.leads = self.rank % args.sequence_parallel == 0  # the first rank of its group
         self.step = 0  # optimiser steps done
         self.samples = 0  # samples trained on, over all ranks
         self.weights = trainable(model)
@@ -196,17 +200,19 @@ class Run:
     def validate(self, clips: data.Batches) -> None:
         """Edit at least four clips, and write source, edit and target side by side.
 
-        Each rank edits other clips, but all of them equally many: FSDP's gathers are collective.
+        Each group of ranks edits other clips, but all of them equally many: FSDP's gathers are
+        collective.
         """
-        clips_per_rank = math.ceil(4 / self.ranks)
+        clips_per_group = math.ceil(4 / self.groups)
         with self.averaged():
-            for number in range(clips_per_rank):
-                index = number * self.ranks + self.rank
+            for number in range(clips_per_group):
+                index = number * self.groups + self.group
                 triplet = clips.fit(index % len(clips.triplets), step=self.step)
                 edit = edit_video(self.model, self.vae, triplet.source, triplet.instruction)
                 side_by_side = torch.cat((triplet.source, edit, triplet.target), dim=2)
                 name = f"step-{self.step:08d}-{index}.mp4"
-                video.write_video(self.out / "validation" / name, side_by_side)
+                if self.leads:
+                    video.write_video(self.out / "validation" / name, side_by_side)
 
 
 def finished(out: Path) -> list[Path]:
@@ -266,7 +272,7 @@ def begin_log(run: Run, args: argparse.Namespace) -> None:
     (run.out / "validation").mkdir(exist_ok=True)
     description = dict(
         options=saved_options(args),
-        samples_per_step=args.batch * args.accumulate * run.ranks,
+        samples_per_step=args.batch * args.accumulate * run.groups,
         tables=data.fingerprint(args.data) if args.data else None,
     )
     cli.write_text(run.out / "run.json", json.dumps(description, default=str, indent=1))
@@ -361,12 +367,12 @@ def resumed_accumulation(args: argparse.Namespace, presets: Iterable[str]) -> in
             f"restore it, or start a new run with --checkpoint {args.out / 'model'}"
         )
     samples = former["samples_per_step"]
-    samples_per_pass = args.batch * dist.get_world_size()
+    samples_per_pass = args.batch * (dist.get_world_size() // args.sequence_parallel)
     if samples % samples_per_pass:
         raise ValueError(
             f"the run in {args.out} has {samples} samples in an optimiser step, which "
             f"{dist.get_world_size()} processes with --batch {args.batch} cannot make: change "
-            "--batch or the number of processes"
+            "--batch, --sequence-parallel or the number of processes"
         )
     return samples // samples_per_pass
 

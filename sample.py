@@ -683,20 +683,15 @@ def side_by_side(source: Iterator[Tensor], edited: Iterator[Tensor]) -> Iterator
         yield torch.cat((left[:height, :width], right), dim=1).unsqueeze(0)
 
 
-def share_out(
-    args: Namespace, model: RVEDiT, vae: WanVAE, shape: tuple[int, int, int]
-) -> Spread | None:
-    """Share the edit of a clip (T, H, W) out over torchrun's processes, if there are several."""
+def share_out(args: Namespace, model: RVEDiT, vae: WanVAE, num_frames: int) -> Spread | None:
+    """Share the edit of a clip out over torchrun's processes, if there are several."""
     if RANKS == 1:
         return None
     import sequence  # only here: see TYPE_CHECKING above
 
     sequence.start(args.device)
-    # The edit computes these sizes again; here they say what there is to share out.
-    num_frames, *sides = shape
-    _, slices = clip_windows(num_frames, model.config)
-    height, _ = model_size(*sides, model.config.max_pixels, model.config.spatial_factor)
-    return sequence.Spread(model, vae, len(slices), height // vae.config.spatial_factor)
+    _, slices = clip_windows(num_frames, model.config)  # which the edit computes again
+    return sequence.Spread(model, vae, len(slices))
 
 
 @cli.guarded
@@ -714,7 +709,7 @@ def edit(args: Namespace) -> None:
     with stage("load", times, args.device):
         model, vae = load_model(args)
     note_foreign_clip(args.checkpoint, model, vae, frames_of(clip))
-    spread = share_out(args, model, vae, shape)
+    spread = share_out(args, model, vae, shape[0])
     unfinished = Unfinished(args)
     announce(args, model, vae, shape)
 

@@ -1,13 +1,19 @@
 """One clip on several GPUs: the DiT's tokens and the VAE's rows are shared out over the ranks.
 
-`torchrun --nproc_per_node N sample.py ...` uses this. The networks know nothing of it: what is
-below changes the calls of an existing network, which then gives the same on every rank.
+`torchrun --nproc_per_node N sample.py ...` and `train.py --sequence-parallel N` use this. The
+networks know nothing of it: what is below changes the calls of an existing network, which then
+gives the same on every rank.
 
     windows of a long clip   each group of ranks takes some of them; a group works on one at a time
+    minibatches of training  each group of ranks takes its own, as a single rank does otherwise
     DiT                      Ulysses (arXiv 2309.14509): each rank of a group holds S/N tokens; for
                              self-attention, ranks exchange tokens for heads, and back
-    VAE                      each of all ranks holds some rows of the picture, and borrows its
-                             neighbours' nearest row before a convolution
+    VAE                      each rank of a group, or of all for an edit, holds some rows of the
+                             picture, and borrows its neighbours' nearest row before a convolution
+
+In training, each rank of a group does the rest of a step for itself: it reads the clips, and
+computes the MLLM and InfoNCE. At full size these two are 5 % of the FLOPs of a step on one rank,
+and more of its time, because InfoNCE is computed in float32.
 
 Letters: N ranks of a group, B batch, n heads, S tokens, s tokens of a rank, D head width.
 """
@@ -16,7 +22,7 @@ from __future__ import annotations
 
 import atexit
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,35 +43,61 @@ class TokenParallel:
     """Shares a DiT's tokens out over the ranks of a group.
 
     Every token but those of self-attention is computed by one rank alone: products, cross-attention
-    and norms need only their own tokens. Training works as well: collectives pass gradients on.
+    and norms need only their own tokens. What the DiT returns is whole on every rank.
+
+    In training, each rank of a group computes the loss of the whole clip. As collectives pass
+    gradients on, those that the N ranks find for a weight add up to N times the clip's. FSDP takes
+    the mean over all ranks, which so becomes the mean over the groups: no factor is missing.
+
+    Raises ValueError if the ranks cannot share the DiT's heads.
     """
 
     def __init__(self, dit: WanDiT, group: dist.ProcessGroup) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        self.num_tokens = 0  # S of the current clip
-        # Three places change: what makes the tokens, what mixes them, and what comes after the last
+        # By how many tokens the last rank's are filled up, so that all ranks have as many. Compiled
+        # blocks have a variant for each number: for S itself that would be one for each clip. The
+        # same in both branches of a training step, so backward may compute blocks again.
+        self.missing = 0
+        if dit.config.num_heads % self.ranks:
+            raise ValueError(
+                f"{self.ranks} processes cannot share {dit.config.num_heads} attention heads: give "
+                "--sequence-parallel a number that divides them"
+            )
+        # What changes is what makes the tokens, what mixes them, and what comes after the last
         # layer that treats them one by one.
         self.embed_all = dit._embed
         dit._embed = self.embed
         for block in dit.blocks:
             block.self_attn.attend = self.attend
         dit.head.register_forward_hook(lambda module, inputs, patches: self.gather(patches))
+        self.own_forward, self.own_features = dit.forward, dit.features
+        dit.forward, dit.features = self.forward, self.features
 
     def embed(self, *inputs: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """`WanDiT._embed`, and of its tokens this rank's: (B, s, d), with their rotary tables."""
         x, rope = self.embed_all(*inputs)
-        self.num_tokens = x.shape[1]
-        # The last rank's tokens are filled up with zeros, so that all have as many.
-        missing = -self.num_tokens % self.ranks
-        x = F.pad(x, (0, 0, 0, missing))
+        self.missing = -x.shape[1] % self.ranks
+        x = F.pad(x, (0, 0, 0, self.missing))
         own_tokens = x.chunk(self.ranks, dim=1)[self.rank].contiguous()
         own_rope = []
         for table in rope:  # (S, 1, D)
-            table = F.pad(table, (0, 0, 0, 0, 0, missing))
+            table = F.pad(table, (0, 0, 0, 0, 0, self.missing))
             own_rope.append(table.chunk(self.ranks)[self.rank])
         return own_tokens, tuple(own_rope)
+
+    def forward(self, *inputs: Any, capture: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """`WanDiT.forward`, whose head has gathered the velocity, but not A^(l)."""
+        output = self.own_forward(*inputs, capture=capture)
+        if capture is None:
+            return output
+        velocity, features = output
+        return velocity, self.gather(features)
+
+    def features(self, *inputs: Any) -> Tensor:
+        """`WanDiT.features`, of all tokens."""
+        return self.gather(self.own_features(*inputs))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Self-attention over the tokens of all ranks: q, k, v (B, n, s, D) -> (B, n, s, D).
@@ -80,8 +112,9 @@ class TokenParallel:
         qkv = qkv.movedim(0, 3).flatten(3, 4)  # (3, B, n/N, N s, D)
         q, k, v = qkv.unbind()
         # Nothing may attend to the zeros that fill up the last rank.
-        k = k[:, :, : self.num_tokens]
-        v = v[:, :, : self.num_tokens]
+        num_tokens = k.shape[2] - self.missing  # S
+        k = k[:, :, :num_tokens]
+        v = v[:, :, :num_tokens]
         out = F.scaled_dot_product_attention(q, k, v)  # (B, n/N, N s, D)
         out = out.unflatten(2, (N, -1)).movedim(2, 0)  # (N, B, n/N, s, D)
         out = self.exchange(out)  # by the rank that holds the heads
@@ -98,29 +131,25 @@ class TokenParallel:
         to_all = x.expand(self.ranks, *x.shape)
         parts = self.exchange(to_all)  # (N, B, s, ...)
         tokens = parts.movedim(0, 1).flatten(1, 2)  # (B, N s, ...)
-        return tokens[:, : self.num_tokens]
+        return tokens[:, : tokens.shape[1] - self.missing]
 
 
 # --- The VAE: rows of the picture -----------------------------------------------------------------
 
 
 class RowParallel:
-    """Shares the rows of a VAE's picture out over all ranks.
+    """Shares the rows of a VAE's picture out over the ranks of a group.
 
     Each holds whole rows of latents, and their pixels. Each convolution over space needs one more
     row on either side, which the neighbours send. The attention in the middle, over all pixels of
     a small frame, is computed by every rank.
     """
 
-    def __init__(self, vae: WanVAE, latent_height: int) -> None:
-        ranks = dist.get_world_size()
-        self.rank = dist.get_rank()
-        parts = torch.arange(latent_height).tensor_split(ranks)
-        self.starts = [int(part[0]) for part in parts]  # rows of latents
-        self.counts = [len(part) for part in parts]
+    def __init__(self, vae: WanVAE, group: dist.ProcessGroup) -> None:
+        self.group = group
         self.factor = vae.config.spatial_factor
-        self.encode_own, self.decode_own = vae.encode_chunks, vae.decode_chunks
-        vae.encode_chunks, vae.decode_chunks = self.encode_chunks, self.decode_chunks
+        self.encode_own, self.decode_own = vae._posterior_mean, vae.decode_chunks
+        vae._posterior_mean, vae.decode_chunks = self.encode, self.decode_chunks
         for module in vae.modules():
             if isinstance(module, CausalConv3d) and module.kernel_size[1] > 1:
                 module.forward = functools.partial(self.convolve, module, module.forward)
@@ -133,13 +162,26 @@ class RowParallel:
             elif isinstance(module, AttentionBlock):
                 module.forward = functools.partial(self.attend, module.forward)
 
-    def encode_chunks(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """`WanVAE.encode_chunks`: whole blocks in, whole latents out, on every rank."""
-        for latents in self.encode_own(self.own(block, self.factor) for block in blocks):
-            yield self.gather(latents)
+    def share_out(self, latent_height: int) -> None:
+        """Choose the rows of latents that each rank holds."""
+        ranks = dist.get_world_size(self.group)
+        # If there are too few, the picture is small, and every rank computes all of it.
+        parts = torch.arange(latent_height).tensor_split(ranks if latent_height >= ranks else 1)
+        self.rank = dist.get_rank(self.group) % len(parts)
+        self.starts = [int(part[0]) for part in parts]
+        self.counts = [len(part) for part in parts]
+
+    def encode(self, block: Tensor, *options: Any) -> Tensor:
+        """`WanVAE._posterior_mean`: a whole block in, whole latents out, on every rank.
+
+        So all ranks see alike whether float16 has overflowed.
+        """
+        self.share_out(block.shape[-2] // self.factor)
+        return self.gather(self.encode_own(self.own(block, self.factor), *options))
 
     def decode_chunks(self, latents: Tensor, *options: Any) -> Iterator[Tensor]:
         """`WanVAE.decode_chunks`: whole latents in, whole blocks of frames out, on every rank."""
+        self.share_out(latents.shape[-2])
         for frames in self.decode_own(self.own(latents), *options):
             yield self.gather(frames)
 
@@ -151,12 +193,14 @@ class RowParallel:
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows of all ranks, (..., H, W), from this rank's."""
+        if len(self.counts) == 1:
+            return x
         unit = x.shape[-2] // self.counts[self.rank]  # rows of x to a row of latents
         # all_gather takes tensors of one shape: those with fewer rows are filled up with zeros.
         missing = unit * max(self.counts) - x.shape[-2]
         x = F.pad(x, (0, 0, 0, missing)).contiguous()
         parts = [torch.empty_like(x) for _ in self.counts]
-        dist.all_gather(parts, x)
+        dist.all_gather(parts, x, self.group)
         rows = []
         for part, count in zip(parts, self.counts, strict=True):
             rows.append(part[..., : unit * count, :])
@@ -173,15 +217,18 @@ class RowParallel:
         messages = []
         if self.rank > 0:
             first = x[..., :1, :].contiguous()
-            messages.append(dist.P2POp(dist.isend, first, self.rank - 1))
-            messages.append(dist.P2POp(dist.irecv, above, self.rank - 1))
+            messages.append(self.message(dist.isend, first, self.rank - 1))
+            messages.append(self.message(dist.irecv, above, self.rank - 1))
         if self.rank < len(self.counts) - 1:
             last = x[..., -1:, :].contiguous()
-            messages.append(dist.P2POp(dist.irecv, below, self.rank + 1))
-            messages.append(dist.P2POp(dist.isend, last, self.rank + 1))
-        for request in dist.batch_isend_irecv(messages):
+            messages.append(self.message(dist.irecv, below, self.rank + 1))
+            messages.append(self.message(dist.isend, last, self.rank + 1))
+        for request in dist.batch_isend_irecv(messages) if messages else ():
             request.wait()
         return torch.cat((above, x, below), dim=-2)
+
+    def message(self, operation: Any, row: Tensor, rank: int) -> dist.P2POp:
+        return dist.P2POp(operation, row, group=self.group, group_peer=rank)
 
     def convolve(self, conv: CausalConv3d, forward: Any, x: Tensor, cache: dict) -> Tensor:
         y = forward(self.borrow(x), cache)
@@ -212,11 +259,10 @@ class RowParallel:
 class Spread:
     """Shares one edit out over all ranks, and says which windows this one's group takes.
 
-    num_windows: of the clip. latent_height: rows of its latents. Raises ValueError if the ranks of
-    a group cannot share the DiT's heads.
+    num_windows: of the clip. Raises ValueError if the ranks cannot share the DiT's heads.
     """
 
-    def __init__(self, model: RVEDiT, vae: WanVAE, num_windows: int, latent_height: int) -> None:
+    def __init__(self, model: RVEDiT, vae: WanVAE, num_windows: int) -> None:
         ranks = dist.get_world_size()
         device_type = model.dit.patch_embedding.weight.device.type
         groups = number_of_groups(ranks, num_windows, model.config.dit.num_heads)
@@ -227,8 +273,7 @@ class Spread:
         self.between_groups = mesh.get_group("windows")
         if ranks > groups:
             TokenParallel(model.dit, mesh.get_group("tokens"))
-        if latent_height >= ranks:  # or it is a small picture: every rank computes all of it
-            RowParallel(vae, latent_height)
+        RowParallel(vae, dist.group.WORLD)
 
     def add_up(self, x: Tensor) -> Tensor:
         """The sum over all groups, which have computed different windows."""

@@ -8,6 +8,8 @@
                                                             # from Kiwi-Edit's weights, or from ours
     torchrun --nproc_per_node 2 train.py --out runs/shapes --resume
                                                             # continue, on any number of processes
+    torchrun --nproc_per_node 8 train.py --sequence-parallel 4 --size 121 704 1280 --batch 1 ...
+                                                            # long clips, each shared by 4 GPUs
 
 Departures from Algorithm 1, where it is silent or would not match Algorithm 2:
 1. Its "v_t" and "v*_t" are both z_t = (1 - t)·VAE(v*) + t·ε, and its u* is ε - VAE(v*). The editing
@@ -61,6 +63,7 @@ import data
 import losses
 import parallel
 import rvedit
+import sequence
 from muon import Muon, muon_rates
 from run import (
     Run,
@@ -188,7 +191,8 @@ def compute_gradients(
     for batch in minibatches:
         batch = to_device(batch, run.device)
 
-        # Lines 4-19. Gradients add up over the passes, and FSDP averages them over the ranks.
+        # Lines 4-19. Gradients add up over the passes, and FSDP averages them over the ranks. With
+        # --sequence-parallel that is right as well: see `sequence.TokenParallel`.
         total, flow, align = training_step(run.model, run.vae, batch, depth)
         (total / args.accumulate).backward()
 
@@ -197,7 +201,7 @@ def compute_gradients(
         share = args.accumulate * run.ranks
         flow_mean += flow.mean() / share
         align_mean += align / share
-        num_broken += batch.broken
+        num_broken += batch.broken if run.leads else 0
         bins = (batch.t * NUM_T_BINS).long().clamp(max=NUM_T_BINS - 1)  # (B,)
         one_hot = F.one_hot(bins, NUM_T_BINS).double()  # (B, NUM_T_BINS)
         flow_by_t += flow.double() @ one_hot
@@ -254,7 +258,7 @@ def train(
     Raises SystemExit(0) after a signal, when the state is saved; ValueError if too many clips are
     broken; SystemExit(1) if too many steps in a row were not finite.
     """
-    samples_per_step = args.batch * args.accumulate * run.ranks
+    samples_per_step = args.batch * args.accumulate * run.groups
     num_read = num_broken = bad_steps = 0
     if run.rank == 0:
         left = args.steps - run.step
@@ -417,11 +421,16 @@ def part_of_model(name: str) -> str:
 
 
 def prepare(
-    model: RVEDiT, args: argparse.Namespace, mesh: DeviceMesh | None, foreign: bool = False
+    model: RVEDiT,
+    args: argparse.Namespace,
+    mesh: DeviceMesh | None,
+    group: dist.ProcessGroup | None = None,
+    foreign: bool = False,
 ) -> None:
     """Set the options that change the model, choose what trains, and shard the model.
 
-    Called before its weights are loaded. foreign: these are Kiwi-Edit's.
+    Called before its weights are loaded. group: the ranks that share each clip, None if each has
+    its own. foreign: the weights are Kiwi-Edit's.
     """
     # Kiwi-Edit's checkpoints have L_s = L. Training from them is to learn the routing of Eq. 3.
     if foreign and args.routing_depth is None:
@@ -429,6 +438,8 @@ def prepare(
     model.config = with_options(model.config, args)
     choose_trained(model, args.freeze_lora)
     parallel.shard(model, mesh, args.recompute, args.compile)
+    if group is not None:
+        sequence.TokenParallel(model.dit, group)
 
 
 def with_options(config: RVEDiTConfig, args: argparse.Namespace) -> RVEDiTConfig:
@@ -441,15 +452,18 @@ def with_options(config: RVEDiTConfig, args: argparse.Namespace) -> RVEDiTConfig
 
 
 def load_model(
-    args: argparse.Namespace, mesh: DeviceMesh | None, device: torch.device
+    args: argparse.Namespace,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[RVEDiT, WanVAE]:
-    """The networks in float32.
+    """The networks in float32, shared out over the ranks of a mesh and of a group.
 
     They are built on the meta device, sharded, and only then filled, so that no rank ever holds a
     whole model.
     """
     foreign = args.checkpoint is not None and rvedit.layout(args.checkpoint) != "rvedit"
-    before_loading = functools.partial(prepare, args=args, mesh=mesh, foreign=foreign)
+    before_loading = functools.partial(prepare, args=args, mesh=mesh, group=group, foreign=foreign)
     if args.preset == "toy" and args.checkpoint is None:
         model, vae = rvedit.scratch(args.seed, device, before_loading)
     else:
@@ -459,6 +473,8 @@ def load_model(
     if device.type == "cuda" and model.config.lora_rank:
         model.encoder.qwen.visual.to(torch.bfloat16)
 
+    if group is not None:
+        sequence.RowParallel(vae, group)
     return model, vae
 
 
@@ -513,8 +529,8 @@ def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.
         accumulate=args.accumulate,
         seed=args.seed,
         timestep_shift=args.timestep_shift,
-        rank=run.rank,
-        ranks=run.ranks,
+        rank=run.group,
+        ranks=run.groups,
         first_step=run.step,
         first_sample=run.samples,
         broken_file=run.out / "broken.txt",
@@ -545,6 +561,7 @@ DEFAULTS: dict[str, Any] = dict(
     seed=0,
     compile=None,  # True on GPUs
     log_gradients=None,
+    sequence_parallel=1,
     out=Path("runs/train"),
     resume=False,
     save_every=500,
@@ -584,6 +601,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Signals) -> None:
     """A whole run, from the options to the exported checkpoint."""
+    if args.export:
+        args.sequence_parallel = 1  # nothing is computed, so any number of ranks will do
+    group = parallel.neighbours(args.sequence_parallel, device)
+
     # OUT: what it holds fits the options, no other run writes to it, and all ranks see it.
     parallel.on_first_rank(check_out, args)
     lock = parallel.on_first_rank(lock_out, args.out)
@@ -593,11 +614,12 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
         args.accumulate = parallel.from_first_rank(accumulate)
 
     # The networks, sharded over the ranks, and the clips.
-    model, vae = load_model(args, parallel.make_mesh(device), device)
+    model, vae = load_model(args, parallel.make_mesh(device), device, group)
     triplets, validation = open_triplets(args)
     check_shared_memory(model.config, args)
     if args.steps is None:
-        samples_per_step = args.batch * args.accumulate * dist.get_world_size()
+        groups = dist.get_world_size() // args.sequence_parallel
+        samples_per_step = args.batch * args.accumulate * groups
         args.steps = max(1, len(triplets) // samples_per_step)
 
     # The optimiser, and all that a former checkpoint holds.

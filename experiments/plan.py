@@ -7,7 +7,7 @@ adds is found by running `train.training_step` itself on the meta device, whose 
 but no memory, and by adding up the tensors that are alive. So the plan cannot differ from the code.
 
 Not counted: the work space of convolutions, CUDA's context (0.5 GB), and what the allocator loses
-in gaps between its blocks.
+in gaps between its blocks. With --sequence-parallel the VAE counts as if it were not shared.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -216,6 +218,14 @@ def state_bytes(
     }
 
 
+def pretended_group(ranks: int) -> dist.ProcessGroup | None:
+    """A group of which this process is the first rank, and whose messages go nowhere."""
+    if ranks == 1:
+        return None
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    return dist.group.WORLD
+
+
 def plan(
     config: RVEDiTConfig,
     args: argparse.Namespace,
@@ -228,7 +238,7 @@ def plan(
         model = RVEDiT(config, tokenizer or stand_in_tokenizer(config))
         vae = WanVAE(config.vae).requires_grad_(False)
     eager = argparse.Namespace(**(vars(args) | {"compile": False}))  # shapes are the same
-    train.prepare(model, eager, mesh=None)
+    train.prepare(model, eager, mesh=None, group=pretended_group(args.sequence_parallel))
     model.to(dtype)
     largest = max(args.size, key=math.prod)
     batch = random_batch(model, vae, largest, args.batch, "meta")

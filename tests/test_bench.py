@@ -340,6 +340,7 @@ def options(**changes):
         "muon": 0.0,
         "lr": 1e-3,
         "out": Path("/nowhere"),
+        "sequence_parallel": 1,
         "routing_depth": None,
         "align_weight": None,
         "temperature": None,
@@ -492,3 +493,14 @@ def test_the_plan_is_printed_as_a_table(capsys):
     total = float(step.split()[-2])
     assert "AdamW's moments" in state and "backward" in step
     assert sum(gigabytes) < total < 0.2
+
+
+def test_ranks_that_share_clips_keep_a_share_of_the_activations(capsys):
+    """By the plan, each of 2 ranks keeps half of what a block of the DiT does on one."""
+    kept = []
+    for ranks in ("1", "2"):
+        bench.main(["--plan", "4", "--size", "9", "64", "64", "--sequence-parallel", ranks])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "of 6 blocks" in line]
+        kept.append(float(line.split()[-2]))
+    dist.destroy_process_group()
+    assert kept[1] / kept[0] == pytest.approx(1 / 2, rel=0.1)

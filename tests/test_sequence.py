@@ -1,13 +1,24 @@
-"""One clip on several ranks, by gloo: the same tokens, rows, frames and gradients as on one."""
+"""One clip on several ranks, by gloo: the same tokens, rows, frames and gradients as on one.
+
+And a share of the FLOPs, by messages that go nowhere.
+"""
+
+import dataclasses
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import make_clip, randomise, relative_error, tiny_model
+from torch._dynamo.testing import CompileCounter
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
 
+import parallel
+import rvedit
 import sample
 import sequence
+import train
 import video
 from model import DiTConfig, WanDiT
 
@@ -50,14 +61,14 @@ def dit_inputs(height):
     return z, torch.tensor([0.3, 0.8]), [(context, mask)] * 3, source
 
 
-def velocity_and_gradients(height, parallel):
+def velocity_and_gradients(height, shared):
     dit = make_dit()
-    if parallel:
+    if shared:
         sequence.TokenParallel(dit, dist.group.WORLD)
     velocity = dit(*dit_inputs(height))
     velocity.square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in dit.named_parameters()}
-    if parallel:
+    if shared:
         for gradient in gradients.values():
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()  # each rank's loss is that of the whole clip
@@ -66,42 +77,74 @@ def velocity_and_gradients(height, parallel):
 
 @pytest.mark.parametrize("ranks, height", [(2, 6), (4, 6), (4, 10)])  # 45 and 75 tokens
 def test_a_dit_whose_tokens_are_shared_out_computes_the_same(ranks, height, tmp_path):
-    expected, expected_gradients = velocity_and_gradients(height, parallel=False)
+    expected, expected_gradients = velocity_and_gradients(height, shared=False)
     for velocity, gradients in on_ranks(ranks, velocity_and_gradients, tmp_path, height, True):
         assert relative_error(velocity, expected) < 1e-5
         for name, gradient in gradients.items():
             assert relative_error(gradient, expected_gradients[name]) < 1e-5, name
 
 
-def encode_and_decode(parallel):
+def encode_and_decode(shared):
     _, vae = tiny_model()
     factor = vae.config.spatial_factor
-    if parallel:
-        sequence.RowParallel(vae, latent_height=5)
-    frames = video.to_float(make_clip(9, 5 * factor, 3 * factor)).unsqueeze(0)
-    with torch.no_grad():
-        latents = vae.encode(frames)
-        return latents, vae.decode(latents)
+    if shared:
+        sequence.RowParallel(vae, dist.group.WORLD)
+    results = []
+    for latent_height in (5, 3):
+        frames = video.to_float(make_clip(9, latent_height * factor, 3 * factor)).unsqueeze(0)
+        with torch.no_grad():
+            latents = vae.encode(frames)
+            results += [latents, vae.decode(latents)]
+    return results
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_vae_whose_rows_are_shared_out_computes_the_same(ranks, tmp_path):
-    """Five rows of latents, so that the ranks hold different numbers of them."""
-    expected = encode_and_decode(parallel=False)
+    """Five rows of latents, so that the ranks hold different numbers of them; then three, which are
+    too few for four ranks.
+    """
+    expected = encode_and_decode(shared=False)
     for actual in on_ranks(ranks, encode_and_decode, tmp_path, True):
         for x, y in zip(actual, expected, strict=True):
             assert relative_error(x, y) < 1e-5
 
 
-def edited_frames(parallel, max_frames):
+@torch.no_grad()
+def encode_with_overflow(shared):
+    """VAE(v) with products in float16, and its values before they are normalised."""
+    _, vae = tiny_model()
+    vae.encoder_dtype = torch.float16
+    for parameter in vae.conv1.parameters():
+        parameter *= 48_000
+    factor = vae.config.spatial_factor
+    if shared:
+        sequence.RowParallel(vae, dist.group.WORLD)
+    frames = video.to_float(make_clip(9, 5 * factor, 3 * factor)).unsqueeze(0)
+    latents = vae.encode(frames)
+    mean, std = vae.latent_statistics(latents.device)
+    return latents, latents * std + mean
+
+
+def test_ranks_agree_that_float16_has_overflowed(tmp_path):
+    """In the last latent frame it does so in the first rank's three rows alone. Otherwise one rank
+    would wait for rows that the other does not send.
+    """
+    expected, values = encode_with_overflow(shared=False)
+    exceeds = (values.abs() > 65504).amax((0, 1, 4))  # by frame and row
+    assert exceeds[:, :3].any(1).tolist() == [False, False, True] and not exceeds[:, 3:].any()
+    for latents, _ in on_ranks(2, encode_with_overflow, tmp_path, True):
+        assert relative_error(latents, expected) < 3e-3
+
+
+def edited_frames(shared, max_frames):
     """An edit of 33 frames: one window of 81 frames, or two of 17."""
     model, vae = tiny_model(max_frames=max_frames)
     frames = make_clip(33, 64, 48)
     shape = tuple(frames.shape[:3])
     spread = None
-    if parallel:
+    if shared:
         _, windows = sample.clip_windows(len(frames), model.config)
-        spread = sequence.Spread(model, vae, len(windows), 64 // vae.config.spatial_factor)
+        spread = sequence.Spread(model, vae, len(windows))
     blocks = sample.edit_frames(
         model,
         vae,
@@ -138,3 +181,128 @@ def test_windows_are_shared_out_first(ranks, num_windows, groups):
 def test_ranks_that_cannot_share_the_heads_are_refused():
     with pytest.raises(ValueError, match="5 processes cannot share 24 attention heads"):
         sequence.number_of_groups(5, 4, num_heads=24)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+class Triplets(torch.utils.data.Dataset):
+    """Five edits in clips of 27 tokens, of which one cannot be read."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        if index == 0:
+            raise ValueError("a broken clip")
+        source, target = make_clip(9, 96, 96, index), make_clip(9, 96, 96, 10 + index)
+        words = dict(instruction="make it snow"[: 2 * index], caption="a hill in the snow")
+        return dict(source=source, target=target, **words)
+
+
+def step_and_gradients(ranks_per_clip, folder):
+    """What is logged about a training step on four clips, and all gradients, whole."""
+    clips_per_group = 4 * ranks_per_clip // dist.get_world_size()
+    words = f"--preset toy --size 9 96 96 --sequence-parallel {ranks_per_clip} --out {folder}"
+    args = train.parse_arguments([*words.split(), "--batch", str(clips_per_group)])
+    args.recompute = True  # as at full size
+    device = torch.device("cpu")
+    group = parallel.neighbours(ranks_per_clip, device)
+    model, vae = tiny_model(lora_rank=0)  # so that everything trains
+    train.prepare(model, args, parallel.make_mesh(device), group)
+    if group is not None:
+        sequence.RowParallel(vae, group)
+    run = train.make_run(model, vae, device, args)
+    batches = train.make_batches(Triplets(), run, args)
+    report = train.compute_gradients(run, [batches[0, 0]], args)
+    gradients = {}
+    for name, p in run.weights.items():
+        gradients[name] = p.grad if dist.get_world_size() == 1 else p.grad.full_tensor()
+    return report, gradients
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_share_clips_find_the_gradients_of_one(ranks, tmp_path):
+    """Two ranks are one group, four are two groups, sharded by FSDP; λ > 0, and blocks 2 and 3 read
+    native tokens. Every weight of the DiT, the MLLM, queries and connectors.
+    """
+    (tmp_path / "one").mkdir()
+    ((expected, expected_gradients),) = on_ranks(
+        1, step_and_gradients, tmp_path / "one", 1, tmp_path
+    )
+    assert expected["broken"] == 1 and expected["align"] > 0
+    largest = max(gradient.abs().max() for gradient in expected_gradients.values())
+    for report, gradients in on_ranks(ranks, step_and_gradients, tmp_path, 2, tmp_path):
+        assert report["broken"] == 1 and report["tokens"] == 27
+        by_t, expected_by_t = ([x or 0 for x in r["flow_by_t"]] for r in (report, expected))
+        assert by_t == pytest.approx(expected_by_t, rel=1e-5)
+        for name in ("loss", "flow", "align"):
+            assert report[name] == pytest.approx(expected[name], rel=1e-5)
+        assert gradients.keys() == expected_gradients.keys()
+        for name, gradient in expected_gradients.items():
+            # Some gradients, such as those of key biases, are nearly zero by construction.
+            scale = gradient.abs().max() + 1e-3 * largest
+            assert (gradients[name] - gradient).abs().max() < 1e-5 * scale, name
+
+
+@pytest.fixture
+def pretended_ranks():
+    """Starts a group of so many ranks, of which only this one exists."""
+
+    def start(ranks, rank=0):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+        return dist.group.WORLD
+
+    yield start
+    dist.destroy_process_group()
+
+
+def dit_flops(group):
+    """Forward pass of an edit, and a whole pass of training, at the paper's size in two blocks."""
+    config = dataclasses.replace(rvedit.preset("wan2.2-ti2v-5b").dit, num_blocks=2)
+    with torch.device("meta"):
+        dit = WanDiT(config)
+        z, source = torch.zeros(2, 1, 48, 21, 44, 80)
+        inputs = (z, torch.zeros(1), [torch.zeros(1, 2822, config.dim)] * 2, source)
+    if group is not None:
+        sequence.TokenParallel(dit, group)
+    with FlopCounterMode(display=False) as edit, torch.no_grad():
+        dit(*inputs)
+    with FlopCounterMode(display=False) as training:
+        velocity, features = dit(*inputs, capture=1)
+        (velocity.sum() + features.sum()).backward()
+    return edit.get_total_flops(), training.get_total_flops()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_computes_its_share_of_the_flops(ranks, pretended_ranks):
+    """To 10 %: each rank computes the keys and values of all 2,822 context tokens."""
+    whole = dit_flops(None)
+    shared = dit_flops(pretended_ranks(ranks))
+    for flops, all_flops in zip(shared, whole, strict=True):
+        assert flops / all_flops == pytest.approx(1 / ranks, rel=0.1)
+
+
+def test_heads_that_ranks_cannot_share_are_refused(pretended_ranks):
+    with pytest.raises(ValueError, match="3 processes cannot share 4 attention heads"):
+        sequence.TokenParallel(make_dit(), pretended_ranks(3))
+
+
+def test_clips_of_many_sizes_take_few_compiled_variants(pretended_ranks):
+    """The first size, other sizes, and one more for tokens that do not divide by two."""
+    counter = CompileCounter()
+    dit = make_dit()
+    for block in dit.blocks:
+        block.forward = torch.compile(block.forward, backend=counter)
+    sequence.TokenParallel(dit, pretended_ranks(2))
+    for height in range(6, 26, 2):
+        dit(*dit_inputs(height))
+    assert 1 < counter.frame_count <= 3
+
+
+def test_ranks_that_share_clips_are_neighbours(pretended_ranks, monkeypatch):
+    pretended_ranks(12, rank=6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(parallel, "fail_together", lambda problem: None)  # which asks all ranks
+    group = parallel.neighbours(4, torch.device("cpu"))
+    assert dist.get_process_group_ranks(group) == [4, 5, 6, 7]

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 import data
 import losses
+import parallel
 import rvedit
 import train
 import video
@@ -467,7 +468,7 @@ def test_averaged_weights_are_a_running_mean_and_leave_the_others_alone(tmp_path
         model,
         vae,
         torch.device("cpu"),
-        SimpleNamespace(out=tmp_path, muon=0.0, average=0.15, lr=1e-2),
+        SimpleNamespace(out=tmp_path, muon=0.0, average=0.15, lr=1e-2, sequence_parallel=1),
     )
     name, weight = next(iter(run.weights.items()))
     mean = weight.detach().clone()
@@ -558,7 +559,7 @@ def test_logged_gradients_are_those_of_the_two_losses(tmp_path, process_group):
     """Their norms against autograd on each loss alone."""
     model, vae = tiny_model()
     batch, _ = make_batch(model, vae)
-    args = SimpleNamespace(out=tmp_path, muon=0.0, average=0.0, lr=1.0, seed=0, accumulate=1)
+    args = train.parse_arguments(["--preset", "toy", "--out", str(tmp_path)])
     run = train.make_run(model, vae, torch.device("cpu"), args)
     depth = train.compute_gradients(run, [batch], args)["depth"]
     kept = {name: p.grad.clone() for name, p in run.weights.items()}
@@ -604,6 +605,37 @@ def test_four_ranks_train_as_one_and_any_number_goes_on(alone, pair, start, tmp_
         if (former, ranks) in ((pair, 2), (tmp_path / "four", 4)):
             actual, expected = trained(out), trained(former)
             assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("on_node", [2, 6])
+def test_ranks_that_share_clips_are_of_one_node(on_node, monkeypatch, process_group):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_node))
+    with pytest.raises(ValueError, match=f"--sequence-parallel 4 .* node, which is {on_node}"):
+        parallel.neighbours(4, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_ranks_that_share_clips_train_as_one_and_any_number_goes_on(start, alone, tmp_path):
+    """Two ranks with four clips; then each clip on one rank, or on two of four."""
+    out = tmp_path / "shared"
+    more = ("--steps", 10, "--batch", 4, "--validate-every", 10, "--sequence-parallel", 2)
+    torchrun(2, *options(start, out, *more))
+    assert losses_differ_by(log(out), log(alone)) < 1e-5
+    assert distance(trained(out), trained(alone)) < 1e-4
+    clips = sorted((out / "validation").glob("*.mp4"))
+    assert [clip.name for clip in clips] == [f"step-00000010-{i}.mp4" for i in range(4)]
+    frames = [video.read_video(run / "validation" / clips[3].name).frames for run in (out, alone)]
+    assert (frames[0].int() - frames[1].int()).abs().max() <= 2
+
+    one = fork_at(out, 5, tmp_path / "one")
+    train.main(["--out", str(one), "--resume", "--sequence-parallel", "1"])
+    four = fork_at(alone, 5, tmp_path / "four")
+    torchrun(4, "--out", str(four), "--resume", "--sequence-parallel", "2", "--batch", "1")
+    assert json.loads((four / "run.json").read_text())["options"]["accumulate"] == 2
+    for resumed in (one, four):
+        assert losses_differ_by(log(resumed), log(alone)) < 1e-5
+        assert distance(trained(resumed), trained(alone)) < 1e-4
+    train.main(["--out", str(four), "--export"])
 
 
 def two_nodes(start, outs):
@@ -1086,6 +1118,9 @@ def test_mistakes_get_one_line_and_exit_code_2(start, alone, tmp_path, capsys):
         "neither a checkpoint of ours": options(start, tmp_path / "foreign"),
         "does not exist": options(tmp_path / "nowhere", tmp_path / "empty"),
         "whole number at least 1": ["--batch", "0"],
+        "must divide the number of processes of a node, which is 1": options(
+            start, tmp_path / "empty", "--sequence-parallel", "2"
+        ),
         "between 0 and the 3 blocks": options(start, tmp_path / "empty", "--routing-depth", "4"),
     }
     for message, arguments in cases.items():
