@@ -1208,6 +1208,8 @@ def _add_video(
     context = track.codec_context
     context.pix_fmt = "yuv420p"
     context.time_base = time_base
+    # Threads that share a frame would keep the caller waiting, and cost quality on many cores.
+    context.thread_type = "FRAME"
     context.flags |= av.codec.context.Flags.frame_duration  # or the last frame gets the average
     context.colorspace = sws.Colorspace.ITU709
     context.color_range = sws.ColorRange.MPEG
