@@ -1,9 +1,9 @@
 """The paper's Table 2 at the scale of the toy: variants trained from scratch, then compared.
 
 They live in the small world of scenes.py, on stills and short clips, with a DiT half as wide as the
-toy's, so that each is trained until it edits. All have the built-in checkpoint's VAE, and an MLLM
-that has learned to read this world (reading.py). The same seed means the same clips, noise and
-depths for all variants, so they are compared seed by seed.
+toy's. All have the built-in checkpoint's VAE, and an MLLM that has learned to read this world
+(reading.py), but for the one that shows what reading is worth. The same seed means the same clips,
+noise and depths for all variants, so they are compared seed by seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import train
 from experiments import reading
 from experiments.learning import DEVICE
 from experiments.scoring import assess
-from scenes import EVERYTHING
+from scenes import CATEGORIES
 
 VARIANTS = {  # as options of train.py. The others of a group are compared with its first one.
     "components": {
@@ -43,9 +43,11 @@ VARIANTS = {  # as options of train.py. The others of a group are compared with 
         f"λ = {weight}": ["--align-weight", str(weight)]
         for weight in (0, 0.005, 0.02, 0.05, 0.25, 0.75)
     },
+    "reading": {"reads before it edits": [], "does not": []},
 }
+UNREAD = "does not"
 SIZES = ((1, 64, 64), (1, 64, 64), (5, 64, 64))  # of the training clips, one a step
-READING_STEPS = 1500
+READING_STEPS = 200
 SCORED_SEED = 2026
 # The two-sided 95 % quantile of Student's t by the number of seeds, for confidence intervals.
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -76,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"steps in which the MLLM learns to read (default {READING_STEPS})",
     )
     parser.add_argument(
-        "--variant-steps", type=whole, default=2000, help="steps of each training (default 2000)"
+        "--variant-steps", type=whole, default=6000, help="steps of each training (default 6000)"
     )
     parser.add_argument(
         "--train",
@@ -88,8 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def write_start(folder: Path, reading_steps: int) -> Path:
-    """What all variants start from; returns its folder."""
-    start = folder / "start"
+    """What variants start from; returns its folder. reading_steps: of the MLLM, perhaps none."""
+    start = folder / ("start" if reading_steps else "start-unread")
     if not start.exists():
         folder.mkdir(parents=True, exist_ok=True)
         built_in, vae = rvedit.load()
@@ -117,7 +119,7 @@ def train_variant(
             recipe.append("--resume")
         # Edits to look at are not worth their time here, so they never come.
         recipe += ["--steps", str(steps), "--seed", str(seed), "--validate-every", "1000000"]
-        recipe += ["--log-gradients", "50"]
+        recipe += ["--batch", "8", "--log-gradients", "100"]
         train.main([*recipe, *variant, *options])
     return out
 
@@ -128,7 +130,9 @@ def score_variant(out: Path, clips: int) -> dict[str, list[float]]:
     if not kept.exists():
         model, vae = rvedit.load(out / "model", device=DEVICE)
         scores = {}
-        rows = assess(model, vae, SCORED_SEED, clips, *SIZES[-1], world="small")
+        rows = assess(
+            model, vae, SCORED_SEED, clips, *SIZES[-1], categories=CATEGORIES, world="small"
+        )
         for category, what, values in rows:
             if what == "edit":
                 scores[category] = values
@@ -151,7 +155,7 @@ def gradient_norms(out: Path) -> tuple[float, float]:
 
 def table_of(runs: list[dict[str, list[float]]]) -> Tensor:
     """Share that is edited, in percent, and PSNR inside the mask: (seeds, 1 + categories, 2)."""
-    scores = torch.tensor([[run[category] for category in EVERYTHING] for run in runs])
+    scores = torch.tensor([[run[category] for category in CATEGORIES] for run in runs])
     inside, edited = scores[..., 0], 100 * scores[..., 3]
     numbers = torch.stack((edited, inside), dim=-1)  # (seeds, categories, 2)
     overall = numbers.mean(dim=1, keepdim=True)
@@ -163,8 +167,8 @@ def print_tables(runs: dict[str, list[dict[str, list[float]]]]) -> None:
 
     Means over the seeds, with 95 % confidence intervals of the differences seed by seed.
     """
-    columns = " | ".join(("overall", *EVERYTHING))
-    head = f"| variant | {columns} |\n| --- |" + " ---: |" * (1 + len(EVERYTHING))
+    columns = " | ".join(("overall", *CATEGORIES))
+    head = f"| variant | {columns} |\n| --- |" + " ---: |" * (1 + len(CATEGORIES))
     tables = {name: table_of(scores) for name, scores in runs.items()}
     print(head)
     for name, table in tables.items():
@@ -192,11 +196,12 @@ def ablate(args: argparse.Namespace) -> None:
 
     What is finished is kept in the run's folder and not done again; an unfinished training goes on.
     """
-    start = write_start(args.run / "ablate", args.reading_steps)
     runs: dict[str, list[dict[str, list[float]]]] = {}
     norms: dict[str, list[tuple[float, float]]] = {}
     for seed in range(args.seeds):
         for name, variant in VARIANTS[args.group].items():
+            steps = 0 if name == UNREAD else args.reading_steps
+            start = write_start(args.run / "ablate", steps)
             out = train_variant(start, name, variant, seed, args.variant_steps, args.train)
             runs.setdefault(name, []).append(score_variant(out, args.clips))
             norms.setdefault(name, []).append(gradient_norms(out))

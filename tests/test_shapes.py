@@ -123,7 +123,7 @@ def test_impossible_sets_are_refused(change: dict):
 def test_the_small_world_is_never_left(words: str):
     """Neither by the sources nor by what the edits bring."""
     world = scenes.WORLDS["small"]
-    clips = ShapesDataset(5, 60, 5, 48, 48, ALL, coarse=True, words=words, world="small")
+    clips = ShapesDataset(5, 60, 5, 48, 48, CATEGORIES, coarse=True, words=words, world="small")
     seen: dict[str, set] = {"form": set(), "color": set(), "size": set(), "motion": set()}
     styles = set()
     for index in range(len(clips)):

@@ -20,7 +20,7 @@ import data
 import rvedit
 import sample
 from experiments import ablation, learning, reading, scoring, toy
-from scenes import EVERYTHING, NOT_THERE, Scene, Shape
+from scenes import CATEGORIES, EVERYTHING, NOT_THERE, Scene, Shape
 from shapes import ShapesDataset
 
 
@@ -470,7 +470,7 @@ def test_variants_are_compared_seed_by_seed(capsys):
     """What the seeds have in common is no uncertainty of a difference."""
 
     def run(edited, inside):
-        return {category: [inside, 30.0, 1.0, edited] for category in EVERYTHING}
+        return {category: [inside, 30.0, 1.0, edited] for category in CATEGORIES}
 
     full = [run(0.2, 10.0), run(0.5, 20.0), run(0.8, 30.0)]
     other = [run(0.3, 10.5), run(0.6, 20.5), run(1.0, 30.8)]
