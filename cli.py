@@ -344,7 +344,7 @@ def train_parser(presets: Iterable[str], kind: type[Parser] = Parser) -> Parser:
         "--world",
         choices=("all", "small"),
         help="without --data: all moving shapes (default), or a few forms, colors and words, which "
-        "are learned in minutes",
+        "are learned sooner",
     )
     group.add_argument(
         "--root", type=Path, help="folder of the tables' relative paths; default: the table's own"
