@@ -1,9 +1,8 @@
 """The paper's Table 2 at the scale of the toy: variants trained from scratch, then compared.
 
 They live in the small world of scenes.py, on stills and short clips, with a DiT half as wide as the
-toy's. All have the built-in checkpoint's VAE, and an MLLM that has learned to read this world
-(reading.py), but for the one that shows what reading is worth. The same seed means the same clips,
-noise and depths for all variants, so they are compared seed by seed.
+toy's, and have the built-in checkpoint's VAE. The same seed means the same clips, noise and depths
+for all variants, so they are compared seed by seed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from torch import Tensor
 import cli
 import rvedit
 import train
-from experiments import reading
 from experiments.learning import DEVICE
 from experiments.scoring import assess
 from scenes import CATEGORIES
@@ -43,11 +41,8 @@ VARIANTS = {  # as options of train.py. The others of a group are compared with 
         f"λ = {weight}": ["--align-weight", str(weight)]
         for weight in (0, 0.005, 0.02, 0.05, 0.25, 0.75)
     },
-    "reading": {"reads before it edits": [], "does not": []},
 }
-UNREAD = "does not"
 SIZES = ((1, 64, 64), (1, 64, 64), (5, 64, 64))  # of the training clips, one a step
-READING_STEPS = 200
 SCORED_SEED = 2026
 # The two-sided 95 % quantile of Student's t by the number of seeds, for confidence intervals.
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -72,12 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clips", type=whole, default=50, help="scored clips of each category (default 50)"
     )
     parser.add_argument(
-        "--reading-steps",
-        type=whole,
-        default=READING_STEPS,
-        help=f"steps in which the MLLM learns to read (default {READING_STEPS})",
-    )
-    parser.add_argument(
         "--variant-steps", type=whole, default=6000, help="steps of each training (default 6000)"
     )
     parser.add_argument(
@@ -89,20 +78,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_start(folder: Path, reading_steps: int) -> Path:
-    """What variants start from; returns its folder. reading_steps: of the MLLM, perhaps none."""
-    start = folder / ("start" if reading_steps else "start-unread")
-    if not start.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        built_in, vae = rvedit.load()
-        toy = rvedit.preset("toy")
-        dit = dataclasses.replace(toy.dit, dim=128, ffn_dim=384, num_heads=4)
-        config = dataclasses.replace(toy, dit=dit, vae=vae.config)
-        model = rvedit.RVEDiT(config, built_in.encoder.tokenizer)
-        rvedit.initialise(model)
-        reading.read_lessons(model, reading_steps, reading.BATCH, folder / "mllm.pt", world="small")
-        rvedit.save(start, model, vae)
-    return start
+def write_start(start: Path) -> None:
+    """What all variants start from: random weights, beside the built-in checkpoint's VAE."""
+    built_in, vae = rvedit.load()
+    toy = rvedit.preset("toy")
+    dit = dataclasses.replace(toy.dit, dim=128, ffn_dim=384, num_heads=4)
+    config = dataclasses.replace(toy, dit=dit, vae=vae.config)
+    model = rvedit.RVEDiT(config, built_in.encoder.tokenizer)
+    rvedit.initialise(model)
+    start.parent.mkdir(parents=True, exist_ok=True)
+    rvedit.save(start, model, vae)
 
 
 def train_variant(
@@ -196,12 +181,13 @@ def ablate(args: argparse.Namespace) -> None:
 
     What is finished is kept in the run's folder and not done again; an unfinished training goes on.
     """
+    start = args.run / "ablate" / "start"
+    if not start.exists():
+        write_start(start)
     runs: dict[str, list[dict[str, list[float]]]] = {}
     norms: dict[str, list[tuple[float, float]]] = {}
     for seed in range(args.seeds):
         for name, variant in VARIANTS[args.group].items():
-            steps = 0 if name == UNREAD else args.reading_steps
-            start = write_start(args.run / "ablate", steps)
             out = train_variant(start, name, variant, seed, args.variant_steps, args.train)
             runs.setdefault(name, []).append(score_variant(out, args.clips))
             norms.setdefault(name, []).append(gradient_norms(out))

@@ -1,7 +1,7 @@
-"""A training loop that can be stopped and goes on, for the parts of the toy that train.py skips.
+"""A training loop that can be stopped and goes on, for the toy's VAE, which train.py only uses.
 
-These are the VAE and, before it edits, the MLLM. A run that was stopped and begun again ends with
-the same weights: each minibatch, its noise and its learning rate are functions of the step.
+A run that was stopped and begun again ends with the same weights: each minibatch, its noise and its
+learning rate are functions of the step.
 """
 
 from __future__ import annotations

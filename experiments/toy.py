@@ -6,7 +6,7 @@
     python -m experiments.toy ablate               # Table 2 of the paper at this scale
 
 1. vae: a VAE, trained on crops of clips.
-2. mllm: a tokenizer for these clips, and an MLLM that reads before it edits (reading.py).
+2. start: a tokenizer for these clips, and random weights of MLLM and DiT.
 3. editor: train.py from there (Algorithm 1), with routing and alignment, on clips of many sizes.
 4. export: all of it in half precision.
 
@@ -41,7 +41,7 @@ from torch.utils.data import Dataset
 
 import rvedit
 import train
-from experiments import ablation, reading, scoring
+from experiments import ablation, scoring
 from experiments.learning import DEVICE, WORKERS, cosine, learn
 from mllm import CHAT_START
 from muon import Muon
@@ -163,14 +163,13 @@ def latent_statistics(vae: WanVAE) -> tuple[tuple[float, ...], tuple[float, ...]
     return tuple(mean.flatten().tolist()), (std,) * stacked.shape[1]
 
 
-# --- The tokenizer and the MLLM -------------------------------------------------------------------
+# --- The start of the editor ----------------------------------------------------------------------
 
 # Qwen's, in its order, without their brackets.
 SPECIAL_TOKENS = (
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
     "quad_end vision_start vision_end vision_pad image_pad video_pad"
 ).split()
-MLLM_STEPS = 12000
 
 
 def train_tokenizer() -> Tokenizer:
@@ -182,10 +181,6 @@ def train_tokenizer() -> Tokenizer:
         for category in EVERYTHING * 100:
             _, target, instruction = draw_edit(rng, category, extent, words=words)
             texts += [instruction, caption(target)]
-    for _ in range(200):
-        _, pairs = reading.draw_questions(rng, extent)
-        for question, answer in pairs:
-            texts += [question, f" {answer}"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -200,8 +195,8 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_start(run: Path, vae: WanVAE, steps: int) -> None:
-    """RUN/start, which the editor is trained from: VAE, MLLM, and a DiT of random weights."""
+def write_start(start: Path, vae: WanVAE) -> None:
+    """What the editor is trained from: the VAE, and random weights of MLLM and DiT."""
     mean, std = latent_statistics(vae)
     vae.config = dataclasses.replace(vae.config, latents_mean=mean, latents_std=std)
     # The toy edits at home what it was trained on: the sizes and lengths of EDITOR_SIZES.
@@ -213,8 +208,7 @@ def write_start(run: Path, vae: WanVAE, steps: int) -> None:
     )
     model = rvedit.RVEDiT(config, train_tokenizer())
     rvedit.initialise(model)
-    reading.read_lessons(model, steps, reading.BATCH, run / "mllm.pt")
-    rvedit.save(run / "start", model, vae)
+    rvedit.save(start, model, vae)
 
 
 # --- The editor -----------------------------------------------------------------------------------
@@ -268,7 +262,7 @@ def make(args: argparse.Namespace) -> None:
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "start").exists():
         vae = train_vae(run / "vae.pt", tuple(args.vae_steps))
-        write_start(run, vae, args.mllm_steps)
+        write_start(run / "start", vae)
     if not (run / "editor" / "model").exists():
         train.main([*editor_options(run, args.steps), *args.train])
     if not (run / "model").exists():
@@ -296,12 +290,6 @@ def make_parser() -> cli.Parser:
         default=VAE_STEPS,
         metavar=("ALL", "DECODER"),
         help="steps of the whole VAE, then of its decoder alone (default 3000 8000)",
-    )
-    parser.add_argument(
-        "--mllm-steps",
-        type=cli.number(int, 0),
-        default=MLLM_STEPS,
-        help=f"steps of reading before editing (default {MLLM_STEPS}); 0: none, to compare",
     )
     parser.add_argument(
         "--steps",

@@ -8,10 +8,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import av
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import make_clip, relative_error, tiny_model
 from tokenizers import Tokenizer
 
@@ -19,8 +17,8 @@ import cli
 import data
 import rvedit
 import sample
-from experiments import ablation, learning, reading, scoring, toy
-from scenes import CATEGORIES, EVERYTHING, NOT_THERE, Scene, Shape
+from experiments import ablation, learning, scoring, toy
+from scenes import CATEGORIES, EVERYTHING, NOT_THERE
 from shapes import ShapesDataset
 
 
@@ -105,10 +103,8 @@ def tiny_recipe(monkeypatch):
     monkeypatch.setattr(rvedit, "preset", lambda _: small)
     monkeypatch.setattr(toy, "CROPS", ((1, 5, 32, 16), (1, 1, 32, 32)))
     monkeypatch.setattr(toy, "EDITOR_SIZES", ((5, 32, 48), (1, 32, 32)))
-    monkeypatch.setattr(reading, "SIZES_READ", ((1, 32, 32), (5, 32, 48)))
-    monkeypatch.setattr(reading, "BATCH", 2)
     monkeypatch.setattr(learning, "SAVE_SECONDS", 0)
-    options = "--vae-steps 12 8 --mllm-steps 20 --steps 20 --train --batch 2 "
+    options = "--vae-steps 12 8 --steps 20 --train --batch 2 "
     options += "--accumulate 1 --workers 0"
     return options.split()
 
@@ -139,11 +135,10 @@ def terminate():
 def test_one_command_makes_the_model_and_goes_on_where_it_was_stopped(
     tmp_path, monkeypatch, tiny_recipe
 ):
-    """Stopped in each of its three trainings and begun again, it ends bit for bit the same."""
+    """Stopped in both of its trainings and begun again, it ends bit for bit the same."""
     toy.main(["--run", str(tmp_path / "whole"), *tiny_recipe])
     for dataset, step, error in (
         (toy.Crops, 15, interrupt),
-        (reading.Lessons, 7, interrupt),
         (data.Batches, (11, 0), terminate),
     ):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -167,103 +162,6 @@ def test_one_command_makes_the_model_and_goes_on_where_it_was_stopped(
     assert model.config.routing_depth == expected.routing_depth
     assert model.config.align_weight == expected.align_weight > 0
     assert model.config.max_frames == 5 and model.config.max_pixels == 32 * 48
-
-
-# --- Reading --------------------------------------------------------------------------------------
-
-RED_BALL = Shape("circle", "red", "small", "still", 0.25, 0.25)
-BLUE_STAR = Shape("star", "blue", "large", "left", 0.75, 0.5)
-SCENE = Scene("striped", "sand", 0.5, 0.4, (RED_BALL, BLUE_STAR))
-
-
-def answers(rule, extent=(5, 64, 64)):
-    """All answers that a rule has to questions about SCENE, by question."""
-    found = {}
-    for seed in range(200):
-        question, answer = rule(np.random.default_rng(seed), SCENE, extent)
-        if question:
-            assert found.setdefault(question, answer) == answer
-    return found
-
-
-def test_answers_are_true():
-    attributes = answers(reading.ask_attribute)
-    assert attributes["what color is the star?"] == "blue"
-    assert attributes["what is the red one?"] == "circle"
-    assert attributes["how big is the circle?"] == "small"
-    assert attributes["where is the circle?"] == "at the top left"
-    assert attributes["how does the blue star move?"] == "left"
-    assert "how does the star move?" not in answers(reading.ask_attribute, (1, 64, 64))
-    assert answers(reading.ask_place) == {
-        "what is at the top left?": "small red circle",
-        "what is on the right?": "large blue star",
-    }
-    numbers = answers(reading.ask_number)
-    assert numbers["how many objects are there?"] == "two"
-    assert numbers["how many are red?"] == numbers["how many are star?"] == "one"
-    assert numbers["how many are green?"] == "no"
-    assert answers(reading.ask_background) == {"what is the background?": "striped sand"}
-
-
-def test_the_effect_of_an_edit_is_said_in_one_way():
-    def after(*shapes, **changes):
-        return reading.effect(SCENE, replace(SCENE, shapes=shapes, **changes))
-
-    green = replace(RED_BALL, color="green")
-    heart = Shape("heart", "pink", "small", "up", 0.5, 0.5)
-    assert after(BLUE_STAR) == "small red circle becomes nothing"
-    assert after(green, BLUE_STAR) == "small red circle becomes small green circle"
-    assert after(RED_BALL, BLUE_STAR, heart) == "new small pink heart"
-    assert after(RED_BALL, BLUE_STAR) == "nothing"
-    assert after(RED_BALL, BLUE_STAR, style="sepia") == "all becomes an old sepia film"
-    assert after(RED_BALL, BLUE_STAR, tone="white") == "background becomes white"
-
-
-@pytest.fixture(scope="module")
-def reader(tokenizer):
-    model = rvedit.RVEDiT(rvedit.preset("toy"), tokenizer)
-    rvedit.initialise(model)
-    return model
-
-
-def test_only_answers_are_predicted_and_padding_does_not_count(reader):
-    """A row alone has the logits that it has in a batch; what is asked for is what was answered."""
-    lessons = reading.Lessons(reader.encoder, batch=3)
-    lesson = lessons[1]
-    logits, targets = reading.next_token_logits(reader.encoder, lesson)
-    assert len(logits) == len(targets) == int((lesson.targets >= 0).sum())
-    texts = lessons.tokenizer.decode(targets.tolist(), skip_special_tokens=False)
-    assert texts.count("<|im_end|>") == 3 * reading.QUESTIONS
-
-    length = int((lesson.targets[0] >= 0).nonzero().max()) + 1
-    num_patches = len(lesson.patches) // 3
-    alone = reading.Lesson(
-        ids=lesson.ids[:1, :length],
-        targets=lesson.targets[:1, :length],
-        patches=lesson.patches[:num_patches],
-        grids=lesson.grids[:1],
-    )
-    expected, _ = reading.next_token_logits(reader.encoder, alone)
-    assert relative_error(logits[: len(expected)], expected) < 1e-5
-
-
-@pytest.mark.slow
-def test_reading_is_learned(reader, tmp_path, monkeypatch):
-    """Two clips that are read again and again are soon known by heart."""
-
-    class SameLesson(reading.Lessons):
-        def __getitem__(self, step):
-            return super().__getitem__(0)
-
-    def loss():
-        lesson = SameLesson(reader.encoder, batch=2)[0]
-        with torch.no_grad():
-            return F.cross_entropy(*reading.next_token_logits(reader.encoder, lesson))
-
-    monkeypatch.setattr(reading, "Lessons", SameLesson)
-    before = loss()
-    reading.read_lessons(reader, 30, 2, tmp_path / "mllm.pt")
-    assert loss() < before / 3
 
 
 # --- Scores ---------------------------------------------------------------------------------------
@@ -487,10 +385,8 @@ def test_the_ablation_trains_every_variant_once(tmp_path, monkeypatch, capsys):
     variants = {"full": [], "w/o GRTC (L_s = L)": ["--routing-depth", "6"]}
     monkeypatch.setitem(ablation.VARIANTS, "components", variants)
     monkeypatch.setattr(ablation, "SIZES", ((5, 32, 32),))
-    monkeypatch.setattr(reading, "SIZES_READ", ((1, 32, 32),))
-    monkeypatch.setattr(reading, "BATCH", 2)
     command = ["--run", str(tmp_path), "ablate", "--seeds", "2", "--clips", "1"]
-    command += ["--reading-steps", "1", "--variant-steps", "1"]
+    command += ["--variant-steps", "1"]
     toy.main([*command, "--train", "--batch", "1", "--workers", "0", "--log-gradients", "1"])
     tables = capsys.readouterr().out.splitlines()[-14:]
     runs = tmp_path / "ablate"
