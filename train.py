@@ -175,7 +175,8 @@ def compute_gradients(
     """Algorithm 1, lines 3-19, for one optimiser step: the gradients of all its samples.
 
     minibatches: one for each accumulation step. Leaves the gradients in `.grad`, and returns what
-    is logged about the step, the same on all ranks.
+    is logged about the step, the same on all ranks. Raises ValueError, on all of them, if ranks
+    that share clips have not read the same ones.
     """
     config = run.model.config
 
@@ -201,7 +202,7 @@ def compute_gradients(
         share = args.accumulate * run.ranks
         flow_mean += flow.mean() / share
         align_mean += align / share
-        num_broken += batch.broken if run.leads else 0
+        num_broken += batch.broken
         bins = (batch.t * NUM_T_BINS).long().clamp(max=NUM_T_BINS - 1)  # (B,)
         one_hot = F.one_hot(bins, NUM_T_BINS).double()  # (B, NUM_T_BINS)
         flow_by_t += flow.double() @ one_hot
@@ -212,6 +213,14 @@ def compute_gradients(
     dist.all_reduce(sums)
     flow_mean, align_mean, num_broken = sums[:3].tolist()
     flow_by_t, count_by_t = sums[3:].view(2, NUM_T_BINS).tolist()
+
+    # Ranks that share a clip read it each for itself, and would make a gradient of different ones.
+    if num_broken % args.sequence_parallel:
+        raise ValueError(
+            "a clip could be read by some of the ranks that share it, and not by others: see "
+            f"{run.out / 'broken.txt'}, and go on with --resume"
+        )
+    num_broken //= args.sequence_parallel
     return dict(
         step=run.step + 1,
         loss=flow_mean + config.align_weight * align_mean,

@@ -245,6 +245,22 @@ def test_ranks_that_share_clips_find_the_gradients_of_one(ranks, tmp_path):
             assert (gradients[name] - gradient).abs().max() < 1e-5 * scale, name
 
 
+def step_of_a_rank_that_reads_badly(folder):
+    """The error of a step in which one rank of two cannot read a clip that the other has read."""
+    if dist.get_rank() == 1:
+        good = Triplets.__getitem__
+        Triplets.__getitem__ = lambda self, index: good(self, 0 if index == 2 else index)
+    try:
+        step_and_gradients(2, folder)
+    except ValueError as error:
+        return str(error)
+
+
+def test_ranks_that_share_a_clip_must_read_the_same(tmp_path):
+    for error in on_ranks(2, step_of_a_rank_that_reads_badly, tmp_path, tmp_path):
+        assert "by some of the ranks that share it" in error and "broken.txt" in error
+
+
 @pytest.fixture
 def pretended_ranks():
     """Starts a group of so many ranks, of which only this one exists."""
