@@ -283,7 +283,12 @@ class ShapesDataset(Dataset):
     ) -> None:
         if words not in WORDINGS:
             raise ValueError(f"words {words!r}: choose from {', '.join(WORDINGS)}")
-        choices = EVERYTHING if words == "plain" else (*EVERYTHING, NOT_THERE)
+        if world not in WORLDS:
+            raise ValueError(f"world {world!r}: choose from {', '.join(WORLDS)}")
+        # Two edits in one take three objects, which the small world has no room for.
+        choices = CATEGORIES if world == "small" else EVERYTHING
+        if words != "plain":
+            choices = (*choices, NOT_THERE)
         if not categories or not set(categories) <= set(choices):
             raise ValueError(f"categories {categories}: choose from {', '.join(choices)}")
         if frames < 1 or min(height, width) < 32:

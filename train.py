@@ -594,6 +594,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = argparse.Namespace(**(DEFAULTS | RECIPES[chosen["preset"]] | chosen))
     if args.compile is None:
         args.compile = torch.cuda.is_available()
+    if args.data and given.get("world"):
+        cli.fail(
+            "--world is about moving shapes, and --data has other clips: leave one of them out"
+        )
     if args.preset != "toy" and not args.data and not args.plan:
         cli.fail(f"--preset {args.preset} needs --data FILE: triplets of videos and instructions")
     begins = not (args.plan or args.resume or args.export)

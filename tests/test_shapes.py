@@ -110,11 +110,13 @@ def test_items_have_the_promised_form():
         dict(height=16),
         dict(words="polite"),
         dict(categories=("Not There",)),
+        dict(world="large"),
+        dict(world="small", categories=("Composition",)),
     ],
 )
 def test_impossible_sets_are_refused(change: dict):
     """An unknown category, none at all, and frames too small for shapes are one-line errors."""
-    with pytest.raises(ValueError, match=r"categories|32 x 32|words") as error:
+    with pytest.raises(ValueError, match=r"categories|32 x 32|words|world") as error:
         ShapesDataset(**(dict(seed=0, size=1, frames=5, height=64, width=64) | change))
     assert "\n" not in str(error.value)
 

@@ -1111,6 +1111,7 @@ def test_mistakes_get_one_line_and_exit_code_2(start, alone, tmp_path, capsys):
     cases = {
         "add --resume": options(start, alone),
         "needs --data": ["--preset", "wan2.2-ti2v-5b", "--wan", str(tmp_path)],
+        "leave one of them out": ["--world", "small", "--data", "a.csv"],
         "is of another model": options(other, tmp_path / "run", "--resume"),
         "holds no run": options(start, tmp_path / "empty", "--export"),
         "holds no run to resume": options(start, tmp_path / "empty", "--resume"),
