@@ -319,7 +319,7 @@ def recolor_one(talk: Talk) -> Edit | None:
     if chosen is None:
         return None
     shape, name = chosen
-    colors = visible_colors(talk.scene.tone, talk.scene.world)
+    colors = talk.scene.visible_colors
     color = talk.pick([color for color in colors if color != shape.color])
     words = talk.command("color", it=f"the {name}", color=talk.say(color))
     return exchange(talk.scene, shape, replace(shape, color=color)), words
@@ -336,7 +336,7 @@ def reshape_one(talk: Talk) -> Edit | None:
     new = replace(shape, form=talk.pick(forms))
     if talk.chance(0.4):
         attributes.append("color")
-        new = replace(new, color=talk.pick(visible_colors(talk.scene.tone, talk.scene.world)))
+        new = replace(new, color=talk.pick(talk.scene.visible_colors))
     thing = _with_article(noun(talk, new, attributes))
     words = talk.command("form", it=f"the {name}", new=thing)
     return exchange(talk.scene, shape, new), words
@@ -380,7 +380,7 @@ def remove_all(talk: Talk) -> Edit | None:
 
 def recolor_all(talk: Talk) -> Edit | None:
     members, name = talk.choose_group()
-    color = talk.pick(visible_colors(talk.scene.tone, talk.scene.world))
+    color = talk.pick(talk.scene.visible_colors)
     shapes = []
     for shape in talk.scene.shapes:
         shapes.append(replace(shape, color=color) if shape in members else shape)
@@ -394,7 +394,7 @@ def add_one(talk: Talk) -> Edit | None:
     place = talk.pick(scenes.PLACES) if says_place else "in the center"
     shape = new_shape(talk.rng, talk.scene, place, talk.extent)
     defaults = {
-        "color": visible_colors(talk.scene.tone, talk.scene.world)[0],
+        "color": talk.scene.visible_colors[0],
         "size": "medium",
         "motion": "still",
     }

@@ -233,6 +233,11 @@ class Scene:
     style: str | None = None
     world: World = field(default=WORLDS["all"], repr=False)  # what its edits are drawn from
 
+    @property
+    def visible_colors(self) -> list[str]:
+        """The colours of its world that stand out from its background."""
+        return visible_colors(self.tone, self.world)
+
 
 @functools.lru_cache(maxsize=64)
 def trajectory(shape: Shape, extent: Extent) -> np.ndarray:
@@ -428,7 +433,7 @@ def new_shape(rng: np.random.Generator, scene: Scene, place: str, extent: Extent
         if (column - 2) * dx <= 0 and (row - 2) * dy <= 0:
             inward.append(motion)
     form = pick(rng, scene.world.forms)
-    color = pick(rng, visible_colors(scene.tone, scene.world))
+    color = pick(rng, scene.visible_colors)
     size = pick(rng, scene.world.sizes)
     motion = pick(rng, inward)
     return Shape(form, color, size, motion, x, y)

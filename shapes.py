@@ -45,7 +45,6 @@ from scenes import (
     render,
     sample_source,
     twins_of,
-    visible_colors,
 )
 
 # What training draws from: what is learnt last comes more often.
@@ -153,7 +152,7 @@ def _add(rng: np.random.Generator, scene: Scene, extent: Extent) -> tuple[Scene,
 def _change(rng: np.random.Generator, scene: Scene, shape: Shape, name: str) -> tuple[Scene, str]:
     """Other values for some attributes of a shape that is called `name`."""
     values = {
-        "color": visible_colors(scene.tone, scene.world),
+        "color": scene.visible_colors,
         "form": scene.world.forms,
         "size": scene.world.sizes,
     }
@@ -285,8 +284,8 @@ class ShapesDataset(Dataset):
             raise ValueError(f"words {words!r}: choose from {', '.join(WORDINGS)}")
         if world not in WORLDS:
             raise ValueError(f"world {world!r}: choose from {', '.join(WORLDS)}")
-        # Two edits in one take three objects, which the small world has no room for.
-        choices = CATEGORIES if world == "small" else EVERYTHING
+        # Two edits in one take three objects, for which not every world has room.
+        choices = EVERYTHING if WORLDS[world].most >= 3 else CATEGORIES
         if words != "plain":
             choices = (*choices, NOT_THERE)
         if not categories or not set(categories) <= set(choices):

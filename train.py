@@ -213,14 +213,6 @@ def compute_gradients(
     dist.all_reduce(sums)
     flow_mean, align_mean, num_broken = sums[:3].tolist()
     flow_by_t, count_by_t = sums[3:].view(2, NUM_T_BINS).tolist()
-
-    # Ranks that share a clip read it each for itself, and would make a gradient of different ones.
-    if num_broken % args.sequence_parallel:
-        raise ValueError(
-            "a clip could be read by some of the ranks that share it, and not by others: see "
-            f"{run.out / 'broken.txt'}, and go on with --resume"
-        )
-    num_broken //= args.sequence_parallel
     return dict(
         step=run.step + 1,
         loss=flow_mean + config.align_weight * align_mean,
@@ -228,9 +220,24 @@ def compute_gradients(
         align=align_mean,
         flow_by_t=[x / n if n else None for x, n in zip(flow_by_t, count_by_t, strict=True)],
         depth=depth,
-        broken=int(num_broken),
+        broken=broken_clips(run, int(num_broken)),
         tokens=batch.noise[0, 0].numel() // math.prod(config.dit.patch_size),  # of one sample
     )
+
+
+def broken_clips(run: Run, found: int) -> int:
+    """How many clips of a step were broken, of which all ranks together found so many.
+
+    Ranks that share clips read them each for itself, and would make a gradient of different ones:
+    raises ValueError if some of them have read what others could not.
+    """
+    ranks_per_clip = run.ranks // run.groups
+    if found % ranks_per_clip:
+        raise ValueError(
+            "a clip could be read by some of the ranks that share it, and not by others: see "
+            f"{run.out / 'broken.txt'}, and go on with --resume"
+        )
+    return found // ranks_per_clip
 
 
 def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
