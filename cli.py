@@ -403,6 +403,12 @@ def train_parser(presets: Iterable[str], kind: type[Parser] = Parser) -> Parser:
         "--seed", type=number(int, 0), help="determines everything random (default 0)"
     )
     group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="what blocks are computed in; weights and optimiser stay float32 (default bfloat16 on "
+        "GPUs, else float32; CPUs that have bfloat16 instructions are faster with it)",
+    )
+    group.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="compile each block by torch.compile (default on GPUs)",

@@ -159,15 +159,15 @@ def gloo_on_one_thread(
 dist.Backend.register_backend("gloo_on_one_thread", gloo_on_one_thread, devices="cpu")
 
 
-def make_mesh(device: torch.device) -> DeviceMesh | None:
+def make_mesh(device: torch.device, dtype: torch.dtype) -> DeviceMesh | None:
     """The ranks to shard over: all in a row, or on several nodes a row for each node (HSDP).
 
     With HSDP each node holds a whole model, sharded inside the node, and only gradients travel
-    between nodes. None for one process on a CPU: it has nothing to shard, and no second precision
-    to compute in.
+    between nodes. None for one process that computes in float32: it has nothing to shard, and no
+    second precision to compute in.
     """
     ranks = dist.get_world_size()
-    if ranks == 1 and device.type == "cpu":
+    if ranks == 1 and dtype == torch.float32:
         return None
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     nodes = ranks // ranks_per_node
@@ -293,12 +293,18 @@ def is_frozen(module: nn.Module) -> bool:
     return not next(module.parameters()).requires_grad
 
 
-def shard(model: RVEDiT, mesh: DeviceMesh | None, recompute: bool, compile: bool) -> None:
+def shard(
+    model: RVEDiT,
+    mesh: DeviceMesh | None,
+    recompute: bool,
+    compile: bool,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Checkpoint activations, compile and shard (FSDP2) the model, in this order, block by block.
 
     A frozen vision tower stays whole on every rank. mesh: None does not shard. Parameters and sums
-    of gradients are float32; on GPUs, blocks are gathered and computed in bfloat16. Inputs are not
-    cast: the blocks know what has to stay float32.
+    of gradients are float32; blocks are gathered and computed in `dtype`. Inputs are not cast: the
+    blocks know what has to stay float32.
     """
     blocks = blocks_of(model)
     for block in blocks:
@@ -320,7 +326,7 @@ def shard(model: RVEDiT, mesh: DeviceMesh | None, recompute: bool, compile: bool
         return
 
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if mesh.device_type == "cuda" else torch.float32,
+        param_dtype=dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )

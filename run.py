@@ -54,6 +54,17 @@ NOT_SAVED = {"out", "resume", "plan", "export", "warmup", "decay", "muon", "aver
 # --- State and checkpoints ------------------------------------------------------------------------
 
 
+def samples_per_pass(args: argparse.Namespace) -> int:
+    """Samples that all ranks together pass forward at once; a step makes --accumulate passes."""
+    groups = dist.get_world_size() // args.sequence_parallel
+    return args.batch * groups
+
+
+def samples_per_step(args: argparse.Namespace) -> int:
+    """Samples of an optimiser step, over all ranks."""
+    return args.accumulate * samples_per_pass(args)
+
+
 def trainable(model: RVEDiT) -> dict[str, Tensor]:
     """The parameters that training changes, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -272,7 +283,7 @@ def begin_log(run: Run, args: argparse.Namespace) -> None:
     (run.out / "validation").mkdir(exist_ok=True)
     description = dict(
         options=saved_options(args),
-        samples_per_step=args.batch * args.accumulate * run.groups,
+        samples_per_step=samples_per_step(args),
         tables=data.fingerprint(args.data) if args.data else None,
     )
     cli.write_text(run.out / "run.json", json.dumps(description, default=str, indent=1))
@@ -367,14 +378,14 @@ def resumed_accumulation(args: argparse.Namespace, presets: Iterable[str]) -> in
             f"restore it, or start a new run with --checkpoint {args.out / 'model'}"
         )
     samples = former["samples_per_step"]
-    samples_per_pass = args.batch * (dist.get_world_size() // args.sequence_parallel)
-    if samples % samples_per_pass:
+    in_a_pass = samples_per_pass(args)
+    if samples % in_a_pass:
         raise ValueError(
             f"the run in {args.out} has {samples} samples in an optimiser step, which "
             f"{dist.get_world_size()} processes with --batch {args.batch} cannot make: change "
             "--batch, --sequence-parallel or the number of processes"
         )
-    return samples // samples_per_pass
+    return samples // in_a_pass
 
 
 # --- Worker processes -----------------------------------------------------------------------------

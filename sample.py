@@ -702,7 +702,8 @@ def edit(args: Namespace) -> None:
     compare = check_outputs(args)
     with stage("read", times, args.device):
         clip = video.open_video(args.video)
-        video.prepare_edit(clip, args.out)
+        if RANK == 0:  # which writes, and says what of the sound is lost
+            video.prepare_edit(clip, args.out)
         if args.compare:
             video.check_size(compare, clip.height, 2 * clip.width)
     shape = (len(clip.timestamps), clip.height, clip.width)

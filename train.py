@@ -75,6 +75,7 @@ from run import (
     peak_memory,
     read_run,
     resumed_accumulation,
+    samples_per_step,
     trainable,
     write_log,
 )
@@ -274,11 +275,11 @@ def train(
     Raises SystemExit(0) after a signal, when the state is saved; ValueError if too many clips are
     broken; SystemExit(1) if too many steps in a row were not finite.
     """
-    samples_per_step = args.batch * args.accumulate * run.groups
+    num_samples = samples_per_step(args)
     num_read = num_broken = bad_steps = 0
     if run.rank == 0:
         left = args.steps - run.step
-        print(f"{left:,} steps to go, each of {samples_per_step} clips", flush=True)
+        print(f"{left:,} steps to go, each of {num_samples} clips", flush=True)
     with tqdm(total=args.steps, initial=run.step, unit="step", disable=run.rank > 0) as bar:
         # Line 2: "while not converged" is a given number of steps.
         while run.step < args.steps:
@@ -303,10 +304,10 @@ def train(
                 run.update(lr)
             run.optimizer.zero_grad()
             run.step += 1
-            run.samples += samples_per_step
+            run.samples += num_samples
 
             # Log the step. The speed includes waiting for data and for other ranks.
-            speed = samples_per_step / (time.perf_counter() - start)
+            speed = num_samples / (time.perf_counter() - start)
             report |= dict(grad_norm=grad_norm, lr=lr, skipped=not finite)
             report |= dict(
                 samples_per_s=speed, tokens_per_s=speed * tokens, peak_gb=peak_memory() / 1e9
@@ -333,7 +334,7 @@ def train(
                 raise SystemExit(0)
 
             # Fewer than 20 broken clips may be bad luck.
-            num_read += samples_per_step
+            num_read += num_samples
             num_broken += report["broken"]
             if num_broken >= 20 and num_broken > args.max_bad * num_read:
                 raise ValueError(
@@ -453,7 +454,7 @@ def prepare(
         args.routing_depth = model.config.dit.num_blocks // 2
     model.config = with_options(model.config, args)
     choose_trained(model, args.freeze_lora)
-    parallel.shard(model, mesh, args.recompute, args.compile)
+    parallel.shard(model, mesh, args.recompute, args.compile, getattr(torch, args.dtype))
     if group is not None:
         sequence.TokenParallel(model.dit, group)
 
@@ -575,6 +576,7 @@ DEFAULTS: dict[str, Any] = dict(
     workers=2,
     accumulate=1,
     seed=0,
+    dtype=None,  # bfloat16 on GPUs
     compile=None,  # True on GPUs
     log_gradients=None,
     sequence_parallel=1,
@@ -599,6 +601,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         full_size = chosen.get("data") or chosen.get("wan")
         chosen["preset"] = "wan2.2-ti2v-5b" if full_size else "toy"
     args = argparse.Namespace(**(DEFAULTS | RECIPES[chosen["preset"]] | chosen))
+    if args.dtype is None:
+        for_gpus = args.plan or torch.cuda.is_available()
+        args.dtype = "bfloat16" if for_gpus else "float32"
     if args.compile is None:
         args.compile = torch.cuda.is_available()
     if args.data and given.get("world"):
@@ -634,13 +639,12 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
         args.accumulate = parallel.from_first_rank(accumulate)
 
     # The networks, sharded over the ranks, and the clips.
-    model, vae = load_model(args, parallel.make_mesh(device), device, group)
+    mesh = parallel.make_mesh(device, getattr(torch, args.dtype))
+    model, vae = load_model(args, mesh, device, group)
     triplets, validation = open_triplets(args)
     check_shared_memory(model.config, args)
     if args.steps is None:
-        groups = dist.get_world_size() // args.sequence_parallel
-        samples_per_step = args.batch * args.accumulate * groups
-        args.steps = max(1, len(triplets) // samples_per_step)
+        args.steps = max(1, len(triplets) // samples_per_step(args))
 
     # The optimiser, and all that a former checkpoint holds.
     run = make_run(model, vae, device, args)

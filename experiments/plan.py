@@ -312,7 +312,7 @@ def report(plan: Plan, num_blocks: int) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the plan of a run with train.py's options, which computes in bfloat16 as on GPUs."""
+    """Print the plan of a run with train.py's options, which by default computes in bfloat16."""
     config = train.with_options(rvedit.preset(args.preset), args)
-    planned = plan(config, args, args.plan, torch.bfloat16)
+    planned = plan(config, args, args.plan, getattr(torch, args.dtype))
     print(report(planned, config.dit.num_blocks))

@@ -274,11 +274,13 @@ def flops(
 # --- A training step of one rank ------------------------------------------------------------------
 
 
-def training_options(preset: str, size: Size, compile: bool) -> argparse.Namespace:
+def training_options(
+    preset: str, size: Size, dtype: str, compile: bool = False
+) -> argparse.Namespace:
     """The options of train.py for a run of this preset on clips of this size."""
     options = ["--preset", preset, "--out", os.devnull]
     options += ["--plan", str(RANKS)]  # such a run needs no --data
-    options += ["--size", *(str(side) for side in size)]
+    options += ["--size", *(str(side) for side in size), "--dtype", dtype]
     options.append("--compile" if compile else "--no-compile")
     return train.parse_arguments(options)
 
@@ -314,10 +316,10 @@ def rank_step(
 
 
 @functools.cache
-def planned_bytes(config: RVEDiTConfig, preset: str, size: Size, dtype: torch.dtype) -> int:
+def planned_bytes(config: RVEDiTConfig, preset: str, size: Size, dtype: str) -> int:
     """The memory that `plan` foresees for `rank_step`."""
-    options = training_options(preset, size, compile=False)
-    return plan.plan(config, options, RANKS, dtype).total
+    options = training_options(preset, size, dtype)
+    return plan.plan(config, options, RANKS, getattr(torch, dtype)).total
 
 
 # --- Jobs -----------------------------------------------------------------------------------------
@@ -370,15 +372,14 @@ def jobs_of_parts(config: RVEDiTConfig, args: argparse.Namespace) -> Iterator[Jo
 
 def rank_job(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> Job:
     """A training step as rank 0 of 8, beside its plan."""
-    dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
-    options = training_options(args.preset, size, args.compile)
+    options = training_options(args.preset, size, args.dtype, args.compile)
     samples = options.batch * options.accumulate
     return Job(
         part=label("rank", args),
         size=size,
         runs={"ours": rank_step(config, options, args.device)},
         flops=samples * flops(config, size, ("step",), args)["step"],
-        plan=planned_bytes(config, args.preset, tuple(size), dtype),
+        plan=planned_bytes(config, args.preset, tuple(size), args.dtype),
         gradients=True,
     )
 

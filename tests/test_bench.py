@@ -337,6 +337,7 @@ def options(**changes):
         "freeze_lora": False,
         "recompute": False,
         "compile": False,
+        "dtype": "float32",
         "muon": 0.0,
         "lr": 1e-3,
         "out": Path("/nowhere"),

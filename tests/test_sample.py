@@ -628,6 +628,20 @@ def test_the_built_in_checkpoint_edits_the_sample_clip(tmp_path, monkeypatch):
     assert times == source_times(clip) and sizes == {(128, 128)} and rate == 8
 
 
+def test_only_the_first_process_writes_and_speaks_of_the_sound(tmp_path, monkeypatch):
+    """Under torchrun a note about damaged sound would come once for each process."""
+    clip = ROOT / "assets" / "shapes.mp4"
+    options = ["--video", str(clip), "--prompt", "remove the red circle", "--device", "cpu"]
+    out = tmp_path / "out.mp4"
+    prepared = []
+    monkeypatch.setattr(sample.video, "prepare_edit", lambda clip, path: prepared.append(path))
+    for rank in (1, 0):
+        monkeypatch.setattr(sample, "RANK", rank)
+        sample.main([*options, "--out", str(out)])
+        assert out.exists() == (rank == 0)
+        assert prepared == [out] * (1 - rank)
+
+
 def test_untrained_native_connectors_are_not_used(tmp_path, capsys):
     """With L_s = L, as Kiwi-Edit's, blocks never saw native tokens: a smaller L_s is refused."""
     encode(tmp_path / "in.mp4", images=images(2))

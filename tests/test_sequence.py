@@ -209,7 +209,7 @@ def step_and_gradients(ranks_per_clip, folder):
     device = torch.device("cpu")
     group = parallel.neighbours(ranks_per_clip, device)
     model, vae = tiny_model(lora_rank=0)  # so that everything trains
-    train.prepare(model, args, parallel.make_mesh(device), group)
+    train.prepare(model, args, parallel.make_mesh(device, torch.float32), group)
     if group is not None:
         sequence.RowParallel(vae, group)
     run = train.make_run(model, vae, device, args)

@@ -1198,6 +1198,27 @@ def test_compiled_blocks_train_alike(start, alone, tmp_path):
     assert losses_differ_by(log(tmp_path), log(alone)) < 1e-4
 
 
+def test_blocks_compute_in_bfloat16_and_weights_stay_float32(start, alone, tmp_path, monkeypatch):
+    """--dtype: what GPUs do by default. --resume goes on with it."""
+    dtypes_seen = []
+
+    class Spy(train.Run):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            linear = self.model.dit.blocks[0].ffn[0]
+            linear.register_forward_hook(lambda _, __, out: dtypes_seen.append(out.dtype))
+
+    monkeypatch.setattr(train, "Run", Spy)
+    train.main(options(start, tmp_path, "--steps", 10, "--batch", 4, "--dtype", "bfloat16"))
+    assert set(dtypes_seen) == {torch.bfloat16}
+    assert 1e-6 < losses_differ_by(log(tmp_path), log(alone)) < 1e-2
+
+    state = finished(tmp_path)[-1].glob("*.safetensors")
+    dtypes = {tensor.dtype for file in state for tensor in load_file(file).values()}
+    assert dtypes <= {torch.float32, torch.int64}
+    assert train.parse_arguments(["--out", str(tmp_path), "--resume"]).dtype == "bfloat16"
+
+
 @pytest.mark.slow
 def test_the_toy_preset_trains_from_random_weights(tmp_path):
     """Without a checkpoint: the preset's settings, the built-in VAE, and an editor drawn anew."""
