@@ -10,8 +10,9 @@
 3. editor: train.py from there (Algorithm 1), with routing and alignment, on clips of many sizes.
 4. export: all of it in half precision.
 
-The same command makes it on one GPU and on CPUs. It goes on where it was stopped, and a stage that
-is done is not done again.
+The same command makes it on one GPU and on CPUs; for CPUs that have instructions for bfloat16 add
+`--train --dtype bfloat16`. It goes on where it was stopped, and a stage that is done is not done
+again.
 Letters: B batch, T H W frames, height and width of a video; C T' H' W' those of latents.
 """
 
