@@ -289,7 +289,7 @@ def test_training_overfits_one_batch():
     vae = SimpleNamespace(encode=lambda _: next(latents))  # always the same, so only once
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     terms = []
-    for step in range(75):
+    for step in range(120):  # by then the flow term is down to 1 to 2 % with each of four seeds
         total, flow, align = train.training_step(model, vae, batch, depth=1 + step % 3)
         optimizer.zero_grad()
         total.backward()
