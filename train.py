@@ -487,7 +487,7 @@ def load_model(
         model, vae = rvedit.load(args.checkpoint, args.wan, args.qwen, device, shard=before_loading)
 
     # The frozen vision tower stays outside FSDP, which would cast it. Qwen's weights are bfloat16.
-    if device.type == "cuda" and model.config.lora_rank:
+    if args.dtype == "bfloat16" and model.config.lora_rank:
         model.encoder.qwen.visual.to(torch.bfloat16)
 
     if group is not None:

@@ -300,7 +300,7 @@ def rank_step(
     mesh = init_device_mesh(device.type, (RANKS,))
     before_weights = functools.partial(train.prepare, args=options, mesh=mesh)
     model, vae = random_networks(config, device, torch.float32, before_weights)
-    if device.type == "cuda" and config.lora_rank:
+    if options.dtype == "bfloat16" and config.lora_rank:
         model.encoder.qwen.visual.to(torch.bfloat16)  # as in train.load_model
     run = train.make_run(model, vae, device, options)
     batch = plan.random_batch(model, vae, options.size[0], options.batch, "cpu")
