@@ -44,96 +44,127 @@ from scenes import (
 # else could be asked of a model that never met any other text.
 # fmt: off
 TABLE = {
-    "circle": "circle, ball, disc, dot | disk",
+    "circle": "circle, ball, disc, dot, sphere | disk",
     "ring": "ring, donut, hoop | doughnut",
-    "square": "square, box, block",
-    "diamond": "diamond, rhombus | rhomb",
+    "square": "square, box, block, cube",
+    "diamond": "diamond, rhombus, lozenge | rhomb",
     "triangle": "triangle",
-    "cross": "cross, plus, plus sign",
+    "cross": "cross, plus, plus sign, plus symbol",
     "heart": "heart",
     "star": "star",
-    "thing": "one, thing, shape, object | item, element",
+    "thing": "one, thing, shape, object, figure | item, element",
 
-    "red": "red", "orange": "orange", "yellow": "yellow", "green": "green", "blue": "blue",
-    "cyan": "cyan, turquoise, aqua | aquamarine",
-    "purple": "purple, violet", "pink": "pink",
+    "red": "red, scarlet", "orange": "orange", "yellow": "yellow, golden, gold",
+    "green": "green, dark green", "blue": "blue, dark blue",
+    "cyan": "cyan, turquoise, aqua, teal, light blue | aquamarine",
+    "purple": "purple, violet", "pink": "pink, rose, magenta",
     "white": "white", "black": "black", "gray": "gray, grey",
 
-    "small": "small, little, tiny", "medium": "medium, medium sized, normal",
-    "large": "large, big, huge",
+    "small": "small, little, tiny, mini", "medium": "medium, medium sized, normal",
+    "large": "large, big, huge, giant",
 
-    "still": "standing still, not moving, that stands still, that does not move | motionless",
-    "moves": "moving {way}, going {way}, that moves {way}, flying {way} | drifting {way}, "
+    "still": "standing still, not moving, that stands still, that does not move, static "
+             "| motionless",
+    "moves": "moving {way}, going {way}, that moves {way}, flying {way}, heading {way}, "
+             "that goes {way} | drifting {way}, "
              "that travels {way}",
     "left": "left, to the left | leftwards", "right": "right, to the right | rightwards",
     "up": "up, upwards", "down": "down, downwards",
     "diagonally": "diagonally {v} and {h}, diagonally {v} {h}, {v} and {h}, {v} {h}",
 
-    "on the left": "on the left, on the left side | on the left-hand side",
-    "on the right": "on the right, on the right side | on the right-hand side",
-    "at the top": "at the top | at the very top",
-    "at the bottom": "at the bottom | at the very bottom",
-    "in the center": "in the center, in the middle, at the center | in the centre",
-    "corner": "at the {v} {h}, in the {v} {h} corner, {v} {h} | at the very {v} {h}",
+    "on the left": "on the left, on the left side, to the left, at the left | on the left-hand side",
+    "on the right": "on the right, on the right side, to the right, at the right | on the right-hand side",
+    "at the top": "at the top, on top, at the upper edge | at the very top",
+    "at the bottom": "at the bottom, at the lower edge | at the very bottom",
+    "in the center": "in the center, in the middle, at the center, in the middle of the frame "
+                     "| in the centre",
+    "corner": "at the {v} {h}, in the {v} {h} corner, {v} {h}, in the {v} {h} | at the very {v} {h}",
+    "top": "top, top, upper", "bottom": "bottom, bottom, lower",
 
     "remove": "remove {it}, delete {it}, erase {it}, take away {it}, take {it} away, "
-              "take out {it}, get rid of {it}, hide {it}, make {it} disappear, make {it} vanish "
+              "take out {it}, get rid of {it}, hide {it}, make {it} disappear, make {it} vanish, "
+              "drop {it}, clear {it}, clear away {it}, make {it} go away, get {it} out of here, "
+              "remove {it} from the video, remove {it} from the scene "
               "| eliminate {it}, cut out {it}, wipe {it} away",
-    "remove alone": "no {bare}, i don't want {it}, {it} should go away | {it} must go",
+    "remove alone": "no {bare}, without {it}, i don't want {it}, i don't want to see {it}, "
+                    "{it} should go away, {it} should disappear, {it} should be removed, "
+                    "i want {it} gone | {it} must go",
     "color": "make {it} {color}, paint {it} {color}, turn {it} {color}, color {it} {color}, "
-             "recolor {it} in {color}, change {it} to {color}, change the color of {it} to {color} "
+             "recolor {it} in {color}, change {it} to {color}, change the color of {it} to {color}, "
+             "make the color of {it} {color}, give {it} a {color} color, fill {it} with {color}, "
+             "paint {it} in {color}, change the color of {it} into {color} "
              "| dye {it} {color}, colour {it} {color}, change the colour of {it} to {color}",
-    "color alone": "{it} should be {color}, i want {it} in {color}, {it} in {color}",
+    "color alone": "{it} should be {color}, i want {it} in {color}, {it} in {color}, "
+                   "i want {it} to be {color}, let {it} be {color}, {it} should become {color}",
     "form": "turn {it} into {new}, change {it} into {new}, change {it} to {new}, make {it} {new}, "
-            "replace {it} with {new}, swap {it} for {new}, change the shape of {it} to {new} "
+            "replace {it} with {new}, swap {it} for {new}, change the shape of {it} to {new}, "
+            "make {it} into {new}, make {new} out of {it}, replace {it} by {new}, "
+            "swap {it} with {new}, put {new} in the place of {it} "
             "| transform {it} into {new}, morph {it} into {new}, exchange {it} for {new}",
-    "form alone": "{it} should be {new}, i want {new} instead of {it}",
+    "form alone": "{it} should be {new}, i want {new} instead of {it}, {new} instead of {it}, "
+                  "{it} should become {new}, i want {it} to be {new}",
     "size": "make {it} {size}, resize {it} to {size}, change the size of {it} to {size}",
+    "size alone": "{it} should be {size}, i want {it} to be {size}",
+    "bigger alone": "{it} should be bigger, {it} should be larger, i want {it} bigger",
+    "smaller alone": "{it} should be smaller, i want {it} smaller",
     "bigger": "make {it} bigger, make {it} larger, enlarge {it}, grow {it}, "
-              "increase the size of {it} | scale {it} up, make {it} a bit bigger",
-    "smaller": "make {it} smaller, shrink {it}, reduce the size of {it} "
+              "increase the size of {it}, make {it} much bigger, blow up {it}, "
+              "double the size of {it} | scale {it} up, make {it} a bit bigger",
+    "smaller": "make {it} smaller, shrink {it}, reduce the size of {it}, make {it} much smaller, "
+               "decrease the size of {it}, halve the size of {it} "
                "| scale {it} down, make {it} a bit smaller",
     "background": "make the background {color}, change the background to {color}, "
                   "turn the background {color}, paint the background {color}, "
                   "set the background to {color}, give it a {color} background "
                   "| make the backdrop {color}, put it on a {color} backdrop",
     "background alone": "{color} background, the background should be {color}",
-    "add": "add {it}, put {it}, draw {it}, insert {it}, place {it}, show {it}, give me {it} "
+    "add": "add {it}, put {it}, draw {it}, insert {it}, place {it}, show {it}, give me {it}, create {it} "
            "| include {it}, paste {it}",
-    "add alone": "i want {it}, there should be {it} | we need {it}",
+    "add alone": "i want {it}, there should be {it}, i would like {it}, can i have {it}, "
+                 "let there be {it} | we need {it}",
 
     "gray style": "make it black and white, turn it black and white, "
                   "turn the video black and white, make it b/w, make it gray, "
                   "make it grey, convert it to grayscale, "
-                  "remove all color | convert it to greyscale, make it black n white",
-    "gray style alone": "black and white, b/w, b&w, grayscale, no color | greyscale",
+                  "remove all color, remove the colors, take out the color, make it monochrome, "
+                  "turn it into a black and white movie, desaturate it | convert it to greyscale, make it black n white",
+    "gray style alone": "black and white, b/w, b&w, grayscale, no color, monochrome, in black and white, "
+                        "without color | greyscale",
     "sepia style": "make it sepia, turn the video sepia, make it look like an old photo, "
-                   "make it look like an old film | make it sepia-colored",
-    "sepia style alone": "sepia, like an old photo, old film | sepia-toned",
+                   "make it look like an old film, make it look old, make it look vintage, "
+                   "make it vintage, give it a retro look | make it sepia-colored",
+    "sepia style alone": "sepia, like an old photo, old film, vintage, retro, in sepia | sepia-toned",
     "green style": "make it look like night vision, turn on night vision, "
                    "make it green like night vision | switch on night vision",
     "green style alone": "night vision, green night vision, night vision camera | nightvision",
-    "negative style": "invert the colors, invert it, make it negative, turn it into a negative "
+    "negative style": "invert the colors, invert it, make it negative, turn it into a negative, "
+                      "reverse the colors, flip the colors, invert the video "
                       "| invert all colours, make it a photo-negative",
     "negative style alone": "negative, inverted colors, inverted",
-    "night style": "make it night, make it look like night, turn day into night "
+    "night style": "make it night, make it look like night, turn day into night, "
+                   "make it look like moonlight, set it at night, make it dark "
                    "| turn it into nighttime",
-    "night style alone": "at night, night, night time | nighttime",
-    "sunset style": "make it sunset, make it look like sunset, make it warm like at sunset "
+    "night style alone": "at night, night, night time, moonlight, in the moonlight | nighttime",
+    "sunset style": "make it sunset, make it look like sunset, make it warm like at sunset, "
+                    "make it look like golden hour, give it warm light "
                     "| give it a sunset mood",
-    "sunset style alone": "sunset, at sunset, sunset light, warm light",
+    "sunset style alone": "sunset, at sunset, sunset light, warm light, golden hour, evening light",
     "pastel style": "make it pastel, make the colors pale, make the colors soft, "
-                    "turn it into a pastel painting | make it pastel-colored",
+                    "turn it into a pastel painting, make it pale, use pastel colors | make it pastel-colored",
     "pastel style alone": "pastel, pastel colors, soft colors, pale colors",
-    "mosaic style": "pixelate it, make it pixelated, make it blocky, turn it into a mosaic "
+    "mosaic style": "pixelate it, make it pixelated, make it blocky, turn it into a mosaic, "
+                    "make it a mosaic, make it look like a mosaic, turn it into pixel art, make it 8-bit "
                     "| pixelize it",
-    "mosaic style alone": "mosaic, pixelated, big pixels | pixelization",
+    "mosaic style alone": "mosaic, pixelated, big pixels, pixel art, 8-bit | pixelization",
 
     "everything": "everything, all shapes, all the shapes, all objects | all of the items",
     "all": "all {things}, all the {things} | every single one of the {things}",
-    "join": "{a} and {b}, {a} and then {b}, {a} then {b}, {a} and also {b} | {a} followed by {b}",
+    "join": "{a} and {b}, {a} and then {b}, {a} then {b}, {a} and also {b}, "
+            "{a} & {b}, {a}. {b}, {a} plus {b}, first {a} and then {b} | {a} followed by {b}",
     "polite": "please {it}, {it} please, can you {it}, can you {it} please, could you {it}, "
-              "i want you to {it}, now {it}, just {it} | kindly {it}, {it} thanks",
+              "i want you to {it}, now {it}, just {it}, i would like you to {it}, "
+              "would you {it}, could you please {it}, let's {it}, hey {it}, go ahead and {it}, "
+              "you should {it}, i need you to {it}, can you please {it} | kindly {it}, {it} thanks",
 }
 # fmt: on
 
@@ -266,7 +297,7 @@ def _place(talk: Talk, place: str) -> str:
     if place in TABLE:
         return talk.say(place)
     _, _, vertical, horizontal = place.split()  # "at the top left"
-    return talk.say("corner", v=vertical, h=horizontal)
+    return talk.say("corner", v=talk.say(vertical), h=horizontal)
 
 
 def noun(talk: Talk, shape: Shape, attributes: Iterable[str], side: str = "") -> str:
@@ -463,6 +494,10 @@ def _slip(rng: np.random.Generator, word: str) -> str:
 
 def typed(rng: np.random.Generator, text: str, slips: bool = True) -> str:
     """As people type: without articles, with a slip, in capitals, with or without a full stop."""
+    if rng.random() < 0.3:
+        text = re.sub(r" (and then|then|and also) ", r", \1 ", text)
+    if rng.random() < 0.3:
+        text = text.replace("'", "")
     if rng.random() < 0.2:
         text = re.sub(r"\b(the|a|an) (?=\w)", "", text)
     if slips and rng.random() < 0.15:
@@ -477,7 +512,10 @@ def typed(rng: np.random.Generator, text: str, slips: bool = True) -> str:
         text = text[:1].upper() + text[1:]
     elif case < 0.45:
         text = text.upper()
-    return text + pick(rng, ["", "", "", ".", "!"])
+    ends = ["", "", "", ".", "!"]
+    if re.match(r"(can|could|would) ", text, re.IGNORECASE):
+        ends += ["?", "?", "?"]
+    return text + pick(rng, ends)
 
 
 # --- Whole requests -------------------------------------------------------------------------------
