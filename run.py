@@ -54,10 +54,14 @@ NOT_SAVED = {"out", "resume", "plan", "export", "warmup", "decay", "muon", "aver
 # --- State and checkpoints ------------------------------------------------------------------------
 
 
+def groups_of_ranks(args: argparse.Namespace) -> int:
+    """How many groups of ranks have a minibatch each: all ranks, without --sequence-parallel."""
+    return dist.get_world_size() // args.sequence_parallel
+
+
 def samples_per_pass(args: argparse.Namespace) -> int:
     """Samples that all ranks together pass forward at once; a step makes --accumulate passes."""
-    groups = dist.get_world_size() // args.sequence_parallel
-    return args.batch * groups
+    return args.batch * groups_of_ranks(args)
 
 
 def samples_per_step(args: argparse.Namespace) -> int:
@@ -87,8 +91,7 @@ class Run:
         self.out = args.out
         self.rank = dist.get_rank()
         self.ranks = dist.get_world_size()
-        # A group of ranks has one minibatch. It is a single rank without --sequence-parallel.
-        self.groups = self.ranks // args.sequence_parallel
+        self.groups = groups_of_ranks(args)
         self.group = self.rank // args.sequence_parallel
         self.leads = self.rank % args.sequence_parallel == 0  # the first rank of its group
         self.step = 0  # optimiser steps done

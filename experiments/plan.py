@@ -230,16 +230,15 @@ def plan(
     config: RVEDiTConfig,
     args: argparse.Namespace,
     ranks: int,
-    dtype: torch.dtype,
     tokenizer: Tokenizer | None = None,
 ) -> Plan:
-    """Plan a training run on `ranks` GPUs that computes in dtype; args are train.py's options."""
+    """Plan a training run on `ranks` GPUs; args are train.py's options."""
     with torch.device("meta"):
         model = RVEDiT(config, tokenizer or stand_in_tokenizer(config))
         vae = WanVAE(config.vae).requires_grad_(False)
     eager = argparse.Namespace(**(vars(args) | {"compile": False}))  # shapes are the same
     train.prepare(model, eager, mesh=None, group=pretended_group(args.sequence_parallel))
-    model.to(dtype)
+    model.to(getattr(torch, args.dtype))
     largest = max(args.size, key=math.prod)
     batch = random_batch(model, vae, largest, args.batch, "meta")
     state = state_bytes(model, vae, batch, args, ranks)
@@ -314,5 +313,5 @@ def report(plan: Plan, num_blocks: int) -> str:
 def main(args: argparse.Namespace) -> None:
     """Print the plan of a run with train.py's options, which by default computes in bfloat16."""
     config = train.with_options(rvedit.preset(args.preset), args)
-    planned = plan(config, args, args.plan, getattr(torch, args.dtype))
+    planned = plan(config, args, args.plan)
     print(report(planned, config.dit.num_blocks))

@@ -319,7 +319,7 @@ def rank_step(
 def planned_bytes(config: RVEDiTConfig, preset: str, size: Size, dtype: str) -> int:
     """The memory that `plan` foresees for `rank_step`."""
     options = training_options(preset, size, dtype)
-    return plan.plan(config, options, RANKS, getattr(torch, dtype)).total
+    return plan.plan(config, options, RANKS).total
 
 
 # --- Jobs -----------------------------------------------------------------------------------------

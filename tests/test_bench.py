@@ -374,7 +374,7 @@ def test_what_stays_is_to_the_byte_what_rank_0_of_8_holds(eight_ranks, lora_rank
     run = train.make_run(model, vae, torch.device("cpu"), args)
     batch = tiny_batch(model, vae)
     train.training_step(model, vae, batch, depth=3)[0].backward()
-    planned = plan.plan(tiny_config(lora_rank=lora_rank), args, 8, torch.float32, tiny_tokenizer())
+    planned = plan.plan(tiny_config(lora_rank=lora_rank), args, 8, tiny_tokenizer())
 
     vision = [p for p in model.encoder.qwen.visual.parameters() if not p.requires_grad]
     moments = []
@@ -409,7 +409,7 @@ def test_what_is_kept_is_what_autograd_saves():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         train.training_step(model, vae, tiny_batch(model, vae), depth=3)
-    planned = plan.plan(tiny_config(), args, 1, torch.float32, tiny_tokenizer())
+    planned = plan.plan(tiny_config(), args, 1, tiny_tokenizer())
     assert planned.held["InfoNCE"] == pytest.approx(sum(saved.values()), rel=0.01)
 
 
@@ -442,7 +442,7 @@ def test_the_peak_is_what_the_allocator_gives_out(recompute):
     )
     allocated = max(itertools.accumulate(event.nbytes() for event in events))
 
-    planned = plan.plan(tiny_config(), args, 1, torch.float32, tiny_tokenizer())
+    planned = plan.plan(tiny_config(), args, 1, tiny_tokenizer())
     others = [peak for part, peak in planned.peaks.items() if "VAE" not in part and part != "start"]
     assert allocated == pytest.approx(max(others), rel=0.01)
 
