@@ -35,9 +35,12 @@ class DiTConfig:
     freq_dim: int = 256  # width of the sinusoidal timestep embedding
     eps: float = 1e-6  # of all norms
     bf16_timestep: bool = False  # embed 1000·t rounded to bfloat16: Kiwi-Edit trains and samples so
+    # Tokens in height and width of the clips it was trained on, if all were alike: see `rope_table`.
+    home_grid: tuple[int, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "patch_size", tuple(self.patch_size))  # JSON has only lists
+        object.__setattr__(self, "home_grid", tuple(self.home_grid))
         if self.dim % self.num_heads or self.dim // self.num_heads % 2:
             raise ValueError(
                 f"dim {self.dim} does not split into {self.num_heads} heads of an even width"
@@ -50,7 +53,10 @@ class DiTConfig:
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)  # the cache outlives a sampling pass, and training may need it then
 def rope_table(
-    grid: tuple[int, int, int], head_dim: int, device: torch.device
+    grid: tuple[int, int, int],
+    head_dim: int,
+    device: torch.device,
+    home_grid: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines (S, 1, D) of the rotary angles of a (t, h, w) grid, in float32.
 
@@ -58,6 +64,9 @@ def rope_table(
     in the official code, angles are formed in float64 on the CPU, so that far positions are exact.
     Both channels of a pair have the same numbers, but for the sign of the sine, as `apply_rope`
     needs them.
+    home_grid: (h, w), over which the rows and columns of any grid are spread (position
+    interpolation, arXiv 2306.15595), so that a model that has seen one size only finds the places of
+    a frame again at others: its middle is where it always was. Wan's is (): tokens count 0, 1, 2, ...
     """
     size_h = size_w = 2 * (head_dim // 6)
     size_t = head_dim - size_h - size_w
@@ -65,6 +74,9 @@ def rope_table(
     for axis, size in enumerate((size_t, size_h, size_w)):
         exponents = torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size
         positions = torch.arange(grid[axis], dtype=torch.float64, device="cpu")
+        if home_grid and axis > 0:
+            scale = home_grid[axis - 1] / grid[axis]
+            positions = (positions + 0.5) * scale - 0.5  # the frame's borders stay in their places
         angle = torch.outer(positions, 10000.0**-exponents)  # (length of the axis, size / 2)
         shape = [1, 1, 1, size // 2]
         shape[axis] = grid[axis]
@@ -320,7 +332,7 @@ class WanDiT(nn.Module):
             source = self.source_embedding(source_latents.to(dtype))  # (B, d, t, h, w)
             x = x + t.view(-1, 1, 1, 1, 1) * source
         head_dim = self.config.dim // self.config.num_heads
-        rope = rope_table(tuple(x.shape[2:]), head_dim, x.device)
+        rope = rope_table(tuple(x.shape[2:]), head_dim, x.device, self.config.home_grid)
         return x.flatten(2).transpose(1, 2).contiguous(), rope
 
     def _embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,6 +113,7 @@ class RVEDiTConfig:
     max_mllm_pixels: int = 512**2
     # The VAE and the DiT work on frames of at most this many pixels. The edit is resized back.
     max_pixels: int = 704 * 1280
+    min_pixels: int = 0  # smaller frames are scaled up for them
     max_frames: int = 81  # in one pass of the DiT; a longer clip is edited in overlapping windows
     sampling_steps: int = 50  # of Euler's method, by default
 

@@ -200,13 +200,16 @@ def clip_windows(num_frames: int, config: RVEDiTConfig) -> tuple[int, list[slice
 # --- Sizes ----------------------------------------------------------------------------------------
 
 
-def model_size(height: int, width: int, max_pixels: int, factor: int) -> tuple[int, int]:
+def model_size(
+    height: int, width: int, max_pixels: int, factor: int, min_pixels: int = 0
+) -> tuple[int, int]:
     """The (height, width) at which the model works on a frame.
 
-    The frame is scaled down to `max_pixels`, never up. Then each side becomes the nearest multiple
-    of `factor`, such that the product still fits.
+    The frame is scaled down to `max_pixels`, and up only if it has less than `min_pixels`. Then each
+    side becomes the nearest multiple of `factor`, such that the product still fits.
     """
-    scale = min(1.0, math.sqrt(max_pixels / (height * width)))
+    pixels = min(max(height * width, min_pixels), max_pixels)
+    scale = math.sqrt(pixels / (height * width))
     exact = [side * scale / factor for side in (height, width)]  # in units of `factor`, not whole
     sides = [max(1, round(side)) for side in exact]
     while math.prod(sides) * factor**2 > max_pixels and max(sides) > 1:
@@ -217,6 +220,12 @@ def model_size(height: int, width: int, max_pixels: int, factor: int) -> tuple[i
         longer = 0 if excess[0] >= excess[1] else 1
         sides[longer] -= 1
     return sides[0] * factor, sides[1] * factor
+
+
+def size_for(config: RVEDiTConfig, height: int, width: int) -> tuple[int, int]:
+    """`model_size` for a model."""
+    limits = (config.max_pixels, config.spatial_factor, config.min_pixels)
+    return model_size(height, width, *limits)
 
 
 # --- The stages of an edit ------------------------------------------------------------------------
@@ -350,7 +359,7 @@ def forecast(
     """
     config, vision = model.config, model.config.qwen.vision
     num_frames, *sides = shape
-    height, width = model_size(*sides, config.max_pixels, config.spatial_factor)
+    height, width = size_for(config, *sides)
     length, slices = clip_windows(num_frames, config)
     window = slices[0].stop - slices[0].start
     tokens = window * height * width // config.spatial_factor**2  # S
@@ -468,7 +477,7 @@ def edit_frames(
     config = model.config
     factor = vae.config.temporal_factor
     num_frames, full_height, full_width = shape
-    size = model_size(full_height, full_width, config.max_pixels, config.spatial_factor)
+    size = size_for(config, full_height, full_width)
     length, slices = clip_windows(num_frames, config)  # in latent frames
     weights = window_weights(slices, length)
     # Which of the windows this process computes: all of them, unless processes share the edit.
@@ -635,7 +644,7 @@ def note_foreign_clip(
         return
     frame = next(frames)
     sides = frame.shape[:2]
-    size = model_size(*sides, model.config.max_pixels, model.config.spatial_factor)
+    size = size_for(model.config, *sides)
     resized = video.resize(frame.unsqueeze(0), *size)  # (1, h, w, 3)
     picture = video.to_float(resized).unsqueeze(0)  # (1, 3, 1, h, w)
     picture = picture.to(vae.conv1.weight.device)

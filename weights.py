@@ -191,6 +191,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "dit.out_channels": (1, 1024),
     "dit.patch_size": (1, 16),
     "dit.freq_dim": (2, 65_536),
+    "dit.home_grid": (1, 65_536),
     "dit.eps": (1e-12, 0.1),
     "vae.dim": (1, 4096),
     "vae.dec_dim": (1, 4096),
@@ -233,12 +234,15 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "min_mllm_pixels": (1, 2**24),
     "max_mllm_pixels": (1, 2**24),
     "max_pixels": (1, 2**26),
+    "min_pixels": (0, 2**26),
     "max_frames": (1, 10_001),
     "sampling_steps": (1, 1000),
 }
 
 ADDED_LATER = {  # fields that older checkpoints of ours lack
     "dit.bf16_timestep",
+    "dit.home_grid",
+    "min_pixels",
     "qwen.image_token_id",
     "num_image_tokens",
     "sampling_steps",
@@ -315,6 +319,7 @@ def check_together(config: Any, tokenizer: Tokenizer, file: Path) -> None:
             dit.patch_size[0] == 1 and dit.patch_size[1] == dit.patch_size[2]
         ),
         "dit.freq_dim must be even": dit.freq_dim % 2 == 0,
+        "dit.home_grid must have 2 values, or none": len(dit.home_grid) in (0, 2),
         "vae.dim_mult must have 2 to 8 values": 2 <= len(vae.dim_mult) <= 8,
         "vae.latents_mean must have vae.z_dim values, or none": (
             len(vae.latents_mean) in (0, vae.z_dim)

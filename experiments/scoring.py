@@ -64,8 +64,14 @@ def score(output: Tensor, clip: dict[str, Any], ceiling: Tensor) -> Score:
 @torch.no_grad()
 def edit_clips(model: rvedit.RVEDiT, vae: WanVAE, clips: Tensor, instructions: list[str]) -> Tensor:
     """`sample.edit_video` with its defaults for many clips at once: uint8 (B, T, H, W, 3)."""
-    contexts = model.contexts(model.encoder(list(clips), instructions))
-    source = vae.encode(to_float(clips))  # (B, C, T', H', W')
+    T, *sides = clips.shape[1:4]
+    if T > model.config.max_frames:  # in windows, one clip at a time
+        edits = zip(clips, instructions, strict=True)
+        return torch.stack([sample.edit_video(model, vae, clip, text) for clip, text in edits])
+    size = sample.size_for(model.config, *sides)
+    resized = [video.resize(clip, *size) for clip in clips]
+    contexts = model.contexts(model.encoder(resized, instructions))
+    source = vae.encode(to_float(torch.stack(resized)))  # (B, C, T', H', W')
     noise = sample.initial_noise((1, *source.shape[1:]), seed=0)  # the same for every clip
     noise = noise.expand(len(source), -1, -1, -1, -1).to(source.device)
 
@@ -73,7 +79,8 @@ def edit_clips(model: rvedit.RVEDiT, vae: WanVAE, clips: Tensor, instructions: l
         return model.dit(z, t.expand(len(z)), contexts, source)
 
     latents = sample.denoise(velocity, noise, model.config.sampling_steps, shift=5.0)
-    return to_uint8(vae.decode(latents))
+    edits = to_uint8(vae.decode(latents))
+    return torch.stack([video.resize(clip, *sides) for clip in edits])
 
 
 def assess(

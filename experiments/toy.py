@@ -206,6 +206,7 @@ def write_start(start: Path, vae: WanVAE) -> None:
         vae=vae.config,
         max_frames=max(T for T, _, _ in EDITOR_SIZES),
         max_pixels=max(H * W for _, H, W in EDITOR_SIZES),
+        min_pixels=min(H * W for _, H, W in EDITOR_SIZES),
     )
     model = rvedit.RVEDiT(config, train_tokenizer())
     rvedit.initialise(model)

@@ -237,6 +237,35 @@ def test_each_block_reads_its_own_context():
     assert relative_error(ours(z_t, t, contexts), expected) < 1e-5
 
 
+def test_positions_are_spread_over_the_home_grid():
+    """At home tokens count 0, 1, 2, ...; on half as many each stands in the middle of two."""
+    cpu = torch.device("cpu")
+    at_home = rope_table((2, 4, 6), 32, cpu, home_grid=(4, 6))
+    for spread, counted in zip(at_home, rope_table((2, 4, 6), 32, cpu), strict=True):
+        assert torch.equal(spread, counted)
+    cos, _ = rope_table((2, 2, 3), 32, cpu, home_grid=(4, 6))
+    cos = cos.view(2, 2, 3, 32)
+    # Of 16 pairs of channels 6 turn with time, 5 with the row and 5 with the column; the first of
+    # each by one radian a position.
+    time, row, column = cos[..., 0], cos[..., 12], cos[..., 22]
+    assert torch.allclose(time[:, 0, 0], torch.tensor([0.0, 1.0]).cos())
+    assert torch.allclose(row[0, :, 0], torch.tensor([0.5, 2.5]).cos())
+    assert torch.allclose(column[0, 0], torch.tensor([0.5, 2.5, 4.5]).cos())
+
+
+@torch.no_grad()
+def test_the_home_grid_reaches_the_dit():
+    """A DiT with a home grid is another function at other sizes, and the same at home."""
+    dit, (z_t, t, contexts, source) = random_dit(), random_inputs()
+    spread = WanDiT(dataclasses.replace(CONFIG, home_grid=(99, 99)))
+    spread.load_state_dict(dit.state_dict())
+    counted = dit(z_t, t, contexts, source)
+    assert relative_error(spread(z_t, t, contexts, source), counted) > 1e-3
+    grid = [side // CONFIG.patch_size[1] for side in z_t.shape[3:]]
+    spread.config = dataclasses.replace(CONFIG, home_grid=grid)
+    assert torch.equal(spread(z_t, t, contexts, source), counted)
+
+
 def test_rope_is_the_same_when_compiled():
     """Compiled, RoPE gives the same, gradients included."""
     rope = rope_table((2, 3, 4), 24, torch.device("cpu"))

@@ -151,6 +151,23 @@ def test_the_model_works_at_the_nearest_size_that_fits(height, width, max_pixels
     assert sample.model_size(height, width, max_pixels, factor) == expected
 
 
+@pytest.mark.parametrize(
+    "height, width, expected",
+    [
+        (64, 64, (128, 128)),
+        (54, 96, (96, 168)),
+        (96, 168, (96, 168)),
+        (128, 128, (128, 128)),
+        (720, 1280, (96, 168)),
+        (1, 1, (128, 128)),
+    ],
+)
+def test_small_frames_are_scaled_up_for_a_model_that_knows_larger_ones(height, width, expected):
+    assert sample.model_size(height, width, 128**2, 8, min_pixels=128**2) == expected
+    # The upper limit counts where both are given and contradict each other.
+    assert sample.model_size(64, 64, 64**2, 8, min_pixels=128**2) == (64, 64)
+
+
 @torch.no_grad()
 def test_edit_video_is_algorithm_2():
     """The whole path again, line by line, on a clip that needs no resizing and no window."""

@@ -162,14 +162,23 @@ def test_one_command_makes_the_model_and_goes_on_where_it_was_stopped(
     assert model.config.routing_depth == expected.routing_depth
     assert model.config.align_weight == expected.align_weight > 0
     assert model.config.max_frames == 5 and model.config.max_pixels == 32 * 48
+    assert model.config.min_pixels == 32 * 32
 
 
 # --- Scores ---------------------------------------------------------------------------------------
 
 
-def test_clips_are_edited_together_as_alone():
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"min_pixels": 48 * 80},  # scaled up, and back
+        {"max_frames": 1},  # in windows
+    ],
+)
+def test_clips_are_edited_together_as_alone(limits):
     """Three clips with instructions of different lengths give the frames of `edit_video`."""
-    model, vae = tiny_model(sampling_steps=3)
+    model, vae = tiny_model(sampling_steps=3, **limits)
     clips = torch.stack([make_clip(5, 32, 64, seed) for seed in range(3)])
     texts = ["remove it", "make the small red circle in the corner green", "add snow"]
     together = scoring.edit_clips(model, vae, clips, texts)
