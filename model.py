@@ -35,7 +35,7 @@ class DiTConfig:
     freq_dim: int = 256  # width of the sinusoidal timestep embedding
     eps: float = 1e-6  # of all norms
     bf16_timestep: bool = False  # embed 1000·t rounded to bfloat16: Kiwi-Edit trains and samples so
-    # Tokens in height and width of the clips it was trained on, if all were alike: see `rope_table`.
+    # (h, w) in tokens of the clips it was trained on, if all were alike: see `rope_table`.
     home_grid: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -65,8 +65,8 @@ def rope_table(
     Both channels of a pair have the same numbers, but for the sign of the sine, as `apply_rope`
     needs them.
     home_grid: (h, w), over which the rows and columns of any grid are spread (position
-    interpolation, arXiv 2306.15595), so that a model that has seen one size only finds the places of
-    a frame again at others: its middle is where it always was. Wan's is (): tokens count 0, 1, 2, ...
+    interpolation, arXiv 2306.15595). So a model that has seen one size only finds the places of a
+    frame again at others: its middle is where it always was. Wan's is (): tokens count 0, 1, 2, ...
     """
     size_h = size_w = 2 * (head_dim // 6)
     size_t = head_dim - size_h - size_w

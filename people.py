@@ -72,13 +72,16 @@ TABLE = {
     "up": "up, upwards", "down": "down, downwards",
     "diagonally": "diagonally {v} and {h}, diagonally {v} {h}, {v} and {h}, {v} {h}",
 
-    "on the left": "on the left, on the left side, to the left, at the left | on the left-hand side",
-    "on the right": "on the right, on the right side, to the right, at the right | on the right-hand side",
+    "on the left": "on the left, on the left side, to the left, at the left "
+                   "| on the left-hand side",
+    "on the right": "on the right, on the right side, to the right, at the right "
+                    "| on the right-hand side",
     "at the top": "at the top, on top, at the upper edge | at the very top",
     "at the bottom": "at the bottom, at the lower edge | at the very bottom",
     "in the center": "in the center, in the middle, at the center, in the middle of the frame "
                      "| in the centre",
-    "corner": "at the {v} {h}, in the {v} {h} corner, {v} {h}, in the {v} {h} | at the very {v} {h}",
+    "corner": "at the {v} {h}, in the {v} {h} corner, {v} {h}, in the {v} {h} "
+              "| at the very {v} {h}",
     "top": "top, top, upper", "bottom": "bottom, bottom, lower",
 
     "remove": "remove {it}, delete {it}, erase {it}, take away {it}, take {it} away, "
@@ -90,7 +93,8 @@ TABLE = {
                     "{it} should go away, {it} should disappear, {it} should be removed, "
                     "i want {it} gone | {it} must go",
     "color": "make {it} {color}, paint {it} {color}, turn {it} {color}, color {it} {color}, "
-             "recolor {it} in {color}, change {it} to {color}, change the color of {it} to {color}, "
+             "recolor {it} in {color}, change {it} to {color}, "
+             "change the color of {it} to {color}, "
              "make the color of {it} {color}, give {it} a {color} color, fill {it} with {color}, "
              "paint {it} in {color}, change the color of {it} into {color} "
              "| dye {it} {color}, colour {it} {color}, change the colour of {it} to {color}",
@@ -118,7 +122,8 @@ TABLE = {
                   "set the background to {color}, give it a {color} background "
                   "| make the backdrop {color}, put it on a {color} backdrop",
     "background alone": "{color} background, the background should be {color}",
-    "add": "add {it}, put {it}, draw {it}, insert {it}, place {it}, show {it}, give me {it}, create {it} "
+    "add": "add {it}, put {it}, draw {it}, insert {it}, place {it}, show {it}, give me {it}, "
+           "create {it} "
            "| include {it}, paste {it}",
     "add alone": "i want {it}, there should be {it}, i would like {it}, can i have {it}, "
                  "let there be {it} | we need {it}",
@@ -127,13 +132,16 @@ TABLE = {
                   "turn the video black and white, make it b/w, make it gray, "
                   "make it grey, convert it to grayscale, "
                   "remove all color, remove the colors, take out the color, make it monochrome, "
-                  "turn it into a black and white movie, desaturate it | convert it to greyscale, make it black n white",
-    "gray style alone": "black and white, b/w, b&w, grayscale, no color, monochrome, in black and white, "
+                  "turn it into a black and white movie, desaturate it "
+                  "| convert it to greyscale, make it black n white",
+    "gray style alone": "black and white, b/w, b&w, grayscale, no color, monochrome, "
+                        "in black and white, "
                         "without color | greyscale",
     "sepia style": "make it sepia, turn the video sepia, make it look like an old photo, "
                    "make it look like an old film, make it look old, make it look vintage, "
                    "make it vintage, give it a retro look | make it sepia-colored",
-    "sepia style alone": "sepia, like an old photo, old film, vintage, retro, in sepia | sepia-toned",
+    "sepia style alone": "sepia, like an old photo, old film, vintage, retro, in sepia "
+                         "| sepia-toned",
     "green style": "make it look like night vision, turn on night vision, "
                    "make it green like night vision | switch on night vision",
     "green style alone": "night vision, green night vision, night vision camera | nightvision",
@@ -150,10 +158,12 @@ TABLE = {
                     "| give it a sunset mood",
     "sunset style alone": "sunset, at sunset, sunset light, warm light, golden hour, evening light",
     "pastel style": "make it pastel, make the colors pale, make the colors soft, "
-                    "turn it into a pastel painting, make it pale, use pastel colors | make it pastel-colored",
+                    "turn it into a pastel painting, make it pale, use pastel colors "
+                    "| make it pastel-colored",
     "pastel style alone": "pastel, pastel colors, soft colors, pale colors",
     "mosaic style": "pixelate it, make it pixelated, make it blocky, turn it into a mosaic, "
-                    "make it a mosaic, make it look like a mosaic, turn it into pixel art, make it 8-bit "
+                    "make it a mosaic, make it look like a mosaic, turn it into pixel art, "
+                    "make it 8-bit "
                     "| pixelize it",
     "mosaic style alone": "mosaic, pixelated, big pixels, pixel art, 8-bit | pixelization",
 

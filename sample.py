@@ -205,8 +205,8 @@ def model_size(
 ) -> tuple[int, int]:
     """The (height, width) at which the model works on a frame.
 
-    The frame is scaled down to `max_pixels`, and up only if it has less than `min_pixels`. Then each
-    side becomes the nearest multiple of `factor`, such that the product still fits.
+    The frame is scaled down to `max_pixels`, and up only if it has less than `min_pixels`. Then
+    each side becomes the nearest multiple of `factor`, such that the product still fits.
     """
     pixels = min(max(height * width, min_pixels), max_pixels)
     scale = math.sqrt(pixels / (height * width))

@@ -132,7 +132,8 @@ def test_reshaping_gives_the_form_and_the_color_that_are_said():
     for seed in range(60):
         target, words = people.reshape_one(make_talk(seed))
         ([former], [new]) = difference(target)
-        first = re.search("instead of|out of|in the place of", words)  # "i want a star instead of the ball"
+        # "i want a star instead of the ball"
+        first = re.search("instead of|out of|in the place of", words)
         said = mentioned(words)
         assert new.form == said["form"][0 if first else -1] != former.form, words
         assert replace(new, form=former.form, color=former.color) == former
