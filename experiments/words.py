@@ -66,21 +66,13 @@ from video import to_float
 # --- The same edit in plain words -----------------------------------------------------------------
 
 
-def plain_words(
-    source: Scene, target: Scene, extent: Extent, rng: np.random.Generator | None = None
-) -> str:
+def plain_words(source: Scene, target: Scene, extent: Extent) -> str:
     """The edit from source to target by the templates of shapes.py; "" if they cannot say it.
 
-    rng: draws among the templates. Without it the first ones are taken: of several ways to say an
-    edit a student would learn the mean.
+    Always by the first of them: of several ways to say an edit a student would learn the mean.
     """
     if (target.pattern, target.tone) != (source.pattern, source.tone):
         return ""
-
-    def choose(options):
-        return list(options)[0] if rng is None else pick(rng, options)
-
-    pool = tuple(dict.fromkeys(source.shapes + target.shapes))
     # An edited object keeps its motion and its start, by which it is found again.
     left = {(shape.motion, shape.x, shape.y): shape for shape in target.shapes}
     parts = []
@@ -88,43 +80,38 @@ def plain_words(
         edited = left.pop((shape.motion, shape.x, shape.y), None)
         if edited == shape:
             continue
-        if rng is None:
-            name = first_name(shape, pool, extent)
-        else:
-            name = shapes.refer(rng, shape, pool, extent)
+        # It has to be told apart from all others, but not from what it becomes.
+        others = tuple(other for other in target.shapes if other != edited)
+        name = first_name(shape, tuple(dict.fromkeys(source.shapes + others)), extent)
         if not name:
             return ""
         if edited is None:
-            parts.append(choose(shapes.REMOVE).format(name))
+            parts.append(shapes.REMOVE[0].format(name))
             continue
         names = ("color", "form", "size")
         attributes = tuple(a for a in names if getattr(shape, a) != getattr(edited, a))
         if attributes not in shapes.CHANGE:
             return ""
         values = [getattr(edited, attribute) for attribute in attributes]
-        words = choose(shapes.CHANGE[attributes]).format(name, *values)
+        words = shapes.CHANGE[attributes][0].format(name, *values)
         parts.append(words.replace(" a orange", " an orange"))
     for shape in left.values():
         place = place_of(shape, extent)
         if not place:
             return ""
-        moving = shapes._moving(shape)
-        moves = moving.replace("standing", "stands").replace("moving", "moves")
         thing = f"{shape.size} {shape.color} {shape.form}"
-        verb = choose(shapes.ADD_VERBS)
-        words = choose(shapes.ADD).format(verb, thing, place=place, moving=moving, moves=moves)
-        parts.append(words)
+        verb, moving = shapes.ADD_VERBS[0], shapes._moving(shape)
+        parts.append(shapes.ADD[0].format(verb, thing, place=place, moving=moving))
     if target.style != source.style:
-        parts.append(choose(shapes.RESTYLE).format(choose(shapes.STYLES[target.style])))
+        parts.append(shapes.RESTYLE[0].format(shapes.STYLES[target.style][0]))
     if not parts:
         return nothing(source, extent)
+    if len(parts) == 1:
+        return parts[0]
     if len(parts) > 3:
         return ""
-    # Three are more than the plain clips have, and yet it does many of them.
-    text = (
-        ", ".join(parts[:-2] + [choose(shapes.JOIN).format(*parts[-2:])]) if parts[1:] else parts[0]
-    )
-    return text if rng is None else shapes._as_typed(rng, text)
+    # Three are more than the plain clips have, and yet the former model does many of them.
+    return ", ".join([*parts[:-2], shapes.JOIN[0].format(*parts[-2:])])
 
 
 def nothing(scene: Scene, extent: Extent) -> str:
@@ -166,9 +153,9 @@ def place_of(shape: Shape, extent: Extent) -> str:
 # --- Clips and requests ---------------------------------------------------------------------------
 
 CHANGE, REMOVE, ADD, _ = CATEGORIES
-MIX = (*CATEGORIES, COMPOSITION) * 2 + (CHANGE, REMOVE, CHANGE, COMPOSITION, NOT_THERE)
+MIX = (*CATEGORIES, COMPOSITION) * 2 + (CHANGE, REMOVE, CHANGE, COMPOSITION, COMPOSITION, NOT_THERE)
 LEAST = {ADD: 1, COMPOSITION: 3}  # objects in a scene; 2 for the others
-PLAIN = 0.4  # of the requests are plain themselves, and stay what they were
+PLAIN = 0.6  # of the requests are plain themselves, and stay what they were
 SIZES = ((9, 128, 128),) * 7 + (
     (1, 128, 128),
     (5, 128, 128),
@@ -204,23 +191,37 @@ def ask(
     return talk.scene, people.typed(rng, text)
 
 
+def ask_plainly(rng: np.random.Generator, category: str, source: Scene, extent: Extent) -> str:
+    """An edit in the words of shapes.py, "" if there are none: see `shapes._throw`."""
+    parts = [category]
+    if category == COMPOSITION:
+        parts = rng.permutation([pick(rng, CATEGORIES[:3]), pick(rng, CATEGORIES)]).tolist()
+    target = source
+    sentences = []
+    for part in parts:
+        target, words = shapes._edit(rng, part, target, source, extent)
+        sentences.append(words)
+    if not all(sentences):
+        return ""
+    text = sentences[0] if len(parts) == 1 else pick(rng, shapes.JOIN).format(*sentences)
+    return shapes._as_typed(rng, text)
+
+
 def requests(rng: np.random.Generator, scene: Scene, extent: Extent, number: int) -> list[Request]:
     """Requests about one scene; [] if too few are found."""
     categories = [name for name in MIX if len(scene.shapes) >= LEAST.get(name, 2)]
     found = []
     for _ in range(4 * number):
         category = pick(rng, categories)
-        target, words = ask(rng, category, scene, extent)
-        if not words:
-            continue
-        if rng.random() < PLAIN:
-            words = "" if target == scene else plain_words(scene, target, extent, rng)
-            if words.count(", ") < 2 and words:
-                found.append(Request(words, words, 0))
+        if category != NOT_THERE and rng.random() < PLAIN:
+            words = plain = ask_plainly(rng, category, scene, extent)
+            kind = 0
         else:
-            plain = plain_words(scene, target, extent)
-            if plain:
-                found.append(Request(words, plain, 1))
+            target, words = ask(rng, category, scene, extent)
+            plain = words and plain_words(scene, target, extent)
+            kind = 1
+        if plain:
+            found.append(Request(words, plain, kind))
         if len(found) == number:
             return found
     return []
@@ -395,7 +396,7 @@ def layer_of_all(
         own_q, own_k = rotate(own_q, cos, sin), rotate(own_k, cos, sin)
 
         def with_before(before: Tensor, own: Tensor) -> Tensor:
-            before = before[:, None].expand(-1, N // B, -1, -1, -1)
+            before = before[:, None].expand(-1, len(own) // B, -1, -1, -1)
             return torch.cat([before.flatten(0, 1), own], dim=2)  # (B * R, heads, P + S, D)
 
         attended = F.scaled_dot_product_attention(
@@ -509,7 +510,7 @@ def learn(args: argparse.Namespace) -> None:
     L_s = teacher.config.routing_depth
     blocks = teacher.dit.blocks
     teacher.requires_grad_(False)
-    student = deepen(teacher) if args.start is None else rvedit.load(args.start)[0]
+    student = deepen(teacher) if args.weights is None else rvedit.load(args.weights)[0]
     student.requires_grad_(False)
     student.encoder.requires_grad_(True)
     student.encoder.qwen.visual.requires_grad_(False)
@@ -521,7 +522,7 @@ def learn(args: argparse.Namespace) -> None:
         list(weights.values()), muon_rates(weights, args.muon), betas=(0.9, 0.99), weight_decay=0
     )
     means = {name: p.detach().clone() for name, p in weights.items()}
-    data = minibatches(teacher.encoder, 1000 * args.seed + rank, args.clips, args.requests)
+    data = minibatches(teacher.encoder, 1000 * args.draw + rank, args.clips, args.requests)
 
     def errors_of(minibatch: Minibatch, chosen: list[int]) -> tuple[Tensor, Tensor]:
         """For each request (B * R,): the errors of what is read, and of X_e."""
@@ -558,8 +559,8 @@ def learn(args: argparse.Namespace) -> None:
         if past >= 1:
             break
         step += 1
-        # A rate that rises for 100 steps and falls to 0 by a cosine.
-        lr = args.rate * min(1, step / 100) * (1 + math.cos(math.pi * past)) / 2
+        # A rate that rises for 30 steps and falls to 0 by a cosine.
+        lr = args.rate * min(1, step / 30) * (1 + math.cos(math.pi * past)) / 2
         optimizer.param_groups[0]["lr"] = lr
         minibatch = next(data)
         shallow = int(torch.randint(L_s, ()))
@@ -579,7 +580,7 @@ def learn(args: argparse.Namespace) -> None:
                 p.grad.copy_(part.view_as(p))
         nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
         optimizer.step()
-        decay = min(0.998, step / (step + 10))
+        decay = min(args.ema, step / (step + 10))
         with torch.no_grad():
             for name, p in weights.items():
                 means[name].lerp_(p, 1 - decay)
@@ -587,7 +588,7 @@ def learn(args: argparse.Namespace) -> None:
                 of_kind = kinds == kind
                 rows = (read_errors[of_kind].sum(), editing_errors[of_kind].sum(), of_kind.sum())
                 sums[kind] += torch.stack(rows)
-        if step % args.log == 0 and rank == 0:
+        if step % args.note_every == 0 and rank == 0:
             rows = sums[:, :2] / sums[:, 2:]
             told = " ".join(f"{value:.4f}" for value in rows.flatten().tolist())
             print(f"step {step}, {past * args.seconds:.0f} s: plain, people's: {told}", flush=True)
@@ -608,15 +609,16 @@ def write(folder: Path, student: rvedit.RVEDiT, vae: nn.Module, means: dict[str,
 def main() -> None:
     parser = cli.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/words"))
-    parser.add_argument("--start", type=Path)
+    parser.add_argument("--weights", type=Path)
     parser.add_argument("--seconds", type=float, default=5400)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--draw", type=int, default=1)
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--requests", type=int, default=12)
     parser.add_argument("--inputs", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--muon", type=float, default=20)
-    parser.add_argument("--log", type=int, default=100)
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--note-every", type=int, default=100)
     parser.add_argument("--plain-weight", type=float, default=2)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
