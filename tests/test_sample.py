@@ -800,10 +800,10 @@ def test_the_built_in_model_says_that_real_footage_is_not_its_world(built_in, ca
 
 
 def test_an_edit_that_changes_nothing_is_said(built_in):
-    """The built-in model does not know "snow"; it knows how to remove a circle."""
+    """The clip shows no blue square; it shows a red circle."""
     source = video.read_video(ROOT / "assets" / "shapes.mp4").frames
     said = []
-    for prompt in ("make it snow", "remove the red circle"):
+    for prompt in ("remove the blue square", "remove the red circle"):
         blocks = sample.edit_frames(
             *built_in,
             lambda: iter(source),
@@ -817,7 +817,7 @@ def test_an_edit_that_changes_nothing_is_said(built_in):
             if_unchanged=lambda prompt=prompt: said.append(prompt),
         )
         list(blocks)
-    assert said == ["make it snow"]
+    assert said == ["remove the blue square"]
 
 
 def test_help_lists_the_words_of_the_built_in_model():
