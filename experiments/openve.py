@@ -144,7 +144,7 @@ def describe_editor(settings: Namespace, model: RVEDiT) -> dict[str, str]:
     names += ("steps", "shift", "seed", "dtype", "decode_dtype")
     editor = {name: str(getattr(settings, name)) for name in names}
     config = model.config
-    height, width = sample.model_size(720, 1280, config.max_pixels, config.spatial_factor)
+    height, width = sample.size_for(config, 720, 1280)
     parameters = sum(p.numel() for p in model.dit.parameters())
     editor["resolution"] = f"{width}x{height}"
     editor["params"] = f"{parameters / 1e9:.2g}B"
