@@ -201,7 +201,7 @@ def read_triplet(
     size = args.size
     if size is None:
         height, width = clip["target"].shape[1:3]
-        sides = sample.model_size(height, width, config.max_pixels, config.spatial_factor)
+        sides = sample.size_for(config, height, width)
         size = (config.max_frames, *sides)
     return data.Triplet(
         source=data.fit_clip(clip["source"], *size),

@@ -1,5 +1,7 @@
 """What §5.3 measures, against naive implementations, closed forms and numbers made by hand."""
 
+import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -318,6 +320,16 @@ def test_what_the_branches_are_given(monkeypatch):
 
 
 # --- Command line ---------------------------------------------------------------------------------
+
+
+def test_small_clips_are_measured_at_the_size_at_which_they_are_edited():
+    """The built-in model's frames are scaled up to what it knows, here as in sampling."""
+    config = dataclasses.replace(rvedit.preset("toy"), min_pixels=128**2)
+    clip = torch.zeros(5, 64, 64, 3, dtype=torch.uint8)
+    clips = [{"source": clip, "target": clip, "instruction": "remove it", "caption": ""}]
+    args = argparse.Namespace(size=None)
+    triplet = analyze.read_triplet(clips, 0, config, args)
+    assert triplet.source.shape == triplet.target.shape == (5, 128, 128, 3)
 
 
 def test_command_line(tmp_path, capsys):
