@@ -389,19 +389,32 @@ def test_variants_are_compared_seed_by_seed(capsys):
     assert lines[-1].startswith("| other | +13 ± 14 %, +0.60 ± 0.43 dB |")
 
 
+def test_variants_start_from_the_trained_mllm_and_a_random_dit(tmp_path):
+    built_in, built_in_vae = rvedit.load()
+    ablation.write_start(tmp_path / "start")
+    model, vae = rvedit.load(tmp_path / "start")
+    weights = model.state_dict()
+    for name, trained in built_in.encoder.state_dict().items():
+        same = torch.equal(weights[f"encoder.{name}"], trained)
+        assert same == ("connector" not in name), name
+    for name, trained in built_in_vae.state_dict().items():
+        assert torch.equal(vae.state_dict()[name], trained)
+    assert not weights["dit.head.head.weight"].any()  # a new DiT predicts no motion
+
+
 @pytest.mark.slow
 def test_the_ablation_trains_every_variant_once(tmp_path, monkeypatch, capsys):
     """Its tables come from the runs' scores and logs; a second call trains nothing."""
     variants = {"full": [], "w/o GRTC (L_s = L)": ["--routing-depth", "6"]}
     monkeypatch.setitem(ablation.VARIANTS, "components", variants)
-    monkeypatch.setattr(ablation, "SIZES", ((5, 32, 32),))
+    monkeypatch.setattr(ablation, "SIZE", (5, 32, 32))
     command = ["--run", str(tmp_path), "ablate", "--seeds", "2", "--clips", "1"]
     command += ["--variant-steps", "1"]
     toy.main([*command, "--train", "--batch", "1", "--workers", "0", "--log-gradients", "1"])
     tables = capsys.readouterr().out.splitlines()[-14:]
     runs = tmp_path / "ablate"
     folders = sorted(folder.name for folder in runs.iterdir() if (folder / "model").exists())
-    assert folders == ["full-0", "full-1", "w-o-L-s-L-0", "w-o-L-s-L-1"]
+    assert folders == ["full-0", "full-1", "w-o-GRTC-L-s-L-0", "w-o-GRTC-L-s-L-1"]
     depths = [rvedit.load(runs / name / "model")[0].config.routing_depth for name in folders]
     assert depths == [3, 3, 6, 6]
     scores = [json.loads((runs / name / "scores.json").read_text()) for name in folders[:2]]
