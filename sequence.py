@@ -44,7 +44,8 @@ from vae import AttentionBlock, CausalConv3d, Downsample, Upsample, WanVAE
 class Tokens:
     """The ranks of a group that share the tokens of a sequence, and the messages between them.
 
-    Each holds s = ⌈S/N⌉ tokens; the last rank's are filled up with zeros. Gradients go the way back.
+    Each holds s = ⌈S/N⌉ tokens; the last rank's are filled up with zeros. Gradients go back the
+    same way.
 
     In training, each rank of a group computes the loss of the whole clip. As collectives pass
     gradients on, those that the N ranks find for a weight add up to N times the clip's. FSDP takes
