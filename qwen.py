@@ -282,8 +282,12 @@ class Attention(nn.Module):
         # kernel.
         k = k.repeat_interleave(self.group_size, dim=1)
         v = v.repeat_interleave(self.group_size, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        out = self.attend(q, k, v, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        # A method of its own, so that sequence.py can put attention over several GPUs here.
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 class DecoderLayer(nn.Module):
@@ -411,7 +415,9 @@ class Qwen2_5_VL(nn.Module):
 
         mask = None  # causal attention needs none
         if attention_mask is not None:
-            itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # (N, N)
+            # Not x.shape[1]: with sequence.py, x has only some of the N tokens.
+            num_tokens = attention_mask.shape[1]
+            itself = torch.eye(num_tokens, dtype=torch.bool, device=x.device)  # (N, N)
             causal = torch.ones_like(itself).tril()
             mask = attention_mask.bool()[:, None, None, :] & causal  # (B, 1, N, N)
             # Padding looks at itself: a softmax over nothing would be NaN.

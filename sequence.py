@@ -1,4 +1,4 @@
-"""One clip on several GPUs: the DiT's tokens and the VAE's rows are shared out over the ranks.
+"""One clip on several GPUs: the networks' tokens, frames and rows are shared out over the ranks.
 
 `torchrun --nproc_per_node N sample.py ...` and `train.py --sequence-parallel N` use this. The
 networks know nothing of it: what is below changes the calls of an existing network, which then
@@ -6,22 +6,23 @@ gives the same on every rank.
 
     windows of a long clip   each group of ranks takes some of them; a group works on one at a time
     minibatches of training  each group of ranks takes its own, as a single rank does otherwise
-    DiT                      Ulysses (arXiv 2309.14509): each rank of a group holds S/N tokens; for
+    DiT, language tower      Ulysses (arXiv 2309.14509): each rank of a group holds S/N tokens; for
                              self-attention, ranks exchange tokens for heads, and back
+    vision tower             each rank of a group sees some of the frames
     VAE                      each rank of a group, or of all for an edit, holds some rows of the
                              picture, and borrows its neighbours' nearest row before a convolution
 
 In training, each rank of a group does the rest of a step for itself: it reads the clips, and
-computes the MLLM and InfoNCE. At full size these two are 5 % of the FLOPs of a step on one rank,
-and more of its time, because InfoNCE is computed in float32.
+computes InfoNCE in float32.
 
-Letters: N ranks of a group, B batch, n heads, S tokens, s tokens of a rank, D head width.
+Letters: N ranks of a group, B batch, n heads, S tokens, s tokens of a rank, D head width, d width.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,8 +34,63 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import init_device_mesh
 
 from model import WanDiT
+from qwen import Qwen2_5_VL
 from rvedit import RVEDiT
 from vae import AttentionBlock, CausalConv3d, Downsample, Upsample, WanVAE
+
+# --- Messages about tokens ------------------------------------------------------------------------
+
+
+class Tokens:
+    """The ranks of a group that share the tokens of a sequence, and the messages between them.
+
+    Each holds s = ⌈S/N⌉ tokens; the last rank's are filled up with zeros. Gradients go back the
+    same way.
+
+    In training, each rank of a group computes the loss of the whole clip. As collectives pass
+    gradients on, those that the N ranks find for a weight add up to N times the clip's. FSDP takes
+    the mean over all ranks, which so becomes the mean over the groups: no factor is missing.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's tokens, s of the S in dimension `dim`."""
+        missing = -x.shape[dim] % self.ranks
+        after_dim = x.ndim - 1 - dim
+        x = F.pad(x, (0, 0) * after_dim + (0, missing))
+        return x.chunk(self.ranks, dim)[self.rank].contiguous()
+
+    def gather(self, x: Tensor, num_tokens: int) -> Tensor:
+        """The tokens of all ranks, (B, S, ...), from this rank's (B, s, ...). num_tokens: S."""
+        to_all = x.expand(self.ranks, *x.shape)
+        parts = self.exchange(to_all)  # (N, B, s, ...)
+        tokens = parts.movedim(0, 1).flatten(1, 2)  # (B, N s, ...)
+        return tokens[:, :num_tokens]
+
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """From some tokens of all heads to all tokens of some: (B, n, s, D) -> (B, n/N, N s, D)."""
+        qkv = torch.stack((q, k, v))  # (3, B, n, s, D)
+        # To rank r go the heads of part r; from it come its tokens.
+        qkv = qkv.unflatten(2, (self.ranks, -1)).movedim(2, 0)  # (N, 3, B, n/N, s, D)
+        qkv = self.exchange(qkv)  # the same shape, by the rank that holds the tokens
+        return qkv.movedim(0, 3).flatten(3, 4)  # (3, B, n/N, N s, D)
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """The way back, (B, n/N, N s, D) -> (B, n, s, D)."""
+        x = x.unflatten(2, (self.ranks, -1)).movedim(2, 0)  # (N, B, n/N, s, D)
+        x = self.exchange(x)  # by the rank that holds the heads
+        return x.movedim(0, 1).flatten(1, 2)  # (B, n, s, D)
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """Send x[r] to rank r, for each r: the same shape, with what rank r sent at [r]."""
+        flat = x.contiguous().flatten(0, 1)
+        sizes = [len(flat) // self.ranks] * self.ranks
+        return all_to_all_single_autograd(flat, sizes, sizes, self.group).view(x.shape)
+
 
 # --- The DiT: tokens ------------------------------------------------------------------------------
 
@@ -45,24 +101,19 @@ class TokenParallel:
     Every token but those of self-attention is computed by one rank alone: products, cross-attention
     and norms need only their own tokens. What the DiT returns is whole on every rank.
 
-    In training, each rank of a group computes the loss of the whole clip. As collectives pass
-    gradients on, those that the N ranks find for a weight add up to N times the clip's. FSDP takes
-    the mean over all ranks, which so becomes the mean over the groups: no factor is missing.
-
     Raises ValueError if the ranks cannot share the DiT's heads.
     """
 
     def __init__(self, dit: WanDiT, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.ranks = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
-        # By how many tokens the last rank's are filled up, so that all ranks have as many. Compiled
-        # blocks have a variant for each number: for S itself that would be one for each clip. The
-        # same in both branches of a training step, so backward may compute blocks again.
+        self.tokens = Tokens(group)
+        # By how many tokens the last rank's are filled up. Compiled blocks have a variant for each
+        # number: for S itself that would be one for each clip. It is the same in both branches of a
+        # training step, so backward may compute blocks again.
         self.missing = 0
-        if dit.config.num_heads % self.ranks:
+        ranks = self.tokens.ranks
+        if dit.config.num_heads % ranks:
             raise ValueError(
-                f"{self.ranks} processes cannot share {dit.config.num_heads} attention heads: give "
+                f"{ranks} processes cannot share {dit.config.num_heads} attention heads: give "
                 "--sequence-parallel a number that divides them"
             )
         # What changes is what makes the tokens, what mixes them, and what comes after the last
@@ -75,17 +126,12 @@ class TokenParallel:
         self.own_forward, self.own_features = dit.forward, dit.features
         dit.forward, dit.features = self.forward, self.features
 
-    def embed(self, *inputs: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def embed(self, *inputs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`WanDiT._embed`, and of its tokens this rank's: (B, s, d), with their rotary tables."""
         x, rope = self.embed_all(*inputs)
-        self.missing = -x.shape[1] % self.ranks
-        x = F.pad(x, (0, 0, 0, self.missing))
-        own_tokens = x.chunk(self.ranks, dim=1)[self.rank].contiguous()
-        own_rope = []
-        for table in rope:  # (S, 1, D)
-            table = F.pad(table, (0, 0, 0, 0, 0, self.missing))
-            own_rope.append(table.chunk(self.ranks)[self.rank])
-        return own_tokens, tuple(own_rope)
+        self.missing = -x.shape[1] % self.tokens.ranks
+        own_rope = tuple(self.tokens.own(table, dim=0) for table in rope)  # (s, 1, D) each
+        return self.tokens.own(x, dim=1), own_rope
 
     def forward(self, *inputs: Any, capture: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """`WanDiT.forward`, whose head has gathered the velocity, but not A^(l)."""
@@ -99,39 +145,93 @@ class TokenParallel:
         """`WanDiT.features`, of all tokens."""
         return self.gather(self.own_features(*inputs))
 
+    def gather(self, x: Tensor) -> Tensor:
+        return self.tokens.gather(x, x.shape[1] * self.tokens.ranks - self.missing)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Self-attention over the tokens of all ranks: q, k, v (B, n, s, D) -> (B, n, s, D).
 
         Stands in the place of `model.Attention.attend`. In self-attention the mask is None.
         """
-        N = self.ranks
-        qkv = torch.stack((q, k, v))  # (3, B, n, s, D)
-        # To rank r go the heads of part r; from it come its tokens.
-        qkv = qkv.unflatten(2, (N, -1)).movedim(2, 0)  # (N, 3, B, n/N, s, D)
-        qkv = self.exchange(qkv)  # the same shape, by the rank that holds the tokens
-        qkv = qkv.movedim(0, 3).flatten(3, 4)  # (3, B, n/N, N s, D)
-        q, k, v = qkv.unbind()
+        q, k, v = self.tokens.to_heads(q, k, v).unbind()  # (B, n/N, N s, D) each
         # Nothing may attend to the zeros that fill up the last rank.
         num_tokens = k.shape[2] - self.missing  # S
         k = k[:, :, :num_tokens]
         v = v[:, :, :num_tokens]
         out = F.scaled_dot_product_attention(q, k, v)  # (B, n/N, N s, D)
-        out = out.unflatten(2, (N, -1)).movedim(2, 0)  # (N, B, n/N, s, D)
-        out = self.exchange(out)  # by the rank that holds the heads
-        return out.movedim(0, 1).flatten(1, 2)  # (B, n, s, D)
+        return self.tokens.to_tokens(out)
 
-    def exchange(self, x: Tensor) -> Tensor:
-        """Send x[r] to rank r, for each r: the same shape, with what rank r sent at [r]."""
-        flat = x.contiguous().flatten(0, 1)
-        sizes = [len(flat) // self.ranks] * self.ranks
-        return all_to_all_single_autograd(flat, sizes, sizes, self.group).view(x.shape)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """The tokens of all ranks, (B, S, ...), from this rank's (B, s, ...)."""
-        to_all = x.expand(self.ranks, *x.shape)
-        parts = self.exchange(to_all)  # (N, B, s, ...)
-        tokens = parts.movedim(0, 1).flatten(1, 2)  # (B, N s, ...)
-        return tokens[:, : tokens.shape[1] - self.missing]
+# --- The MLLM: frames, then tokens ----------------------------------------------------------------
+
+
+class MLLMParallel:
+    """Shares an MLLM's frames and tokens out over the ranks of a group.
+
+    What it returns is whole on every rank. Where the ranks cannot share its heads (16 in
+    Qwen2.5-VL-3B), each computes the language tower for itself.
+    """
+
+    def __init__(self, qwen: Qwen2_5_VL, group: dist.ProcessGroup) -> None:
+        self.tokens = Tokens(group)
+        self.merge = qwen.config.vision.spatial_merge_size
+        self.see_own = qwen.visual.forward
+        qwen.visual.forward = self.see
+        if qwen.config.num_attention_heads % self.tokens.ranks == 0:
+            self.decode_own = qwen.decode
+            qwen.decode = self.decode
+            for layer in qwen.model.layers:
+                layer.self_attn.attend = self.attend
+
+    def see(self, pixel_values: Tensor, grids: tuple[tuple[int, int, int], ...]) -> Tensor:
+        """`VisionTower.forward`: no attention goes over time, so each rank sees some frames."""
+        ranks = self.tokens.ranks
+        num_frames = sum(t for t, _, _ in grids)
+        if num_frames < ranks:  # such as a still: every rank sees all of it
+            return self.see_own(pixel_values, grids)
+        bounds = [num_frames * rank // ranks for rank in range(ranks + 1)]
+        shares = [part_of(grids, first, end) for first, end in itertools.pairwise(bounds)]
+        num_patches = [sum(t * h * w for t, h, w in share) for share in shares]
+        own_patches = pixel_values.split(num_patches)[self.tokens.rank]
+        visual = self.see_own(own_patches, shares[self.tokens.rank])  # (m, d), of this rank
+        # Each rank sends all it has to every other.
+        sent = [len(visual)] * ranks
+        received = [patches // self.merge**2 for patches in num_patches]
+        to_all = visual.repeat(ranks, 1)
+        return all_to_all_single_autograd(to_all, received, sent, self.tokens.group)  # (M, d)
+
+    def decode(self, x: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """`Qwen2_5_VL.decode` of this rank's tokens; the hidden states of all."""
+        own_x = self.tokens.own(x, dim=1)  # (B, s, d)
+        own_positions = self.tokens.own(positions, dim=2)  # (3, B, s)
+        hidden = self.decode_own(own_x, own_positions, attention_mask)  # (B, s, d)
+        return self.tokens.gather(hidden, x.shape[1])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`qwen.Attention.attend` over the tokens of all ranks: (B, n, s, D) -> (B, n, s, D)."""
+        q, k, v = self.tokens.to_heads(q, k, v).unbind()  # (B, n/N, N s, D) each
+        # Behind the S tokens there may be zeros. Causal attention never looks at what comes later.
+        if mask is not None:  # (B, 1, S, S)
+            missing = k.shape[2] - mask.shape[-1]
+            mask = F.pad(mask, (0, missing), value=False)
+            # What they look at themselves is not used, but a softmax over nothing would be NaN.
+            mask = F.pad(mask, (0, 0, 0, missing), value=True)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.tokens.to_tokens(out)
+
+
+def part_of(
+    grids: tuple[tuple[int, int, int], ...], first: int, end: int
+) -> tuple[tuple[int, int, int], ...]:
+    """The (t, h, w) grids of the pairs of frames from `first` to `end`, counted over all clips."""
+    part = []
+    start = 0
+    for t, h, w in grids:
+        frames = min(end, start + t) - max(first, start)
+        if frames > 0:
+            part.append((frames, h, w))
+        start += t
+    return tuple(part)
 
 
 # --- The VAE: rows of the picture -----------------------------------------------------------------
@@ -273,6 +373,7 @@ class Spread:
         self.between_groups = mesh.get_group("windows")
         if ranks > groups:
             TokenParallel(model.dit, mesh.get_group("tokens"))
+            MLLMParallel(model.encoder.qwen, mesh.get_group("tokens"))
         RowParallel(vae, dist.group.WORLD)
 
     def add_up(self, x: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def compute_gradients(
         batch = to_device(batch, run.device)
 
         # Lines 4-19. Gradients add up over the passes, and FSDP averages them over the ranks. With
-        # --sequence-parallel that is right as well: see `sequence.TokenParallel`.
+        # --sequence-parallel that is right as well: see `sequence.Tokens`.
         total, flow, align = training_step(run.model, run.vae, batch, depth)
         (total / args.accumulate).backward()
 
@@ -457,6 +457,7 @@ def prepare(
     parallel.shard(model, mesh, args.recompute, args.compile, getattr(torch, args.dtype))
     if group is not None:
         sequence.TokenParallel(model.dit, group)
+        sequence.MLLMParallel(model.encoder.qwen, group)
 
 
 def with_options(config: RVEDiTConfig, args: argparse.Namespace) -> RVEDiTConfig:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import make_clip, randomise, relative_error, tiny_model
+from helpers import make_clip, randomise, relative_error, tiny_config, tiny_model
 from torch._dynamo.testing import CompileCounter
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +21,7 @@ import sequence
 import train
 import video
 from model import DiTConfig, WanDiT
+from qwen import Qwen2_5_VL
 
 
 def on_ranks(ranks, function, folder, *arguments):
@@ -82,6 +83,65 @@ def test_a_dit_whose_tokens_are_shared_out_computes_the_same(ranks, height, tmp_
         assert relative_error(velocity, expected) < 1e-5
         for name, gradient in gradients.items():
             assert relative_error(gradient, expected_gradients[name]) < 1e-5, name
+
+
+def streams_and_gradients(lengths, heads, shared):
+    """X_e, X_v and X_ℓ of clips of these lengths, with the gradients of all weights of the MLLM."""
+    qwen = dataclasses.replace(
+        tiny_config().qwen,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        mrope_section=(1,) * 3 if heads == 4 else (2,) * 3,
+    )
+    model, _ = tiny_model(lora_rank=0, qwen=qwen)  # without LoRA, so that everything trains
+    if shared:
+        sequence.MLLMParallel(model.encoder.qwen, dist.group.WORLD)
+    clips = [make_clip(length, 32, 40, seed=length) for length in lengths]
+    words = ["remove it", "make it snow on the hill"][: len(clips)]
+    condition = model.encoder(clips, words)
+    streams = [condition.editing, condition.visual, condition.textual]
+    sum(stream.square().sum() for stream in streams).backward()
+    gradients = {}
+    for name, parameter in model.encoder.named_parameters():
+        if parameter.grad is None:
+            continue  # the queries of stills
+        if shared:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()  # each rank's loss is that of the whole clip
+        gradients[name] = parameter.grad
+    return [stream.detach() for stream in streams], gradients
+
+
+@pytest.mark.parametrize(
+    "ranks, lengths, heads",
+    [
+        (2, (9, 5), 4),  # words and clips differ in length: there is padding
+        (4, (9, 9), 4),
+        (4, (9,), 4),  # a clip of two pairs of frames, which four ranks all see
+        (3, (9, 9), 4),  # three ranks share four pairs of frames, but not four heads
+        (2, (9,), 2),
+    ],
+)
+def test_an_mllm_that_is_shared_out_computes_the_same(ranks, lengths, heads, tmp_path):
+    expected, expected_gradients = streams_and_gradients(lengths, heads, shared=False)
+    largest = max(gradient.abs().max() for gradient in expected_gradients.values())
+    arguments = (lengths, heads, True)
+    for streams, gradients in on_ranks(ranks, streams_and_gradients, tmp_path, *arguments):
+        for stream, expected_stream in zip(streams, expected, strict=True):
+            assert relative_error(stream, expected_stream) < 1e-5
+        assert gradients.keys() == expected_gradients.keys()
+        for name, gradient in expected_gradients.items():
+            # Those of key biases are nearly zero by construction.
+            scale = gradient.abs().max() + 1e-3 * largest
+            assert (gradients[name] - gradient).abs().max() < 1e-5 * scale, name
+
+
+def test_each_rank_has_its_part_of_the_frames():
+    grids = ((3, 4, 6), (1, 2, 2), (4, 8, 8))
+    assert sequence.part_of(grids, 0, 8) == grids
+    assert sequence.part_of(grids, 0, 2) == ((2, 4, 6),)
+    assert sequence.part_of(grids, 2, 6) == ((1, 4, 6), (1, 2, 2), (2, 8, 8))
+    assert sequence.part_of(grids, 6, 8) == ((2, 8, 8),)
 
 
 def encode_and_decode(shared):
@@ -297,6 +357,32 @@ def test_a_rank_computes_its_share_of_the_flops(ranks, pretended_ranks):
     shared = dit_flops(pretended_ranks(ranks))
     for flops, all_flops in zip(shared, whole, strict=True):
         assert flops / all_flops == pytest.approx(1 / ranks, rel=0.1)
+
+
+def mllm_flops(group):
+    """Forward and backward pass at the paper's size in two layers of each tower."""
+    config = rvedit.preset("wan2.2-ti2v-5b").qwen
+    vision = dataclasses.replace(config.vision, depth=2, fullatt_block_indexes=(1,))
+    config = dataclasses.replace(config, vision=vision, num_hidden_layers=2)
+    grid = torch.tensor([[8, 26, 48]])  # 16 frames of 364 x 672
+    num_visual, num_queries, num_words = 8 * 13 * 24, 512, 64
+    ids = torch.zeros(1, num_visual + num_queries + num_words, dtype=torch.long)
+    with torch.device("meta"):
+        qwen = Qwen2_5_VL(config)
+        patches = torch.zeros(4 * num_visual, 3 * 2 * 14**2)
+        queries = torch.zeros(num_queries, config.hidden_size)
+    if group is not None:
+        sequence.MLLMParallel(qwen, group)
+    with FlopCounterMode(display=False) as counter:
+        qwen(ids.to("meta"), patches, grid, queries).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_rank_computes_its_share_of_the_mllm(ranks, pretended_ranks):
+    whole = mllm_flops(None)
+    shared = mllm_flops(pretended_ranks(ranks))
+    assert shared / whole == pytest.approx(1 / ranks, rel=0.01)
 
 
 def test_heads_that_ranks_cannot_share_are_refused(pretended_ranks):
