@@ -319,9 +319,6 @@ def test_what_the_branches_are_given(monkeypatch):
         assert result["mean"][name] == [3.5] * 3 and result["std"][name] == [1.5] * 3
 
 
-# --- Command line ---------------------------------------------------------------------------------
-
-
 def test_small_clips_are_measured_at_the_size_at_which_they_are_edited():
     """The built-in model's frames are scaled up to what it knows, here as in sampling."""
     config = dataclasses.replace(rvedit.preset("toy"), min_pixels=128**2)
@@ -330,6 +327,9 @@ def test_small_clips_are_measured_at_the_size_at_which_they_are_edited():
     args = argparse.Namespace(size=None)
     triplet = analyze.read_triplet(clips, 0, config, args)
     assert triplet.source.shape == triplet.target.shape == (5, 128, 128, 3)
+
+
+# --- Command line ---------------------------------------------------------------------------------
 
 
 def test_command_line(tmp_path, capsys):
