@@ -278,6 +278,12 @@ def edit_parser() -> Parser:
     run.add_argument(
         "--offload", action="store_true", help="keep only the network in use on the GPU"
     )
+    run.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the DiT's blocks and the VAE's norms by torch.compile (default on GPUs, for "
+        "edits that take long enough to gain by it)",
+    )
     return parser
 
 
@@ -411,7 +417,7 @@ def train_parser(presets: Iterable[str], kind: type[Parser] = Parser) -> Parser:
     group.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile each block by torch.compile (default on GPUs)",
+        help="compile each block, and the VAE's norms, by torch.compile (default on GPUs)",
     )
     group.add_argument(
         "--log-gradients",

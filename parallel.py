@@ -1,7 +1,8 @@
 """How training is spread over processes: the ranks, FSDP2, and checkpoints that all ranks write.
 
 `processes` joins the ranks, `make_mesh` arranges them, `shard` spreads a model over them, and
-`write_shards` and `read_shards` keep its state in a folder, for any number of ranks.
+`write_shards` and `read_shards` keep its state in a folder, for any number of ranks. `shard` also
+compiles the blocks; `compile_blocks` and `compile_norms` do so for edits as well.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from torch.utils.checkpoint import (
 import cli
 import weights
 from rvedit import RVEDiT
+from vae import RMSNorm
 
 # A view would be a problem if it were changed in place, which nothing does.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
@@ -293,6 +295,26 @@ def is_frozen(module: nn.Module) -> bool:
     return not next(module.parameters()).requires_grad
 
 
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compile each block by itself: all of one kind share what is compiled for the first."""
+    for block in blocks:
+        # DiT and MLLM blocks, with and without gradients, count together: the default of 8 compiled
+        # variants is too few.
+        block.forward = torch.compile(block.forward, recompile_limit=64)
+
+
+def compile_norms(coder: nn.Module) -> None:
+    """Compile the norms of a VAE's encoder or decoder, each with the SiLU after it.
+
+    They are what repeats there besides convolutions. A norm then reads its input twice and writes
+    it once; on GPUs it otherwise makes seven such passes. Each width takes two or three compiled
+    variants, one of them for the first frame; size and number of frames are left open.
+    """
+    for module in coder.modules():
+        if isinstance(module, RMSNorm):
+            module.forward = torch.compile(module.forward, dynamic=True, recompile_limit=64)
+
+
 def shard(
     model: RVEDiT,
     mesh: DeviceMesh | None,
@@ -307,8 +329,8 @@ def shard(
     blocks know what has to stay float32.
     """
     blocks = blocks_of(model)
-    for block in blocks:
-        if recompute:
+    if recompute:
+        for block in blocks:
             block.forward = functools.partial(
                 checkpoint,
                 block.forward,
@@ -318,10 +340,8 @@ def shard(
                     create_selective_checkpoint_contexts, keep_or_recompute
                 ),
             )
-        if compile:
-            # DiT and MLLM blocks, with and without gradients, count together: the default of 8
-            # compiled variants is too few.
-            block.forward = torch.compile(block.forward, recompile_limit=64)
+    if compile:
+        compile_blocks(blocks)
     if mesh is None:
         return
 

@@ -22,7 +22,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import cli
 
@@ -350,10 +350,16 @@ def restore_source(
 # --- What an edit will take -----------------------------------------------------------------------
 
 
+class Forecast(NamedTuple):
+    windows: int
+    step: int  # FLOPs of a step
+    memory: int  # bytes at the peak
+
+
 def forecast(
     model: RVEDiT, vae: WanVAE, shape: tuple[int, int, int], offload: bool
-) -> tuple[int, int, int]:
-    """Of an edit of a clip (T, H, W): the windows, the FLOPs of a step, the bytes at the peak.
+) -> Forecast:
+    """What an edit of a clip (T, H, W) takes.
 
     Instruction, embeddings and head are not counted, because they are small, nor are libraries.
     """
@@ -387,7 +393,7 @@ def forecast(
     # it is computed.
     contexts = len(slices) * sum(set(context)) * config.dit.dim * model.encoder.queries.itemsize
     latents = 4 * vae.config.z_dim * length * height * width // vae.config.spatial_factor**2
-    return len(slices), step, peak + contexts + 6 * latents
+    return Forecast(len(slices), step, memory=peak + contexts + 6 * latents)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, times: int = 3) -> float:
@@ -402,20 +408,42 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, times: int = 3) -> flo
     return 2 * n**3 / min(seconds)
 
 
-def announce(args: Namespace, model: RVEDiT, vae: WanVAE, shape: tuple[int, int, int]) -> None:
+def announce(args: Namespace, plan: Forecast) -> None:
     """Say on stderr what an edit takes, before it begins, if it will denoise for over a minute."""
-    num_windows, step, memory = forecast(model, vae, shape, args.offload)
-    if RANK > 0 or args.steps * step < 1e12:  # so few take less on any machine
+    if RANK > 0 or args.steps * plan.step < 1e12:  # so few take less on any machine
         return
     rate = RANKS * matmul_rate(args.device, getattr(torch, args.dtype))
-    minutes = args.steps * step / rate / 60
+    minutes = args.steps * plan.step / rate / 60
     if minutes > 1:
-        windows = "1 window" if num_windows == 1 else f"{num_windows} windows"
+        windows = "1 window" if plan.windows == 1 else f"{plan.windows} windows"
         print(
-            f"plan: {windows} and {args.steps} steps of {step / 1e12:.3g} TFLOP, at least "
-            f"{minutes:,.0f} min of denoising; {memory / 1e9:.1f} GB of memory",
+            f"plan: {windows} and {args.steps} steps of {plan.step / 1e12:.3g} TFLOP, at least "
+            f"{minutes:,.0f} min of denoising; {plan.memory / 1e9:.1f} GB of memory",
             file=sys.stderr,
         )
+
+
+# --- Compiling ------------------------------------------------------------------------------------
+
+# FLOPs of denoising from which a single edit on a GPU is compiled by default. That is 15 seconds of
+# an H100. Compiling saves some of them, and takes about as long as it saves where it is done for
+# the second time; for the first time it takes longer.
+COMPILE_FROM = 1e16
+
+
+def pays_to_compile(args: Namespace, plan: Forecast) -> bool:
+    """What --compile or --no-compile says, and without them what a single edit gains by."""
+    if args.compile is not None:
+        return args.compile
+    return args.device.type == "cuda" and args.steps * plan.step > COMPILE_FROM
+
+
+def compile_networks(model: RVEDiT, vae: WanVAE) -> None:
+    """Compile what runs often in an edit. The MLLM reads the clip only once, and stays as it is."""
+    import parallel  # only here: it imports much that other edits do not need
+
+    parallel.compile_blocks(model.dit.blocks)
+    parallel.compile_norms(vae)
 
 
 # --- From clip to clip ----------------------------------------------------------------------------
@@ -721,7 +749,10 @@ def edit(args: Namespace) -> None:
     note_foreign_clip(args.checkpoint, model, vae, frames_of(clip))
     spread = share_out(args, model, vae, shape[0])
     unfinished = Unfinished(args)
-    announce(args, model, vae, shape)
+    plan = forecast(model, vae, shape, args.offload)
+    announce(args, plan)
+    if pays_to_compile(args, plan):
+        compile_networks(model, vae)
 
     # Frames are decoded, scaled and written as they come: the clip is never in memory as a whole.
     blocks = edit_frames(

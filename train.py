@@ -491,6 +491,8 @@ def load_model(
     if args.dtype == "bfloat16" and model.config.lora_rank:
         model.encoder.qwen.visual.to(torch.bfloat16)
 
+    if args.compile:
+        parallel.compile_norms(vae.encoder)
     if group is not None:
         sequence.RowParallel(vae, group)
     return model, vae

@@ -182,6 +182,10 @@ def run(args: Namespace) -> None:
     settings = sample.parse_arguments(["--video", "", "--prompt", "-", *args.options])
     rows = read_table(args.bench / "benchmark_videos.csv", args.bench, args.categories)
     model, vae = sample.load_model(settings)
+    if settings.compile is None:
+        settings.compile = settings.device.type == "cuda"  # many edits gain by it
+    if settings.compile:
+        sample.compile_networks(model, vae)
 
     # Clips of two editors in one folder would be judged as those of one, so an editor that is
     # already described there must be this one.

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import parallel
 import video
 from experiments import workloads
 from experiments.workloads import Job, changed
@@ -74,7 +75,7 @@ def offloaded_edit(config: RVEDiTConfig, args: argparse.Namespace) -> Jobs:
 
 
 def precisions(config: RVEDiTConfig, args: argparse.Namespace) -> Jobs:
-    """The VAE's encoder in each precision; in float16 also in larger chunks and with channels last.
+    """The VAE's encoder in each precision, and what else may make it faster in float16.
 
     The last column is its error against float32: root mean square, in units of the latents' spread.
     An overflow of float16 shows in the time: what follows in the clip is encoded in float32.
@@ -100,8 +101,12 @@ def precisions(config: RVEDiTConfig, args: argparse.Namespace) -> Jobs:
         for dtype in (torch.bfloat16, torch.float16):
             vae.encoder_dtype = dtype
             yield job(str(dtype).removeprefix("torch."), expected=expected)
-        # Still in float16: whether it is worth the memory, and whether cuDNN likes the layout.
+        # Still in float16: whether chunks are worth their memory, what compiling saves, and whether
+        # cuDNN likes the other layout, with norms compiled where they are.
         yield job(f"{CHUNK} latent frames at a time", CHUNK, expected=expected)
+        if eager_and_compiled(args)[-1]:
+            parallel.compile_norms(vae.encoder)
+            yield job("norms compiled", expected=expected)
         for module in vae.encoder.modules():
             if isinstance(module, CausalConv3d):
                 module.to(memory_format=torch.channels_last_3d)

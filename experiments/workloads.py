@@ -29,7 +29,7 @@ from experiments import plan
 from experiments.plan import Size
 from losses import info_nce_as_printed, symmetric_info_nce
 from rvedit import RVEDiT, RVEDiTConfig
-from sample import edit_video
+from sample import compile_networks, edit_video
 from vae import WanVAE
 
 Runs = dict[str, Callable[[], Any]]  # what is compared: "ours", and perhaps a peer's
@@ -300,8 +300,10 @@ def rank_step(
     mesh = init_device_mesh(device.type, (RANKS,))
     before_weights = functools.partial(train.prepare, args=options, mesh=mesh)
     model, vae = random_networks(config, device, torch.float32, before_weights)
-    if options.dtype == "bfloat16" and config.lora_rank:
-        model.encoder.qwen.visual.to(torch.bfloat16)  # as in train.load_model
+    if options.dtype == "bfloat16" and config.lora_rank:  # as in train.load_model
+        model.encoder.qwen.visual.to(torch.bfloat16)
+    if options.compile:
+        parallel.compile_norms(vae.encoder)
     run = train.make_run(model, vae, device, options)
     batch = plan.random_batch(model, vae, options.size[0], options.batch, "cpu")
 
@@ -353,6 +355,8 @@ def jobs_of_parts(config: RVEDiTConfig, args: argparse.Namespace) -> Iterator[Jo
     model, vae = random_networks(config, args.device, getattr(torch, args.dtype))
     recompute = "step" in args.parts and train.RECIPES[args.preset]["recompute"]
     parallel.shard(model, None, recompute, args.compile)
+    if args.compile:
+        parallel.compile_norms(vae)
     for size in args.size:
         runs = parts(model, vae, size, args)
         chosen = tuple(name for name in runs if name.split()[0] in args.parts)
@@ -396,7 +400,8 @@ def edit_job(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> Job:
         limit_memory(args)
     dtype = getattr(torch, args.dtype)
     model, vae = random_networks(fit_config(config, size), resting, dtype, draw_on=args.device)
-    parallel.shard(model, None, recompute=False, compile=args.compile)
+    if args.compile:
+        compile_networks(model, vae)
     clip = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
     edit = functools.partial(edit_video, model, vae, clip, plan.INSTRUCTION, device=device)
     job = Job(

@@ -750,10 +750,10 @@ def test_the_forecast_has_the_flops_of_the_dit(size):
     networks = workloads.meta_networks(config)
     args = bench.parse_arguments(["--device", "cpu"])
     counted = workloads.flops(config, size, ("dit",), args)["dit"]
-    num_windows, step, _ = sample.forecast(*networks, size, offload=False)
-    assert num_windows == 1 and step == pytest.approx(counted, rel=0.02)
-    longer = (size[0] + 8, *size[1:])
-    assert sample.forecast(*networks, longer, offload=False)[:2] == (2, 2 * step)
+    forecast = sample.forecast(*networks, size, offload=False)
+    assert forecast.windows == 1 and forecast.step == pytest.approx(counted, rel=0.02)
+    longer = sample.forecast(*networks, (size[0] + 8, *size[1:]), offload=False)
+    assert (longer.windows, longer.step) == (2, 2 * forecast.step)
 
 
 def test_the_forecast_has_the_memory_of_decoding():
@@ -767,7 +767,7 @@ def test_the_forecast_has_the_memory_of_decoding():
         for _ in vae.decode_chunks(latents):
             pass
     weights = sum(p.nbytes for p in vae.decoder.parameters())
-    *_, memory = sample.forecast(model, vae, size, offload=True)
+    memory = sample.forecast(model, vae, size, offload=True).memory
     assert memory == pytest.approx(weights + alive.peaks["start"], rel=0.05)
 
 
@@ -776,11 +776,52 @@ def test_only_a_long_edit_is_announced(built_in, capsys, monkeypatch):
     monkeypatch.setattr(sample, "matmul_rate", lambda *_: 1e10)
     args = SimpleNamespace(steps=2, offload=False, device=torch.device("cpu"), dtype="float32")
     for frames in (9, 600):
-        sample.announce(args, *built_in, (frames, 360, 640))
-    step = sample.forecast(*built_in, (600, 360, 640), offload=False)[1]
+        plan = sample.forecast(*built_in, (frames, 360, 640), offload=False)
+        sample.announce(args, plan)
+    step = plan.step
     expected = f"2 steps of {step / 1e12:.3g} TFLOP, at least {2 * step / 1e10 / 60:.0f} min"
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and expected in error and "38 windows" in error
+
+
+# --- Compiling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "work", "compiled"),
+    [
+        ("cuda", None, 2e16, True),
+        ("cuda", None, 1e15, False),  # it would wait longer for the compiler than it gains
+        ("cpu", None, 2e16, False),
+        ("cuda", False, 2e16, False),
+        ("cpu", True, 1e9, True),
+    ],
+)
+def test_long_edits_on_gpus_are_compiled(device, asked, work, compiled):
+    args = SimpleNamespace(device=torch.device(device), compile=asked, steps=50)
+    plan = sample.Forecast(windows=1, step=work / 50, memory=0)
+    assert sample.pays_to_compile(args, plan) is compiled
+
+
+def test_a_compiled_edit_has_the_same_frames(tmp_path, monkeypatch):
+    """With a backend that takes the networks apart as any does, and generates no code."""
+    calls = []
+    compile = torch.compile
+
+    def compile_without_code(function, **options):
+        calls.append(function)
+        return compile(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    clip = ROOT / "assets" / "shapes.mp4"
+    edits = {}
+    for option in ("--no-compile", "--compile"):
+        out = tmp_path / f"{option}.mp4"
+        words = ["--prompt", "remove the red circle", "--out", str(out), option]
+        sample.main(["--video", str(clip), *words])
+        edits[option] = video.read_video(out).frames.int()
+        assert bool(calls) is (option == "--compile")
+    assert (edits["--compile"] - edits["--no-compile"]).abs().max() <= 1
 
 
 # --- The built-in model and clips that are not of its world ---------------------------------------

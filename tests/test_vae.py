@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import convert
-from vae import VAEConfig, WanVAE
+import parallel
+from vae import RMSNorm, VAEConfig, WanVAE
 
 FULL = VAEConfig(160, 256, 48, (1, 2, 4, 4), 2, (False, True, True))  # Wan2.2-TI2V-5B
 TOY = VAEConfig(8, 8, 4, (1, 2, 2), 1, (True, True), (0.3, -0.1, 0.2, 0.0), (0.5, 2.0, 1.0, 0.7))
@@ -335,3 +336,39 @@ def test_misfitting_videos_are_refused() -> None:
         list(model.encode_chunks([torch.zeros(1, 3, 1, 8, 8), torch.zeros(1, 3, 3, 8, 8)]))
     with pytest.raises(ValueError, match="one entry fewer"):
         replace(TOY, temporal_downsample=(True,))
+
+
+# --- Compiled norms -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_compiled_norms_give_the_same_latents_and_videos():
+    """By the code that is generated for CPUs, over several sizes, numbers of frames and chunks."""
+    ours, _ = make_pair(CONFIGS["full stages"])
+    ours.requires_grad_(False)
+    clips = [random_video(ours.config, 1, *size) for size in ((9, 2, 3), (1, 2, 2), (13, 4, 1))]
+    expected = [ours.encode(clip) for clip in clips]
+    expected_videos = [ours.decode(latents, chunk=2) for latents in expected]
+    parallel.compile_norms(ours)
+    for clip, latents, decoded in zip(clips, expected, expected_videos, strict=True):
+        assert error(ours.encode(clip), latents) < 1e-5
+        assert error(ours.decode(latents, chunk=2), decoded) < 1e-5
+
+
+def test_norms_are_compiled_once_for_all_sizes(monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    vae = WanVAE(CONFIGS["full stages"]).requires_grad_(False)
+    parallel.compile_norms(vae.encoder)
+    numbers = []
+    for frames, h, w in ((9, 2, 3), (13, 4, 2), (5, 3, 3)):
+        vae.encode(random_video(vae.config, 1, frames, h, w))
+        numbers.append(len(compiled))
+    widths = {module.gamma.shape for module in vae.encoder.modules() if isinstance(module, RMSNorm)}
+    assert len(widths) <= numbers[0] <= 3 * len(widths)
+    assert numbers == numbers[:1] * 3
