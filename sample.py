@@ -356,9 +356,7 @@ class Forecast(NamedTuple):
     memory: int  # bytes at the peak
 
 
-def forecast(
-    model: RVEDiT, vae: WanVAE, shape: tuple[int, int, int], offload: bool
-) -> Forecast:
+def forecast(model: RVEDiT, vae: WanVAE, shape: tuple[int, int, int], offload: bool) -> Forecast:
     """What an edit of a clip (T, H, W) takes.
 
     Instruction, embeddings and head are not counted, because they are small, nor are libraries.
