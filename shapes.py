@@ -284,8 +284,7 @@ class ShapesDataset(Dataset):
             raise ValueError(f"words {words!r}: choose from {', '.join(WORDINGS)}")
         if world not in WORLDS:
             raise ValueError(f"world {world!r}: choose from {', '.join(WORLDS)}")
-        # Two edits in one take three objects, for which not every world has room.
-        choices = EVERYTHING if WORLDS[world].most >= 3 else CATEGORIES
+        choices = categories_of(world)
         if words != "plain":
             choices = (*choices, NOT_THERE)
         if not categories or not set(categories) <= set(choices):
@@ -355,6 +354,12 @@ def _differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The pixels in which two clips differ in any channel, (T, H, W)."""
     differs = a != b  # (T, H, W, 3)
     return differs[..., 0] | differs[..., 1] | differs[..., 2]  # any(-1) takes four times as long
+
+
+def categories_of(world: str) -> tuple[str, ...]:
+    """The categories of edits in a world, a key of `scenes.WORLDS`, without what is not there."""
+    # Two edits in one take three objects, for which not every world has room.
+    return EVERYTHING if WORLDS[world].most >= 3 else CATEGORIES
 
 
 def training_set(seed: int, extent: Extent, world: str = "all") -> ShapesDataset:

@@ -58,7 +58,8 @@ import sample
 import video
 from model import Attention, WanDiT
 from rvedit import RVEDiT, RVEDiTConfig
-from shapes import EVERYTHING, TOY_EXTENT, ShapesDataset
+from scenes import WORLDS
+from shapes import TOY_EXTENT, ShapesDataset, categories_of
 from vae import WanVAE
 
 if torch.cuda.is_available():
@@ -371,6 +372,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help=".csv or .jsonl of triplets; default: moving shapes",
     )
+    add("--world", choices=WORLDS, help="of the moving shapes, without --data (default all)")
     add("--clips", type=whole, default=20, help="how many, from the first on (default 20)")
     add(
         "--size",
@@ -393,6 +395,8 @@ def check(args: argparse.Namespace) -> None:
             "--plot needs matplotlib: pip install matplotlib, or leave it out and read "
             "analysis.json"
         )
+    if args.data and args.world:
+        raise ValueError("--world is about moving shapes, and --data has other clips: choose one")
     for folder in (args.checkpoint, args.base):
         if folder is not None:
             rvedit.layout(folder)
@@ -413,7 +417,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         clips = data.TripletDataset(args.data)
     else:
         size = args.size or TOY_EXTENT
-        clips = ShapesDataset(args.seed, args.clips, *size, EVERYTHING)
+        world = args.world or "all"
+        clips = ShapesDataset(args.seed, args.clips, *size, categories_of(world), world=world)
     args.out.mkdir(parents=True, exist_ok=True)
 
     model, vae = rvedit.load(args.checkpoint, device=DEVICE, dtype=DTYPE)

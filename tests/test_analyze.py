@@ -388,6 +388,22 @@ def read_report(folder):
     return json.loads((folder / "analysis.json").read_text())
 
 
+def test_the_small_world_has_its_own_shapes(tmp_path, monkeypatch):
+    """Where the variants of the ablation live."""
+    instructions = []
+
+    def analyzed(model, vae, clips, args):
+        instructions.extend(clip["instruction"] for clip in clips)
+        return {}
+
+    monkeypatch.setattr(analyze, "analyze", analyzed)
+    small = ["--world", "small", "--size", "1", "64", "64", "--clips", "12"]
+    analyze.main([*small, "--out", str(tmp_path)])
+    words = set(" ".join(instructions).split())
+    assert {"circle", "cross"} & words and not {"heart", "square", "ring"} & words
+    assert not any(" and make " in text or " and remove " in text for text in instructions)
+
+
 def test_base_checkpoint_and_triplets(checkpoints, tmp_path):
     """The base is --base, or else the same weights with L_s = L; such a model has no other base."""
     table = str(checkpoints / "triplets.jsonl")  # fewer rows than --clips
@@ -435,6 +451,7 @@ def test_clips_that_cannot_be_read_are_skipped_and_said(checkpoints, tmp_path, c
         (["--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
         (["--base", "nowhere"], "checkpoint nowhere does not exist"),
         (["--data", "nowhere.csv"], "nowhere.csv"),
+        (["--data", "nowhere.csv", "--world", "small"], "--world is about moving shapes"),
         (["--clips", "0"], "--clips: '0' is not a whole number at least 1"),
         (["--size", "5", "64", "70"], "--size: height and width must be multiples of 8"),
         (["--timesteps", "many"], "--timesteps: 'many' is not a whole number"),
