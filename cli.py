@@ -25,6 +25,8 @@ RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
+SHIFT = 5.0  # of the sampler's timesteps, if not another is given: Kiwi-Edit's
+
 # --- Errors ---------------------------------------------------------------------------------------
 
 
@@ -34,6 +36,8 @@ class Stop(Exception):
 
 def fail(message: object) -> NoReturn:
     """Print one line on stderr and exit with code 2, as every mistake of a user does."""
+    if isinstance(message, OSError):
+        message = plain_reason(message)
     lines = str(message).strip().splitlines() or ["unknown error"]
     print(f"error: {lines[0]}", file=sys.stderr)
     raise SystemExit(2)
@@ -45,9 +49,9 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
 
-def plain_reason(error: OSError) -> str:
-    """What went wrong with which file, without Python's "[Errno 2]" and quotes."""
-    if error.filename is None or error.strerror is None:
+def plain_reason(error: Exception) -> str:
+    """What an error says; of a file's, without Python's "[Errno 2]" and quotes."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror.lower()}"
 
@@ -59,9 +63,7 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return main(*args, **kwargs)
-        except OSError as error:
-            fail(plain_reason(error))
-        except (ValueError, Stop) as error:
+        except (OSError, ValueError, Stop) as error:
             fail(error)
         except RecursionError:
             fail("the input is nested too deeply, such as JSON of thousands of brackets")
@@ -245,7 +247,10 @@ def edit_parser() -> Parser:
         "--steps", type=number(int, 1), help="Euler steps; default: the checkpoint's, mostly 50"
     )
     run.add_argument(
-        "--shift", type=number(float, 0.01), default=5.0, help="timestep shift (default 5)"
+        "--shift",
+        type=number(float, 0.01),
+        default=SHIFT,
+        help=f"timestep shift (default {SHIFT:g})",
     )
     run.add_argument(
         "--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise (default 0)"
@@ -303,17 +308,19 @@ def train_parser(presets: Iterable[str], kind: type[Parser] = Parser) -> Parser:
     group.add_argument(
         "--preset",
         choices=list(presets),
-        help="default: toy, or wan2.2-ti2v-5b with --data or --wan",
+        help="sizes, rates and steps, and what a start without --checkpoint looks like; default: "
+        "that of the checkpoint, else toy, or wan2.2-ti2v-5b with --data or --wan",
     )
     group.add_argument(
         "--checkpoint",
         type=Path,
-        help="start from this folder: a checkpoint of ours or Kiwi-Edit's",
+        help="start from this: a checkpoint of ours or Kiwi-Edit's; a training state of the latter "
+        "is a file, and needs --wan and --qwen as well",
     )
     group.add_argument(
-        "--wan", type=Path, help="without --checkpoint: start from this folder of Wan2.2-TI2V-5B"
+        "--wan", type=Path, help="else start from the base models: this folder of Wan2.2-TI2V-5B"
     )
-    group.add_argument("--qwen", type=Path, help="and from this folder of Qwen2.5-VL-3B-Instruct")
+    group.add_argument("--qwen", type=Path, help="and this folder of Qwen2.5-VL-3B-Instruct")
     group.add_argument(
         "--routing-depth",
         type=number(int, 0),
@@ -327,7 +334,9 @@ def train_parser(presets: Iterable[str], kind: type[Parser] = Parser) -> Parser:
 
     group = parser.add_argument_group("the loss")
     group.add_argument(
-        "--align-weight", type=number(float, 0), help="λ of Eq. 6; default: the model's, 0.75"
+        "--align-weight",
+        type=number(float, 0),
+        help="λ of Eq. 6; default: the model's, which is 0.75, and for the toy 0.005",
     )
     group.add_argument(
         "--temperature", type=positive, help="τ of Eq. 5; default: the model's, 0.07"
@@ -388,7 +397,9 @@ def train_parser(presets: Iterable[str], kind: type[Parser] = Parser) -> Parser:
 
     group = parser.add_argument_group("optimisation")
     group.add_argument(
-        "--steps", type=natural, help="optimiser steps of the whole run; default: one epoch"
+        "--steps",
+        type=natural,
+        help="optimiser steps of the whole run; default: one epoch, for the toy 2000",
     )
     group.add_argument(
         "--batch",

@@ -34,7 +34,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 import cli
 import video
-from mllm import CHAT_START, EditEncoder
+from mllm import CHAT_START, EditEncoder, max_visual_tokens
 from rvedit import RVEDiTConfig
 from sample import model_size
 from shapes import ShapesDataset
@@ -589,11 +589,8 @@ def max_text_tokens(config: RVEDiTConfig, tokenizer: Tokenizer, max_pixels: int)
     Below 1 for a size that leaves no room.
     max_pixels: of a still, which the MLLM reads at its full size.
     """
-    vision = config.qwen.vision
-    token_side = vision.patch_size * vision.spatial_merge_size  # of a visual token, in pixels
-    frame_groups = math.ceil(config.max_mllm_frames / vision.temporal_patch_size)
-    clip_tokens = frame_groups * (config.max_mllm_pixels // token_side**2)
-    still_tokens = math.ceil(max_pixels / token_side**2)
+    clip_tokens = max_visual_tokens(config)
+    still_tokens = math.ceil(max_pixels / config.qwen.vision.token_side**2)
     queries = max(config.num_editing_tokens, config.num_image_tokens)
     # And a few that close the clip and the turn.
     chat_tokens = count_tokens(tokenizer, CHAT_START, verbatim=False) + 8

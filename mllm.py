@@ -158,6 +158,13 @@ def evenly_spaced(count: int, limit: int) -> Tensor:
     return torch.linspace(0, count - 1, limit).round().long()
 
 
+def max_visual_tokens(config: Any) -> int:
+    """N_v of a clip, at most. `config` is an `rvedit.RVEDiTConfig`."""
+    vision = config.qwen.vision
+    groups = math.ceil(config.max_mllm_frames / vision.temporal_patch_size)  # of frames, in patches
+    return groups * (config.max_mllm_pixels // vision.token_side**2)
+
+
 def preprocess_frames(
     frames: Tensor, config: VisionConfig, max_frames: int, min_pixels: int, max_pixels: int
 ) -> tuple[Tensor, tuple[int, int, int]]:
@@ -171,7 +178,7 @@ def preprocess_frames(
 
     # Kiwi-Edit resizes twice: each frame, by Pillow, to multiples of two visual tokens, with a
     # small lower bound, and then all of them, by torchvision, to multiples of one.
-    token = config.patch_size * config.spatial_merge_size  # side of a visual token, in pixels
+    token = config.token_side
     unit = 2 * token
     size = smart_resize(*x.shape[2:], unit, 4 * unit**2, max_pixels)
     x = resize_as_pillow(x, size)
@@ -186,7 +193,7 @@ def preprocess_still(frames: Tensor, config: VisionConfig) -> tuple[Tensor, tupl
     It is resized once, to between 4 and 16384 visual tokens, which is Qwen's own range for images.
     """
     x = frames.permute(0, 3, 1, 2)  # (1, 3, H, W)
-    token = config.patch_size * config.spatial_merge_size  # side of a visual token, in pixels
+    token = config.token_side
     area = token**2
     size = smart_resize(*x.shape[2:], token, 4 * area, 16384 * area)
     x = resize_as_pillow(x, size)

@@ -249,7 +249,7 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(nn.init.trunc_normal_(modulation, std=config.dim**-0.5))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (B, S, d), time (B, d) float32 -> (B, S, C · pt · ph · pw) float32."""
+        """x (B, S, d), time (B, d) float32 -> (B, S, pt · ph · pw · C) float32."""
         vectors = self.modulation.float() + time.float().unsqueeze(1)  # (B, 2, d)
         shift, scale = vectors.chunk(2, dim=1)
         return self.head(modulate(x, shift, scale, self.eps))
@@ -292,9 +292,9 @@ class WanDiT(nn.Module):
 
         z_t, source_latents: (B, C, T', H', W') normalised latents, whose sides are multiples of the
         patch. t: (B,) in [0, 1], where 1 is pure noise. contexts: C^(1) ... C^(L), one for each
-        block. A^(l): (B, S, d). Raises ValueError if a shape does not fit.
+        block. A^(l): (B, S, d). Raises ValueError if a shape does not fit, or there is no block l.
         """
-        self._check(z_t, contexts, source_latents)
+        self._check(z_t, contexts, source_latents, capture)
         x, rope = self._embed(z_t, t, source_latents)
         time, block_time = self._embed_time(t)
         captured = None
@@ -314,7 +314,7 @@ class WanDiT(nn.Module):
         block: int,
     ) -> Tensor:
         """A^(block) alone, bit for bit as forward captures it. Later blocks do not run."""
-        self._check(z_t, contexts, source_latents)
+        self._check(z_t, contexts, source_latents, block)
         x, rope = self._embed(z_t, t, source_latents)
         _, block_time = self._embed_time(t)
         for number in range(block):
@@ -341,8 +341,16 @@ class WanDiT(nn.Module):
         time = self.time_embedding(timestep_embedding(t, config.freq_dim, config.bf16_timestep))
         return time, self.time_projection(time).unflatten(-1, (6, -1))
 
-    def _check(self, z_t: Tensor, contexts: list[Context], source_latents: Tensor | None) -> None:
+    def _check(
+        self,
+        z_t: Tensor,
+        contexts: list[Context],
+        source_latents: Tensor | None,
+        block: int | None,
+    ) -> None:
         patch_size = self.config.patch_size
+        if block is not None and not 1 <= block <= len(self.blocks):
+            raise ValueError(f"block {block} of {len(self.blocks)}, which are counted from 1")
         if len(contexts) != len(self.blocks):
             raise ValueError(
                 f"{len(contexts)} contexts for {len(self.blocks)} blocks: give one for each"

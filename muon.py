@@ -1,7 +1,8 @@
 """Muon (arXiv 2502.16982), with which the toy preset learns in half the steps of AdamW.
 
 The paper's run uses torch.optim.AdamW. torch.optim.Muon exists, but it computes in bfloat16, which
-is 180 times slower on CPUs without such instructions, and takes no convolution weights.
+is 180 times slower on CPUs without such instructions, and takes no convolution weights, of which
+the toy's VAE consists.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ class Muon(torch.optim.AdamW):
             p.grad = None
 
         stacked = torch.stack(momenta).flatten(2)  # (k, m, n)
-        rms = 0.2 * math.sqrt(max(stacked.shape[1:]))
-        updates = orthogonalize(stacked) * rms
+        # The rms of an orthogonal m x n matrix is 1 / sqrt(max(m, n)): it becomes 0.2, as AdamW's.
+        scale = 0.2 * math.sqrt(max(stacked.shape[1:]))
+        updates = orthogonalize(stacked) * scale
         for p, update in zip(matrices, updates, strict=True):
             update = update.view(p.shape)
             if isinstance(p, DTensor):
@@ -86,11 +88,11 @@ class Muon(torch.optim.AdamW):
 
 
 def muon_rates(weights: dict[str, Tensor], rate: float) -> dict[Tensor, float]:
-    """The weights of an editor that Muon trains, and their rates: `train.RECIPES`.
+    """Which weights of an editor Muon trains, each at which multiple of AdamW's rate.
 
-    The MLLM learns at a quarter of the rate, so that the DiT can follow what it says.
+    rate: the DiT's, `muon` in `train.RECIPES`. The MLLM learns at a quarter of the rate, so that the DiT can follow what it says.
     """
-    # Matrices by their shape only, or next to the model's input or output.
+    # These are tables of vectors, such as words, or next to the model's input or output.
     left_to_adamw = re.compile(r"embed_tokens|queries|time_|head\.head")
     rates = {}
     for name, p in weights.items():

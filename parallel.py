@@ -232,7 +232,7 @@ def on_first_rank(function: Callable[..., Any], *args: Any) -> Any:
         try:
             result = function(*args)
         except (ValueError, OSError) as error:
-            problem = str(error)
+            problem = cli.plain_reason(error)
     fail_together(problem)
     return result
 

@@ -36,6 +36,11 @@ class VisionConfig:
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # blocks without windows, from 0
     tokens_per_second: int = 2  # M-RoPE: time steps to a second of video
 
+    @property
+    def token_side(self) -> int:
+        """Side of a visual token, in pixels."""
+        return self.patch_size * self.spatial_merge_size
+
 
 @dataclass(frozen=True)
 class QwenConfig:
@@ -220,7 +225,10 @@ class VisionTower(nn.Module):
         self.merger = nn.ModuleDict({"ln_q": RMSNorm(dim, eps=1e-6), "mlp": mlp})
 
     def forward(self, pixel_values: Tensor, grids: tuple[tuple[int, int, int], ...]) -> Tensor:
-        """Patches (P, 3 * 2 * patch²) of clips with (t, h, w) grids -> visual tokens (M, d)."""
+        """Patches (P, 3 * 2 * patch²) of clips with (t, h, w) grids -> visual tokens (M, out_dim).
+
+        out_dim is the width of the language tower.
+        """
         config = self.config
         # Patches do not overlap, so the convolution is a matrix product.
         weight = self.patch_embed.proj.weight.flatten(1)

@@ -6,7 +6,7 @@ OUT, the folder of a run, holds
     log.jsonl     a line for each optimiser step
     checkpoints/  all that `--resume` needs, for the last steps that were saved
     validation/   source, edit and target side by side, in videos
-    broken.txt    triplets that could not be read
+    broken.txt    triplets that were skipped, and why
     model/        at the end, the checkpoint that sample.py takes
 
 The training itself, Algorithm 1, is in train.py.

@@ -77,15 +77,13 @@ class RVEDiT(nn.Module):
         self.encoder = EditEncoder(qwen, tokenizer, config)
         self.dit = WanDiT(config.dit)
 
-    def contexts(
-        self, condition: Condition, routing_depth: int | None = None
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """C^(1) ... C^(L) of Eq. 3, for the DiT. routing_depth: L_s, if not the config's."""
-        L_s = self.config.routing_depth if routing_depth is None else routing_depth
-        # Only two contexts differ, so each is built once and shared by its blocks.
-        shallow = route_context(condition, L_s, L_s)
-        deep = route_context(condition, L_s + 1, L_s)
-        return [shallow] * L_s + [deep] * (self.config.dit.num_blocks - L_s)
+    def contexts(self, condition: Condition) -> list[tuple[Tensor, Tensor | None]]:
+        """C^(1) ... C^(L) of Eq. 3, for the DiT."""
+        L, L_s = self.config.dit.num_blocks, self.config.routing_depth
+        # All blocks up to L_s read the same, and all beyond it, so two contexts are enough.
+        first = route_context(condition, 1, L_s)
+        last = route_context(condition, L, L_s)
+        return [first] * L_s + [last] * (L - L_s)
 
 
 # --- Configuration --------------------------------------------------------------------------------
@@ -231,7 +229,8 @@ def preset(name: str) -> RVEDiTConfig:
 def initialise(module: nn.Module, seed: int = 0, names: Iterable[str] | None = None) -> None:
     """Draw parameters from (seed, parameter name), whatever the device and the sharding.
 
-    names: which parameters; None draws all of them.
+    Networks are built on the meta device, so what their constructors set is never seen: the values
+    that a training starts from are these. names: which parameters; None draws all of them.
     """
     parameters = dict(module.named_parameters())
     names = list(parameters if names is None else names)
@@ -257,9 +256,9 @@ def _initial_value(name: str, noise: Tensor, from_scratch: bool) -> Tensor:
         return torch.zeros_like(noise)
     if re.search(r"gamma$|(norm\w*|ln_q)\.weight$", name):  # the scale of a norm
         return torch.ones_like(noise)
-    if name.endswith("modulation"):  # Wan's choice, as in `model.Block`
+    if name.endswith("modulation"):  # Wan's scale
         return noise / noise.shape[-1] ** 0.5
-    if name.endswith("queries"):  # Kiwi-Edit's choice, as in `mllm.EditEncoder`
+    if name.endswith("queries"):  # Kiwi-Edit's scale
         return 0.02 * noise
     # Words start large beside what the layers of the language model add to them, so that a model
     # from scratch sooner learns to read. Output projections are small for the same reason.
@@ -291,6 +290,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     shard: Callable[[RVEDiT], None] | None = None,
     decoder_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> tuple[RVEDiT, WanVAE]:
     """The model and its VAE from what the user has; the README has a table of the possibilities.
 
@@ -301,6 +301,7 @@ def load(
     dtype: of the model. decoder_dtype: of the VAE's decoder, float32 as in the official code. The
         VAE's encoder has float32 weights; `WanVAE.encoder_dtype` says in what it computes.
     shard: called with the model while it is on the meta device, before its weights are read.
+    seed: of what is random at such a start.
 
     Raises ValueError for anything that does not fit, before any weights are read.
     """
@@ -316,10 +317,10 @@ def load(
     weights.match(model, tensors, opened.source, opened.may_lack)  # before the VAE's are read
 
     vae = _filled_vae(config, vae_tensors, opened.source, device)
-    vae.conv2.to(decoder_dtype)
+    vae.conv2.to(decoder_dtype)  # the decoder's first layer, although it stands beside it
     vae.decoder.to(decoder_dtype)
     fresh = weights.fill(model, tensors, opened.source, device, dtype, opened.may_lack)
-    initialise(model, names=fresh)  # such as queries or a LoRA; our checkpoints lack nothing
+    initialise(model, seed, fresh)  # such as queries or a LoRA; our checkpoints lack nothing
     return model.eval(), vae
 
 
@@ -414,6 +415,17 @@ def layout(path: str | Path) -> str:
     )
 
 
+def preset_of(path: str | Path) -> str:
+    """The preset that a checkpoint is trained by: the toy's if it has no LoRA, and trains whole.
+
+    Raises ValueError for anything that is no checkpoint.
+    """
+    if layout(path) != "rvedit":
+        return "wan2.2-ti2v-5b"  # Kiwi-Edit's
+    fields = weights.read_json(Path(path) / "config.json")
+    return "wan2.2-ti2v-5b" if fields.get("lora_rank") else "toy"
+
+
 def save(
     path: str | Path,
     model: RVEDiT,
@@ -454,11 +466,10 @@ def scratch(
     seed: int, device: torch.device | str = "cpu", shard: Callable[[RVEDiT], None] | None = None
 ) -> tuple[RVEDiT, WanVAE]:
     """The toy preset with random weights, and the tokenizer and VAE of the built-in checkpoint."""
-    # Only the tokenizer and the VAE of the built-in model are kept.
-    built_in, vae = load(TOY, device=device)
-    config = dataclasses.replace(preset("toy"), vae=vae.config)
+    built_in, vae = load_vae(TOY, device=device)
+    config = dataclasses.replace(preset("toy"), vae=built_in.vae)
     with torch.device("meta"):
-        model = RVEDiT(config, built_in.encoder.tokenizer)
+        model = RVEDiT(config, weights.read_tokenizer(TOY))
     if shard is not None:
         shard(model)
     weights.allocate(model, device, torch.float32)

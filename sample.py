@@ -40,7 +40,7 @@ from tqdm import tqdm
 import rvedit
 import video
 from cli import LOCAL_RANK, RANK, RANKS
-from mllm import evenly_spaced
+from mllm import evenly_spaced, max_visual_tokens
 from model import Context, flops
 from rvedit import RVEDiT, RVEDiTConfig
 from vae import WanVAE
@@ -55,7 +55,7 @@ progress = functools.partial(tqdm, disable=True if RANK else None, leave=False)
 
 
 def timesteps(steps: int, shift: float) -> Tensor:
-    """The times 1 = t_N > ... > t_0 = 0 of the sampler, (steps + 1,) float32.
+    """The times of the sampler, (steps + 1,) float32: from t_N = 1, its first, to t_0 = 0.
 
     Evenly spaced u in [0, 1] are mapped to s·u / (1 + (s - 1)·u): a shift s > 1 spends more of
     the steps near pure noise.
@@ -87,11 +87,11 @@ def denoise(
     z, first = (noise, 0) if unfinished is None else unfinished.load(noise)
     times = timesteps(steps, shift).to(noise.device)
     bar = progress(range(first, steps), desc="denoising", unit="step", initial=first, total=steps)
-    for k in bar:
-        t, t_next = times[k], times[k + 1]
+    for i in bar:
+        t, t_next = times[i], times[i + 1]
         z = z + (t_next - t) * velocity(z, t.view(1))  # line 6; t falls, so the step is negative
         if unfinished is not None:
-            unfinished.save(z, k + 1)
+            unfinished.save(z, i + 1)
     return z
 
 
@@ -108,8 +108,8 @@ class Unfinished:
         self.resume = args.resume
         # What must be the same for the steps to be worth anything. Options that are not named here,
         # such as --keep-source, do not change them.
-        names = ("checkpoint", "prompt", "routing_depth", "steps", "shift", "seed", "dtype")
-        names += ("max_pixels", "max_frames")
+        names = ("checkpoint", "wan", "qwen", "routing_depth", "max_pixels", "max_frames")
+        names += ("prompt", "steps", "shift", "seed", "dtype")
         self.edit = {name: str(getattr(args, name)) for name in names}
         source = args.video.stat()
         self.edit["video"] = f"{source.st_size} bytes, {source.st_mtime_ns}"
@@ -244,19 +244,19 @@ def window_frames(window: slice, num_frames: int, factor: int, limit: int) -> li
     return chosen.clamp(max=num_frames - 1).tolist()
 
 
-def pick(frames: Iterator[Tensor], windows: list[list[int]]) -> Iterator[Tensor]:
-    """The frames of each window as a clip (n, H, W, 3), in one pass over all frames."""
-    wanted = {index for window in windows for index in window}
+def pick(frames: Iterator[Tensor], of_windows: list[list[int]]) -> Iterator[Tensor]:
+    """The frames that are wanted of each window, as a clip (n, H, W, 3), in one pass over all."""
+    wanted = {index for indices in of_windows for index in indices}
     numbered = enumerate(frames)
     kept: dict[int, Tensor] = {}  # by index
-    for window in windows:
-        while window[-1] not in kept:
+    for indices in of_windows:
+        while indices[-1] not in kept:
             index, frame = next(numbered)
             if index in wanted:
                 kept[index] = frame
-        yield torch.stack([kept[index] for index in window])
+        yield torch.stack([kept[index] for index in indices])
         # Later windows start later: they may need frames of this one again, but none before it.
-        kept = {index: frame for index, frame in kept.items() if index >= window[0]}
+        kept = {index: frame for index, frame in kept.items() if index >= indices[0]}
 
 
 def understand(model: RVEDiT, clips: Iterator[Tensor], instruction: str) -> list[list[Context]]:
@@ -297,12 +297,12 @@ def decode(vae: WanVAE, latents: Tensor, shape: tuple[int, int, int]) -> Iterato
 
     This, not the DiT, is the memory peak of an edit, so it works on one latent frame at a time.
     """
-    missing, height, width = shape
+    frames_left, height, width = shape
     decoded = progress(vae.decode_chunks(latents), desc="decoding", total=latents.shape[2])
     for block in decoded:
-        frames = video.to_uint8(block[0])[:missing]  # the last block may end with padding
+        frames = video.to_uint8(block[0])[:frames_left]  # the last block may end with padding
         yield video.resize(frames, height, width)
-        missing -= len(frames)
+        frames_left -= len(frames)
 
 
 # --- What was not edited stays as it was (--keep-source) ------------------------------------------
@@ -361,18 +361,15 @@ def forecast(model: RVEDiT, vae: WanVAE, shape: tuple[int, int, int], offload: b
 
     Instruction, embeddings and head are not counted, because they are small, nor are libraries.
     """
-    config, vision = model.config, model.config.qwen.vision
+    config = model.config
     num_frames, *sides = shape
     height, width = size_for(config, *sides)
     length, slices = clip_windows(num_frames, config)
     window = slices[0].stop - slices[0].start
     tokens = window * height * width // config.spatial_factor**2  # S
 
-    token_side = vision.patch_size * vision.spatial_merge_size  # of a visual token, in pixels
-    images = config.max_mllm_frames // vision.temporal_patch_size
-    visual = images * config.max_mllm_pixels // token_side**2  # N_v, at most
     K, L, L_s = config.num_editing_tokens, config.dit.num_blocks, config.routing_depth
-    context = [K] * L_s + [K + visual] * (L - L_s)  # Eq. 3
+    context = [K] * L_s + [K + max_visual_tokens(config)] * (L - L_s)  # Eq. 3
     step = len(slices) * flops(config.dit, tokens, context)
 
     # The two stages that need most. Their factors, counted on the meta device, say how many tensors
@@ -387,8 +384,8 @@ def forecast(model: RVEDiT, vae: WanVAE, shape: tuple[int, int, int], offload: b
     else:
         peak = encoder + dit + decoder + max(denoising, decoding)
 
-    # What grows with the clip: both contexts of each window; noise, source and z, and a new z while
-    # it is computed.
+    # What grows with the clip: both contexts of each window; noise, source, z, and while a new z is
+    # computed, it, the velocity, and that times the step.
     contexts = len(slices) * sum(set(context)) * config.dit.dim * model.encoder.queries.itemsize
     latents = 4 * vae.config.z_dim * length * height * width // vae.config.spatial_factor**2
     return Forecast(len(slices), step, memory=peak + contexts + 6 * latents)
@@ -413,9 +410,9 @@ def announce(args: Namespace, plan: Forecast) -> None:
     rate = RANKS * matmul_rate(args.device, getattr(torch, args.dtype))
     minutes = args.steps * plan.step / rate / 60
     if minutes > 1:
-        windows = "1 window" if plan.windows == 1 else f"{plan.windows} windows"
+        in_windows = "1 window" if plan.windows == 1 else f"{plan.windows} windows"
         print(
-            f"plan: {windows} and {args.steps} steps of {plan.step / 1e12:.3g} TFLOP, at least "
+            f"plan: {in_windows} and {args.steps} steps of {plan.step / 1e12:.3g} TFLOP, at least "
             f"{minutes:,.0f} min of denoising; {plan.memory / 1e9:.1f} GB of memory",
             file=sys.stderr,
         )
@@ -479,11 +476,12 @@ def edit_frames(
     frames: Frames,
     shape: tuple[int, int, int],
     instruction: str,
-    steps: int | None,
-    shift: float,
-    seed: int,
-    device: torch.device | None,
-    keep_source: bool,
+    *,
+    steps: int | None = None,
+    shift: float = cli.SHIFT,
+    seed: int = 0,
+    device: torch.device | None = None,
+    keep_source: bool = False,
     times: dict[str, float] | None = None,
     spread: Spread | None = None,
     unfinished: Unfinished | None = None,
@@ -536,7 +534,7 @@ def edit_frames(
         steps = steps or config.sampling_steps
         latents = denoise(velocity, noise, steps, shift, unfinished)  # lines 5-7
 
-    with stage("decode", times, device, vae.decoder, vae.conv2, offload=offload):
+    with stage("decode and write", times, device, vae.decoder, vae.conv2, offload=offload):
         edited = decode(vae, latents, shape)  # Alg. 2, line 8
         if keep_source or if_unchanged is not None:
             mask = change_mask(latents, source).cpu()
@@ -553,7 +551,7 @@ def edit_video(
     frames: Tensor,
     instruction: str,
     steps: int | None = None,
-    shift: float = 5.0,
+    shift: float = cli.SHIFT,
     seed: int = 0,
     device: torch.device | None = None,
     keep_source: bool = False,
@@ -568,9 +566,20 @@ def edit_video(
     times is filled with the seconds of each stage. Raises ValueError for an instruction that is
     empty or longer than the MLLM's context.
     """
-    options = (steps, shift, seed, device, keep_source, times)
     shape = tuple(frames.shape[:3])
-    blocks = edit_frames(model, vae, lambda: iter(frames), shape, instruction, *options)
+    blocks = edit_frames(
+        model,
+        vae,
+        lambda: iter(frames),
+        shape,
+        instruction,
+        steps=steps,
+        shift=shift,
+        seed=seed,
+        device=device,
+        keep_source=keep_source,
+        times=times,
+    )
     edited = torch.empty(frames.shape, dtype=torch.uint8)
     done = 0
     for block in blocks:
@@ -629,7 +638,6 @@ def load_model(args: Namespace) -> tuple[RVEDiT, WanVAE]:
     )
     # These options change no weights, so they can be applied to a model that is already filled.
     config = model.config
-    args.steps = args.steps or config.sampling_steps
     if args.routing_depth is not None:
         check_routing_depth(args.routing_depth, config)
         config = dataclasses.replace(config, routing_depth=args.routing_depth)
@@ -744,6 +752,7 @@ def edit(args: Namespace) -> None:
     shape = (len(clip.timestamps), clip.height, clip.width)
     with stage("load", times, args.device):
         model, vae = load_model(args)
+    args.steps = args.steps or model.config.sampling_steps
     note_foreign_clip(args.checkpoint, model, vae, frames_of(clip))
     spread = share_out(args, model, vae, shape[0])
     unfinished = Unfinished(args)
@@ -759,9 +768,9 @@ def edit(args: Namespace) -> None:
         lambda: frames_of(clip),
         shape,
         args.prompt,
-        args.steps,
-        args.shift,
-        args.seed,
+        steps=args.steps,
+        shift=args.shift,
+        seed=args.seed,
         device=args.device if args.offload else None,
         keep_source=args.keep_source,
         times=times,

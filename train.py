@@ -293,7 +293,6 @@ def train(
                 report |= norms_by_loss(run, minibatches, args)
             else:
                 report = compute_gradients(run, minibatches, args)
-            tokens = report.pop("tokens")
 
             # Line 20: update θ and φ. A step with a number that is not finite is skipped; the loss
             # and the norm are the same on all ranks, so they all skip it.
@@ -310,7 +309,9 @@ def train(
             speed = num_samples / (time.perf_counter() - start)
             report |= dict(grad_norm=grad_norm, lr=lr, skipped=not finite)
             report |= dict(
-                samples_per_s=speed, tokens_per_s=speed * tokens, peak_gb=peak_memory() / 1e9
+                samples_per_s=speed,
+                tokens_per_s=speed * report["tokens"],
+                peak_gb=peak_memory() / 1e9,
             )
             if run.rank == 0:
                 write_log(run.out, report)
@@ -449,10 +450,7 @@ def prepare(
     Called before its weights are loaded. group: the ranks that share each clip, None if each has
     its own. foreign: the weights are Kiwi-Edit's.
     """
-    # Kiwi-Edit's checkpoints have L_s = L. Training from them is to learn the routing of Eq. 3.
-    if foreign and args.routing_depth is None:
-        args.routing_depth = model.config.dit.num_blocks // 2
-    model.config = with_options(model.config, args)
+    model.config = with_options(model.config, args, foreign)
     choose_trained(model, args.freeze_lora)
     parallel.shard(model, mesh, args.recompute, args.compile, getattr(torch, args.dtype))
     if group is not None:
@@ -460,9 +458,18 @@ def prepare(
         sequence.MLLMParallel(model.encoder.qwen, group)
 
 
-def with_options(config: RVEDiTConfig, args: argparse.Namespace) -> RVEDiTConfig:
-    """The configuration, with those of its fields that are options here and were given."""
-    changes = {}
+def with_options(
+    config: RVEDiTConfig, args: argparse.Namespace, foreign: bool = False
+) -> RVEDiTConfig:
+    """The configuration, with what the options change of it. foreign: see `prepare`."""
+    # A model that is trained on longer or larger clips knows them afterwards.
+    changes: dict[str, Any] = dict(
+        max_frames=max(config.max_frames, *(T for T, _, _ in args.size)),
+        max_pixels=max(config.max_pixels, *(H * W for _, H, W in args.size)),
+    )
+    # Kiwi-Edit's checkpoints have L_s = L. Training from them is to learn the routing of Eq. 3.
+    if foreign:
+        changes["routing_depth"] = config.dit.num_blocks // 2
     for name in ("routing_depth", "align_weight", "temperature"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
@@ -485,7 +492,14 @@ def load_model(
     if args.preset == "toy" and args.checkpoint is None:
         model, vae = rvedit.scratch(args.seed, device, before_loading)
     else:
-        model, vae = rvedit.load(args.checkpoint, args.wan, args.qwen, device, shard=before_loading)
+        model, vae = rvedit.load(
+            args.checkpoint,
+            args.wan,
+            args.qwen,
+            device=device,
+            shard=before_loading,
+            seed=args.seed,
+        )
 
     # The frozen vision tower stays outside FSDP, which would cast it. Qwen's weights are bfloat16.
     if args.dtype == "bfloat16" and model.config.lora_rank:
@@ -528,11 +542,12 @@ def make_run(model: RVEDiT, vae: WanVAE, device: torch.device, args: argparse.Na
 
 
 def open_triplets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """The triplets to train on, and those to validate on."""
+    """The triplets to train on, and those of which validation shows the first ones."""
     if args.data:
         max_frames = max(frames for frames, _, _ in args.size)
         tables = [data.TripletDataset(file, args.root, max_frames) for file in args.data]
-        return ConcatDataset(tables), ConcatDataset(tables)
+        triplets = ConcatDataset(tables)
+        return triplets, triplets  # nothing of a table is held out
     # Moving shapes, painted as they are needed; those of another seed validate.
     size = args.size[0]
     shapes = training_set(args.seed, size, args.world)
@@ -601,8 +616,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         saved = read_run(given.get("out", DEFAULTS["out"]), RECIPES)["options"]
     chosen = saved | given
     if "preset" not in chosen:
-        full_size = chosen.get("data") or chosen.get("wan")
-        chosen["preset"] = "wan2.2-ti2v-5b" if full_size else "toy"
+        chosen["preset"] = fitting_preset(chosen)
     args = argparse.Namespace(**(DEFAULTS | RECIPES[chosen["preset"]] | chosen))
     if args.dtype is None:
         for_gpus = args.plan or torch.cuda.is_available()
@@ -613,6 +627,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         cli.fail(
             "--world is about moving shapes, and --data has other clips: leave one of them out"
         )
+    if args.preset == "toy" and args.checkpoint is None and (args.wan or args.qwen):
+        cli.fail("--preset toy starts from random weights: leave out --wan and --qwen")
     if args.preset != "toy" and not args.data and not args.plan:
         cli.fail(f"--preset {args.preset} needs --data FILE: triplets of videos and instructions")
     begins = not (args.plan or args.resume or args.export)
@@ -622,6 +638,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             "and --qwen DIR; to train the small model instead, add --preset toy"
         )
     return args
+
+
+def fitting_preset(chosen: dict[str, Any]) -> str:
+    """The preset for options without --preset: that of the model which they start from."""
+    if chosen.get("checkpoint"):
+        return rvedit.preset_of(chosen["checkpoint"])
+    return "wan2.2-ti2v-5b" if chosen.get("data") or chosen.get("wan") else "toy"
 
 
 # --- Start and end --------------------------------------------------------------------------------
@@ -679,7 +702,7 @@ def main(argv: list[str] | None = None) -> None:
     with parallel.Signals() as signals, parallel.processes() as device:
         try:
             launch(args, device, signals)
-        except (ValueError, OSError, cli.Stop) as error:
+        except (OSError, ValueError, cli.Stop) as error:
             # Printed here and not by `guarded`: torchrun sends SIGTERM to this rank as soon as
             # another one has ended, and only within `Signals` does that not end it.
             cli.fail(error)

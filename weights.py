@@ -305,7 +305,6 @@ def check_together(config: Any, tokenizer: Tokenizer, file: Path) -> None:
     """Raise ValueError if the numbers of an RVEDiTConfig are right one by one, but not together."""
     dit, vae, qwen = config.dit, config.vae, config.qwen
     vision = qwen.vision
-    token_side = vision.patch_size * vision.spatial_merge_size
     head_dim = qwen.hidden_size // qwen.num_attention_heads
     video_pad, image_pad, query = (
         tokenizer.token_to_id(token)
@@ -333,7 +332,7 @@ def check_together(config: Any, tokenizer: Tokenizer, file: Path) -> None:
         "qwen.vision.fullatt_block_indexes must be below qwen.vision.depth": (
             all(index < vision.depth for index in vision.fullatt_block_indexes)
         ),
-        "qwen.vision.window_size must hold a visual token": vision.window_size >= token_side,
+        "qwen.vision.window_size must hold a visual token": vision.window_size >= vision.token_side,
         "qwen.hidden_size must divide into qwen.num_attention_heads heads": (
             qwen.hidden_size % qwen.num_attention_heads == 0
         ),

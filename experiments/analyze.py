@@ -227,7 +227,7 @@ def trace_triplet(
 
     noise = sample.initial_noise(target_latents.shape, seed).to(DEVICE)
     traces = []
-    for t in sample.timesteps(num_timesteps, shift=5.0)[:-1].to(DEVICE):
+    for t in sample.timesteps(num_timesteps, shift=cli.SHIFT)[:-1].to(DEVICE):
         z_t = (1 - t) * target_latents + t * noise
         z_t = z_t.expand_as(latents)  # the same for both branches
         traces.append(trace(model.dit, (K, K + N_v), z_t, t.expand(2), contexts, latents))

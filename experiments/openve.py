@@ -140,8 +140,8 @@ def read_editor(folder: Path) -> dict:
 
 def describe_editor(settings: Namespace, model: RVEDiT) -> dict[str, str]:
     """What `editor.json` keeps of our own edits: their options, and the columns of Table 1."""
-    names = ("checkpoint", "routing_depth", "max_pixels", "max_frames", "keep_source")
-    names += ("steps", "shift", "seed", "dtype", "decode_dtype")
+    names = ("checkpoint", "wan", "qwen", "routing_depth", "max_pixels", "max_frames")
+    names += ("keep_source", "steps", "shift", "seed", "dtype", "decode_dtype")
     editor = {name: str(getattr(settings, name)) for name in names}
     config = model.config
     height, width = sample.size_for(config, 720, 1280)
@@ -162,9 +162,9 @@ def edit_clip(
         lambda: sample.frames_of(clip),
         (len(clip.timestamps), clip.height, clip.width),
         prompt,
-        settings.steps,
-        settings.shift,
-        settings.seed,
+        steps=settings.steps,
+        shift=settings.shift,
+        seed=settings.seed,
         device=settings.device if settings.offload else None,
         keep_source=settings.keep_source,
     )
@@ -182,6 +182,7 @@ def run(args: Namespace) -> None:
     settings = sample.parse_arguments(["--video", "", "--prompt", "-", *args.options])
     rows = read_table(args.bench / "benchmark_videos.csv", args.bench, args.categories)
     model, vae = sample.load_model(settings)
+    settings.steps = settings.steps or model.config.sampling_steps
     if settings.compile is None:
         settings.compile = settings.device.type == "cuda"  # many edits gain by it
     if settings.compile:

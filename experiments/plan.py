@@ -131,6 +131,7 @@ def stand_in_tokenizer(config: RVEDiTConfig) -> Tokenizer:
     """A tokenizer that knows the placeholders and takes every other word for the same one."""
     vocabulary = {
         "word": 0,
+        "<|image_pad|>": config.qwen.image_token_id,
         "<|video_pad|>": config.qwen.video_token_id,
         "<|object_ref_start|>": config.qwen.query_token_id,
     }

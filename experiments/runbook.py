@@ -1,4 +1,4 @@
-"""`bench --all`: everything that the README reports of a GPU, in one call of a few minutes.
+"""`bench --all`: all that there is to report of a GPU, in one call of a few minutes.
 
 The chapters come in the order of their importance. Each has a share of the time; what one leaves,
 the next may use. A chapter whose time is up, or that fails, leaves a row that says why, and the

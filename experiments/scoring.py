@@ -78,7 +78,7 @@ def edit_clips(model: rvedit.RVEDiT, vae: WanVAE, clips: Tensor, instructions: l
     def velocity(z: Tensor, t: Tensor) -> Tensor:
         return model.dit(z, t.expand(len(z)), contexts, source)
 
-    latents = sample.denoise(velocity, noise, model.config.sampling_steps, shift=5.0)
+    latents = sample.denoise(velocity, noise, model.config.sampling_steps, shift=cli.SHIFT)
     edits = to_uint8(vae.decode(latents))
     return torch.stack([video.resize(clip, *sides) for clip in edits])
 

@@ -82,7 +82,10 @@ def residual_stream(model, condition, routing_depth):
     generator = torch.Generator().manual_seed(1)
     shape = (2, 1, model.config.dit.in_channels, 2, 4, 4)
     z_t, source = torch.randn(shape, generator=generator)
-    model.dit(z_t, torch.tensor([0.6]), model.contexts(condition, routing_depth), source)
+    former = model.config
+    model.config = dataclasses.replace(former, routing_depth=routing_depth)
+    model.dit(z_t, torch.tensor([0.6]), model.contexts(condition), source)
+    model.config = former
     for hook in hooks:
         hook.remove()
     return streams

@@ -111,16 +111,22 @@ def official_bf16(dit, z_t, t, context):
 def test_bfloat16_loses_no_more_than_the_official_recipe():
     """30 blocks, 384 wide: the error against float32 is at most that of the official autocast.
 
-    With a residual stream in bf16 it was 2.5 to 3 times as large.
+    Their ratio differs from model to model, with a standard deviation of 0.09 around 0.94, so it is
+    a mean of four. With a residual stream in bf16 it was 2.5 to 3.
     """
     config = dataclasses.replace(CONFIG, dim=384, ffn_dim=768, num_heads=4, num_blocks=30)
-    dit = randomise(WanDiT(config)).bfloat16().float().eval()  # weights that bf16 can hold
-    z_t, t = torch.randn(1, 6, 2, 4, 4), torch.tensor([0.7])
-    context = torch.randn(1, 4, config.dim).bfloat16().float()
-    exact = dit(z_t, t, [context] * 30)
-    official_error = (official_bf16(dit, z_t, t, context) - exact).norm()
-    error = (dit.bfloat16()(z_t, t, [context.bfloat16()] * 30) - exact).norm()
-    assert 1e-3 * exact.norm() < error < 1.1 * official_error
+    ratios = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        dit = randomise(WanDiT(config)).bfloat16().float().eval()  # weights that bf16 can hold
+        z_t, t = torch.randn(1, 6, 2, 4, 4), torch.tensor([0.7])
+        context = torch.randn(1, 4, config.dim).bfloat16().float()
+        exact = dit(z_t, t, [context] * 30)
+        official_error = (official_bf16(dit, z_t, t, context) - exact).norm()
+        error = (dit.bfloat16()(z_t, t, [context.bfloat16()] * 30) - exact).norm()
+        assert error > 1e-3 * exact.norm()
+        ratios.append((error / official_error).item())
+    assert sum(ratios) / len(ratios) < 1.1
 
 
 def test_the_stream_stays_float32_under_fsdp2_and_checkpointing():

@@ -208,19 +208,24 @@ def test_the_same_seed_gives_the_same_frames_offloaded_or_not():
     )
 
 
-def test_without_a_number_of_steps_it_is_the_models(tmp_path):
+def test_without_a_number_of_steps_it_is_the_models(tmp_path, monkeypatch, capsys):
     model, vae = tiny_model(sampling_steps=3)
     frames = make_clip(5, 32, 32)
     edit = sample.edit_video(model, vae, frames, "add snow")
     assert torch.equal(edit, sample.edit_video(model, vae, frames, "add snow", steps=3))
     assert not torch.equal(edit, sample.edit_video(model, vae, frames, "add snow", steps=2))
     rvedit.save(tmp_path / "tiny", model, vae)
+
+    def say_steps(*_, steps, **__):
+        raise ValueError(f"steps: {steps}")
+
+    monkeypatch.setattr(sample, "edit_frames", say_steps)
+    clip = str(ROOT / "assets" / "shapes.mp4")
+    words = ["--video", clip, "--prompt", "x", "--out", str(tmp_path / "out.mp4")]
     for given, steps in (([], 3), (["--steps", "2"], 2)):
-        args = sample.parse_arguments(
-            ["--video", "", "--prompt", "x", "--checkpoint", str(tmp_path / "tiny"), *given]
-        )
-        sample.load_model(args)
-        assert args.steps == steps
+        with pytest.raises(SystemExit):
+            sample.main([*words, "--checkpoint", str(tmp_path / "tiny"), *given])
+        assert f"steps: {steps}\n" in capsys.readouterr().err
     assert rvedit.preset("wan2.2-ti2v-5b").sampling_steps == 50
 
 

@@ -62,6 +62,8 @@ def start(tmp_path_factory):
 
 def options(start, out, *more):
     fixed = [
+        "--preset",
+        "toy",
         "--checkpoint",
         start,
         "--out",
@@ -888,7 +890,7 @@ def test_options_survive_run_json(tmp_path):
     """Sizes, flags that are off, paths and numbers: parsed again, they are what they were."""
     words = "--size 5 64 64 --size 9 32 64 --no-compile --freeze-lora --lr 1e-4 --data a.csv b.csv"
     args = train.parse_arguments(
-        [*words.split(), "--root", "clips", "--steps", "7", "--checkpoint", "weights"]
+        [*words.split(), "--root", "clips", "--steps", "7", "--preset", "toy", "--checkpoint", "w"]
     )
     options = saved_options(args)
     run = dict(options=options, samples_per_step=1, tables=None)

@@ -370,7 +370,8 @@ def outputs(model, vae, depth=1):
     )
     generator = torch.Generator().manual_seed(5)
     z_t, source = torch.randn(2, 1, model.config.dit.in_channels, 2, 4, 4, generator=generator)
-    velocity = model.dit(z_t, torch.tensor([0.7]), model.contexts(condition, depth), source)
+    model.config = dataclasses.replace(model.config, routing_depth=depth)
+    velocity = model.dit(z_t, torch.tensor([0.7]), model.contexts(condition), source)
     video = torch.rand(1, 3, 5, 32, 32, generator=generator) * 2 - 1
     latents = vae.encode(video)
     return [velocity, *condition[:3], latents, vae.decode(latents)]

@@ -1,5 +1,7 @@
 """§4.2, Eq. 3: shallow blocks read the editing tokens, deep blocks read all tokens."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import random_condition, residual_stream, tiny_model
@@ -64,6 +66,7 @@ def test_without_grtc_every_block_reads_the_editing_tokens_alone():
     condition = random_condition(config.dim)
     z_t, source = torch.randn(2, 1, config.in_channels, 2, 4, 4)
     t = torch.tensor([0.3])
-    routed = model.dit(z_t, t, model.contexts(condition, config.num_blocks), source)
+    model.config = dataclasses.replace(model.config, routing_depth=config.num_blocks)
+    routed = model.dit(z_t, t, model.contexts(condition), source)
     editing_alone = model.dit(z_t, t, [condition.editing] * config.num_blocks, source)
     assert torch.equal(routed, editing_alone)
