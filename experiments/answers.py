@@ -44,7 +44,9 @@ _LABELS = "(?:" + "|".join(f"(?P<{axis}>{label})" for axis, label in AXES.items(
 # What may stand before a label: marks, the number of a list item, the short name of the axis.
 _ITEM = r"(?:\d{1,2}\W*|(?:[a-z]|[ivx]{1,4})[.):\]]\W*)?"
 _START = re.compile(rf"\W*{_ITEM}(?:(?:IC|CF|VQ)\W+)?{_LABELS}", re.IGNORECASE)
-_NEXT = re.compile(rf"(?:\b\d[.)]\W{{0,5}})?(?:\b(?:IC|CF|VQ)\W{{1,5}})?{_LABELS}", re.IGNORECASE)
+_NEXT = re.compile(  # the next label on a line
+    rf"(?:/\s{{0,5}})?(?:\b\d[.)]\W{{0,5}})?(?:\b(?:IC|CF|VQ)\W{{1,5}})?{_LABELS}", re.IGNORECASE
+)
 _SCORE_NAME = r"(?:final\s+)?(?:scores?|rating|grade|value|points)\b"
 
 # --- One score ------------------------------------------------------------------------------------
@@ -90,7 +92,8 @@ def _is_alone(score: float, beside: str) -> bool:
         return False
     for other in others:
         behind = beside[other.end() :]
-        counts = re.match(r"[\s-]*[^\W\d]", behind) and not _UNCOUNTED.match(behind)
+        is_small = re.fullmatch(r"\d(?:/\d)?", other[0])
+        counts = is_small and re.match(r"[\s-]*[^\W\d]", behind) and not _UNCOUNTED.match(behind)
         if not counts and other[0] != f"{score:g}":
             return False
     return True
@@ -150,13 +153,13 @@ _TO_100 = re.compile(
     rf"|\b100{_OF_SCALE}|[(\[]100(?:\s+points)?[)\]](?=[\s:=→-]*\d)",
     re.IGNORECASE,
 )
+_BEST = r"\b(?!100\b)\d+\s*=\s*(?:best|perfect|excellent)\b"
 _OTHER_SCALE = re.compile(
-    rf"(?:{_TOP}|\b[01]-)(?:\d|{_WORDS}\b)|(?:\d|{_WORDS})[\s-]point\b|\d\s*=\s*(?:best|perfect)",
-    re.IGNORECASE,
+    rf"(?:{_TOP}|\b[01]-)(?:\d|{_WORDS}\b)|(?:\d|{_WORDS})[\s-]point\b|{_BEST}", re.IGNORECASE
 )
 _ON_SCORES = re.compile(
-    rf"\b(?:scor|rate|rating|grad(?:e|ing)|likert)|(?:\d|\bpoint){_OF_SCALE}|\bscale\b{_TO}\d"
-    r"|^\W*(?:max|out\s?of|scale|range)\b|:\s*$",
+    rf"\b(?:scor|rate|rating|grad(?:e|ing)|likert)|(?:\d|\bpoint){_OF_SCALE}|\bscale\b{_TO}\d|{_BEST}"
+    r"|^\W*(?:max|out\s?of|scale|range)\b|[(\[](?:[01]-|/\s*|out of\s+)\d+[)\]]|:\s*$",
     re.IGNORECASE,
 )
 _SCALE_KEY = re.compile(r"\b(?:max(?:imum)?|out\s?of|scale|range)\b", re.IGNORECASE)
@@ -278,13 +281,14 @@ _OPENS = rf"[<◁]\s*\|?(?:begin_of_|\w+:)?{_THOUGHT}\|?\s*[>▷]|\[THINK\]|<\|c
 _CLOSES = rf"[<◁]\s*\|?(?:/\s*|end_of_)(?:\w+:)?{_THOUGHT}\|?\s*[>▷]|\[/THINK\]"
 _CLOSES += r"|<\|channel\|>\s*final\s*<\|message\|>"
 
-_EXAMPLE = re.compile(
-    r"\b(?:examples?|e\.g\.|for instance|would (?:be|look))(?!\w)[^\n]*:\s*$", re.IGNORECASE
-)
-_REFUSAL = re.compile(
-    r"\bI\s?(?:(?:am|m)\s+)?(?:cannot|can\s?not|can\s?t|could not|unable|not able|do not|don\s?t)\b"
-    r"|\bno scores?\b",
+_NOT = r"\b(?:cannot|can\s?not|can\s?t|could not|unable|not able)\b"
+_EXAMPLE = re.compile(  # scores that are made up
+    r"\b(?:examples?|e\.g\.|for instance|hypothetical\w*|placeholders?|would be)(?!\w).*:\s*$"
+    rf"|{_NOT}(?:\s+to)?\s+(?:directly\s+)?(?:view|watch|open|access|process|score|rate|evaluate)\b",
     re.IGNORECASE,
+)
+_REFUSAL = re.compile(  # below the scores, where "I cannot see a difference" is no reason for them
+    rf"\bI\s?(?:(?:am|m)\s+)?(?:{_NOT}|do not|don\s?t)|\bno scores?\b", re.IGNORECASE
 )
 
 
