@@ -56,7 +56,7 @@ _GAP = re.compile(r"(?:[-=]>|[\s:=|,;$→]|-(?!\d)|\.{2,})*")  # between a label
 _BRACKETS = re.compile(r"[(\[{<]([^()\[\]{}<>]*)[)\]}>]")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _UNIT = re.compile(r"\s*(?:%|[分点점]|(?:points?|pts|marks?|percent)\b)", re.IGNORECASE)
-_LIST_ITEM = re.compile(r"\(?\d[.)]\s*[^\W\d]")  # "1. The cat is a dog"
+_LIST_ITEM = re.compile(r"\(?\d[.)]\s*[^\W\d]")  # "1. The cat is a dog", "(1) the cat"
 # A word directly behind a number is what it counts ("2 cats"), unless it begins an explanation.
 _EXPLANATION = (
     r"(?:because|as|since|due|for|given|considering|with|without|but|though|although|while|"
@@ -126,10 +126,8 @@ def _score_behind_label(text: str) -> tuple[float | None, str]:
     """
     text = _skip(text.lstrip(")]}>】」"))
     skipped = ""
-    while brackets := _BRACKETS.match(text):
+    while (brackets := _BRACKETS.match(text)) and not _LIST_ITEM.match(text):
         score, inside = _number_at_start(brackets[1])
-        if _LIST_ITEM.match(text):
-            return None, text
         behind = text[brackets.end() :]
         if score is not None:
             skipped += inside

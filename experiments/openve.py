@@ -470,9 +470,10 @@ def average_judges(means: dict[tuple[str, str, str], Summary]) -> dict:
         judges = {name for rubrics, name, _ in means if rubrics == used}
         given = [means[used, name, method] for name in judges if (used, name, method) in means]
         if len(given) == len(judges) > 1:
-            scored, dropped = (sum(mean[i] for mean in given) for i in (-2, -1))
-            averages = [np.mean(values, axis=0) for values in zip(*given, strict=True)][:-2]
-            averaged[used, "average", method] = Summary(*averages, scored, dropped)
+            mean = Summary(*(np.mean(values, axis=0) for values in zip(*given, strict=True)))
+            averaged[used, "average", method] = mean._replace(
+                scored=sum(one.scored for one in given), dropped=sum(one.dropped for one in given)
+            )
     return averaged
 
 
@@ -536,16 +537,13 @@ def make_table(rows: list[dict], layout: int) -> list[list[str]]:
     title = "Method" if layout == 1 else "Variant"
     about = EDITOR if layout == 1 else {}
     lines = [["Rubrics", "Judge", title, *about, *LAYOUTS[layout], "Scored", "Dropped"]]
-    for used, name, method in sorted(means, key=order):
-        mean = means[used, name, method]
-        values = by_column(mean)
-        cells = [values[column] for column in LAYOUTS[layout]]
-        texts = [two_digits(x) for x in cells]
-        counts = [str(mean.scored), str(mean.dropped)]
-        editor = [str(editors[method].get(key, "-")) for key in about.values()]
-        lines.append(
-            [used, name, method + marks.get((used, name, method), ""), *editor, *texts, *counts]
-        )
+    for key in sorted(means, key=order):
+        used, name, method = key
+        values = by_column(means[key])
+        texts = [two_digits(values[column]) for column in LAYOUTS[layout]]
+        counts = [str(means[key].scored), str(means[key].dropped)]
+        editor = [str(editors[method].get(column, "-")) for column in about.values()]
+        lines.append([used, name, method + marks.get(key, ""), *editor, *texts, *counts])
     return lines
 
 
