@@ -155,9 +155,10 @@ _BEST = r"\b(?!100\b)\d+\s*=\s*(?:best|perfect|excellent)\b"
 _OTHER_SCALE = re.compile(
     rf"(?:{_TOP}|\b[01]-)(?:\d|{_WORDS}\b)|(?:\d|{_WORDS})[\s-]point\b|{_BEST}", re.IGNORECASE
 )
-_ON_SCORES = re.compile(
-    rf"\b(?:scor|rate|rating|grad(?:e|ing)|likert)|(?:\d|\bpoint){_OF_SCALE}|\bscale\b{_TO}\d|{_BEST}"
-    r"|^\W*(?:max|out\s?of|scale|range)\b|[(\[](?:[01]-|/\s*|out of\s+)\d+[)\]]|:\s*$",
+_ON_SCORES = re.compile(  # a line about scores, not about what is seen in the clips
+    rf"\b(?:scor|rate|rating|grad(?:e|ing)|likert)|{_BEST}"
+    rf"|(?:\d|\bpoint){_OF_SCALE}|\bscale\b{_TO}\d|^\W*(?:max|out\s?of|scale|range)\b"
+    r"|[(\[](?:[01]-|/\s*|out of\s+)\d+[)\]]|:\s*$",
     re.IGNORECASE,
 )
 _SCALE_KEY = re.compile(r"\b(?:max(?:imum)?|out\s?of|scale|range)\b", re.IGNORECASE)
@@ -282,7 +283,8 @@ _CLOSES += r"|<\|channel\|>\s*final\s*<\|message\|>"
 _NOT = r"\b(?:cannot|can\s?not|can\s?t|could not|unable|not able)\b"
 _EXAMPLE = re.compile(  # scores that are made up
     r"\b(?:examples?|e\.g\.|for instance|hypothetical\w*|placeholders?|would be)(?!\w).*:\s*$"
-    rf"|{_NOT}(?:\s+to)?\s+(?:directly\s+)?(?:view|watch|open|access|process|score|rate|evaluate)\b",
+    rf"|{_NOT}\s+(?:to\s+)?(?:directly\s+)?"
+    r"(?:view|watch|open|access|process|score|rate|evaluate)\b",
     re.IGNORECASE,
 )
 _REFUSAL = re.compile(  # below the scores, where "I cannot see a difference" is no reason for them
@@ -320,7 +322,7 @@ def _plain(text: str) -> str:
     return re.sub(r"[*_`#\"'\\“”‘’„]+", " ", html.unescape(text))
 
 
-_LONE = re.compile(rf"\W*{_NUMBER.pattern}\s*(?:%|points)?\W*", re.IGNORECASE)
+_LONE = re.compile(rf"\W*{_NUMBER.pattern}\s*(?:%|points)?\W*", re.IGNORECASE)  # a whole line
 
 
 def _below(lines: list[str]) -> str:
