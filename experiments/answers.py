@@ -15,7 +15,7 @@ tests/test_answers.py gives to them:
 - count: no score if the number counts things ("2 cats are missing, so 45", "85 % of the cats").
 - alone: no score beside another number, as in ranges ("61-80"), sums ("100 - 15 = 85"), lists ("85,
   60, 60") and weights ("40% | 85"), unless that one counts things ("85, 2 cats are missing"), is
-  the same, or names a band of our rubrics ("75 (61-80)").
+  the same, or names a frame ("85, flicker in frame 12") or a band of our rubrics ("75 (61-80)").
 - scale: no score on another scale than to 100, wherever it is named: behind the score, in its
   label, in the head of a column, in another key, or in another line that speaks of scores.
 - bounds: a score is from 1 to 100; any other number spoils the answer. Decimals are rounded, but
@@ -69,6 +69,9 @@ _EXPLANATION = (
 _END = re.compile(
     rf"\s*(?:$|[.,;:!?$()\[\]{{}}<>|=→。、✅✓✔]|-(?!\w))|\s+(?:{_EXPLANATION})", re.IGNORECASE
 )
+_PLACE = re.compile(  # where something is seen: "frames 10 to 20", "at 0:03"
+    r"\bframes?\s+#?\d+(?:\s*(?:-|to|and|,|&)\s*\d+)*|\b\d{1,2}:\d\d\b", re.IGNORECASE
+)
 _BAND = re.compile(r"\b(1-20|21-40|41-60|61-80|81-100)\b")
 _WORDS = r"(?:four|five|six|seven|ten)"  # the tops of scales in words
 _OTHER = re.compile(rf"\d+(?:\.\d+)?(?:/\d+)?|\b{_WORDS}\b", re.IGNORECASE)
@@ -86,7 +89,7 @@ def _is_alone(score: float, beside: str) -> bool:
         low, high = map(int, band.split("-"))
         if not low <= score <= high:
             return False
-    beside = _BAND.sub("", beside)
+    beside = _PLACE.sub("", _BAND.sub("", beside))
     others = list(_OTHER.finditer(beside))
     if others and _SUM.search(beside):
         return False
@@ -287,8 +290,10 @@ _EXAMPLE = re.compile(  # scores that are made up
     r"(?:view|watch|open|access|process|score|rate|evaluate)\b",
     re.IGNORECASE,
 )
-_REFUSAL = re.compile(  # below the scores, where "I cannot see a difference" is no reason for them
-    rf"\bI\s?(?:(?:am|m)\s+)?(?:{_NOT}|do not|don\s?t)|\bno scores?\b", re.IGNORECASE
+_CLIPS = r"(?:videos?|frames?|images?|clips?|pictures?|files?|inputs?|content)\b"
+_NOTHING = rf"\s+(?:see|detect|find|notice|spot|observe)\s+(?:any|an?)\s+(?!(?:\w+\s+)?{_CLIPS})"
+_REFUSAL = re.compile(  # below the scores, where "I cannot see any flicker" is a reason for them
+    rf"\bI\s?(?:(?:am|m)\s+)?(?:{_NOT}|do not|don\s?t)(?!{_NOTHING})|\bno scores?\b", re.IGNORECASE
 )
 
 
