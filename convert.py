@@ -386,6 +386,12 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
         fields["lora_rank"] = shape_of(trained, lora, 2, file)[0]
     else:
         may_lack.append(LORA)
+    lacking = [key for key in base.tensors if key.startswith("dit.") and key not in trained]
+    if lacking and not first_stage:  # Wan's own would stand in for them, and nobody would see it
+        raise ValueError(
+            f"{file} lacks {len(lacking)} of the DiT's tensors ({weights.few(lacking)}): "
+            f"is it one shard of several?"
+        )
     tensors = with_native_connectors(base.tensors | trained)
     return Opened(file, fields, file, base.tokenizer, tensors, "|".join(may_lack) or None)
 

@@ -107,12 +107,17 @@ def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
         shards = sorted({folder / name for name in weight_map.values()})
         absent = [shard for shard in shards if not shard.is_file()]
         if single.is_file() and single not in shards:
-            if not absent:
+            if absent == shards:
+                return open_file(single)  # the index is of former shards
+            if absent:
                 raise ValueError(
-                    f"{folder} has weights twice, in {single.name} and in the shards of "
-                    f"{index.name}: move the old ones away"
+                    f"{index} lists {absent[0].name}, which is not there: its download was cut "
+                    f"short, and an older {single.name} lies beside it"
                 )
-            return open_file(single)  # the index is of former shards
+            raise ValueError(
+                f"{folder} has weights twice, in {single.name} and in the shards of "
+                f"{index.name}: move the old ones away"
+            )
         if absent:
             raise ValueError(
                 f"{index} lists {absent[0].name}, which is not there: download it again"
@@ -141,14 +146,14 @@ def _open_shards(index: Path, shards: list[Path], weight_map: dict[str, str]) ->
     nowhere = weight_map.keys() - tensors.keys()
     if nowhere:
         raise ValueError(
-            f"{index} lists {len(nowhere)} tensors that none of its files has ({_few(nowhere)}): "
+            f"{index} lists {len(nowhere)} tensors that none of its files has ({few(nowhere)}): "
             f"download it again"
         )
     found = {key: tensor.file.name for key, tensor in tensors.items()}
     wrong = [key for key in found if found[key] != weight_map.get(key)]
     if wrong:
         raise ValueError(
-            f"{index} and its shards disagree on {len(wrong)} keys, such as {_few(wrong)}"
+            f"{index} and its shards disagree on {len(wrong)} keys, such as {few(wrong)}"
         )
     return tensors
 
@@ -394,7 +399,7 @@ def match(
     if integers:
         raise ValueError(
             f"{source} is quantised, which is not supported: {len(integers)} of its tensors are "
-            f"integers ({_few(integers)}). Take the float32 or bfloat16 weights"
+            f"integers ({few(integers)}). Take the float32 or bfloat16 weights"
         )
     absent = [key for key in parameters if key not in tensors]
     fresh = [key for key in absent if may_lack is not None and re.search(may_lack, key)]
@@ -408,7 +413,7 @@ def match(
         "unexpected": tensors.keys() - parameters.keys(),
         "misshapen": misshapen,
     }
-    found = [f"{len(keys)} {kind} ({_few(keys)})" for kind, keys in problems.items() if keys]
+    found = [f"{len(keys)} {kind} ({few(keys)})" for kind, keys in problems.items() if keys]
     if found:
         raise ValueError(f"{source} does not fit the model: {'; '.join(found)}")
     return fresh
@@ -549,7 +554,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
     yield shard
 
 
-def _few(keys: Iterable[str]) -> str:
+def few(keys: Iterable[str]) -> str:
     keys = sorted(keys)
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 

@@ -628,6 +628,21 @@ def test_half_a_lora_is_refused(folders, tmp_path):
     )
 
 
+@pytest.mark.parametrize("dropped", [r"dit\.blocks\.0\.", r"dit\.", r"dit\.head\.modulation"])
+def test_a_part_of_a_training_state_is_refused(folders, tmp_path, dropped):
+    """One shard of several: Wan's own tensors do not stand in for what it lacks."""
+    state = kiwi_training_tensors(original()[0])
+    part = {key: value for key, value in state.items() if not re.match(dropped, key)}
+    save_file(part, tmp_path / "part.safetensors")
+    arguments = dict(wan=folders / "wan", qwen=folders / "qwen")
+    number = len([key for key in state if re.match(dropped, key) and "text_emb" not in key])
+    refused(
+        rf"part.safetensors lacks {number} of the DiT's tensors \({dropped}.*\): is it one shard",
+        path=tmp_path / "part.safetensors",
+        **arguments,
+    )
+
+
 @pytest.mark.parametrize("with_lora", [True, False])
 def test_kiwi_edits_first_stage_is_a_start_for_training(folders, tmp_path, capsys, with_lora):
     """Connector and queries for stills alone: clips begin with these, and the DiT is Wan's."""
@@ -1391,8 +1406,9 @@ def test_an_index_of_former_shards_does_not_count(copied):
         whole |= load_file(shard)
     save_file(whole, copied / "qwen" / "model.safetensors")
     refused("qwen has weights twice, in model.safetensors and in", **places(copied, "qwen"))
-    for shard in shards:
-        shard.unlink()
+    shards[1].unlink()
+    refused("its download was cut short, and an older model.safetensors", **places(copied, "qwen"))
+    shards[0].unlink()
     state = rvedit.load(**places(copied, "qwen"))[0].state_dict()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
 
