@@ -361,6 +361,8 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
     """
     base = open_wan_and_qwen(wan, qwen)
     stored = weights.open_file(file)
+    if "encoder.queries" in stored:  # our name for them, not Kiwi-Edit's
+        raise ValueError(f"{file} is a file of our checkpoint: give its folder")
     note_references(stored, file)
     trained = renamed(stored, kiwi_training_key)
     may_lack = []

@@ -36,6 +36,7 @@ from qwen import Qwen2_5_VL, QwenConfig, VisionConfig, add_lora
 from vae import WAN2_2_VAE, VAEConfig, WanVAE
 
 TOY = Path(__file__).parent / "assets" / "toy"  # the built-in checkpoint
+FILES = r"config\.json|tokenizer\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"  # its files
 
 # --- The method -----------------------------------------------------------------------------------
 
@@ -398,13 +399,14 @@ def layout(path: str | Path) -> str:
     """
     path = Path(path)
     if path.is_file():
+        if re.fullmatch(FILES, path.name) and _is_ours(path.parent):
+            raise ValueError(f"{path} is a file of our checkpoint: give its folder {path.parent}")
         return "kiwi-edit-training"
     if not path.is_dir():
         raise ValueError(f"checkpoint {path} does not exist")
     if (path / "mllm_encoder").is_dir() and (path / "transformer").is_dir():
         return "kiwi-edit"
-    config = path / "config.json"
-    if config.is_file() and weights.read_json(config).get("model_type") == "rvedit":
+    if _is_ours(path):
         return "rvedit"
     if (path / "model" / "config.json").is_file():
         raise ValueError(f"{path} is the folder of a training: its checkpoint is {path / 'model'}")
@@ -413,6 +415,11 @@ def layout(path: str | Path) -> str:
     raise ValueError(
         f"{path} is neither a checkpoint of ours nor Kiwi-Edit's release: it holds {holds}"
     )
+
+
+def _is_ours(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and weights.read_json(config).get("model_type") == "rvedit"
 
 
 def preset_of(path: str | Path) -> str:

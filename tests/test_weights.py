@@ -1471,6 +1471,18 @@ def test_another_models_config_is_refused(copied):
     )
 
 
+@pytest.mark.parametrize("file", [OURS, CONFIG, "moved.safetensors"])
+def test_a_file_of_our_checkpoint_is_no_training_state(copied, file):
+    """Taken for one, it would load with other connectors than its own."""
+    shutil.copy(copied / OURS, copied / "moved.safetensors")
+    refused(
+        f"{file} is a file of our checkpoint: give its folder",
+        path=copied / file,
+        wan=copied / "wan",
+        qwen=copied / "qwen",
+    )
+
+
 def test_arguments_that_do_not_go_together_are_refused(folders, tmp_path):
     wan, qwen, training = folders / "wan", folders / "qwen", folders / "training.safetensors"
     (tmp_path / "empty").mkdir()
