@@ -144,7 +144,7 @@ def renamed(
     tensors: dict[str, Stored], name: Callable[[str], str], prefix: str = ""
 ) -> dict[str, Stored]:
     """The tensors under our names, prefix + name(key), without those that we do not use."""
-    ours = {prefix + name(key): tensor for key, tensor in tensors.items()}
+    ours = weights.unique((prefix + name(key), tensor) for key, tensor in tensors.items())
     return {key: tensor for key, tensor in ours.items() if not UNUSED.match(key)}
 
 
@@ -202,7 +202,7 @@ def open_kiwi(folder: Path) -> dict[str, Stored]:
     tensors = kiwi_release_names(
         transformer=weights.open_folder(folder / "transformer", STEM),
         source_embedder=weights.open_folder(folder / "source_embedder", STEM),
-        mllm_encoder=own | qwen,
+        mllm_encoder=weights.joined(own, qwen),
     )
     return tensors | renamed(weights.open_folder(folder / "vae", STEM), str, "vae.")
 
@@ -217,10 +217,10 @@ def kiwi_release_names(
     def embedder_key(key: str) -> str:
         return key.replace("patch_embedding.", "dit.source_embedding.")
 
-    return (
-        renamed(transformer, wan_transformer_key, "dit.")
-        | renamed(source_embedder, embedder_key)
-        | renamed(mllm_encoder, kiwi_encoder_key)
+    return weights.joined(
+        renamed(transformer, wan_transformer_key, "dit."),
+        renamed(source_embedder, embedder_key),
+        renamed(mllm_encoder, kiwi_encoder_key),
     )
 
 

@@ -36,7 +36,8 @@ from qwen import Qwen2_5_VL, QwenConfig, VisionConfig, add_lora
 from vae import WAN2_2_VAE, VAEConfig, WanVAE
 
 TOY = Path(__file__).parent / "assets" / "toy"  # the built-in checkpoint
-FILES = r"config\.json|tokenizer\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"  # its files
+# The names of a checkpoint's files.
+FILES = r"(config|tokenizer)\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 
 # --- The method -----------------------------------------------------------------------------------
 

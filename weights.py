@@ -36,6 +36,7 @@ class Stored(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    key: str = ""  # its name there
     is_float: bool = True  # integers are weights that somebody quantised
 
 
@@ -56,7 +57,25 @@ class Opened(NamedTuple):
 def open_file(path: Path) -> dict[str, Stored]:
     """The tensors of a .safetensors file, or of a PyTorch state dict."""
     tensors = _open_safetensors(path) if path.suffix == ".safetensors" else _open_state_dict(path)
-    return {_without_wrappers(key): tensor for key, tensor in tensors.items()}
+    return unique((_without_wrappers(key), tensor) for key, tensor in tensors.items())
+
+
+def unique(named: Iterable[tuple[str, Stored]]) -> dict[str, Stored]:
+    """Tensors by their names. Raises ValueError if two have the same, so that none is lost."""
+    tensors = {}
+    for name, tensor in named:
+        other = tensors.setdefault(name, tensor)
+        if other is not tensor:
+            raise ValueError(
+                f"{tensor.file.parent} has {name} twice, as {other.key} in {other.file.name} and "
+                f"as {tensor.key} in {tensor.file.name}"
+            )
+    return tensors
+
+
+def joined(*parts: dict[str, Stored]) -> dict[str, Stored]:
+    """The tensors of several files or folders, no two of which may have the same name."""
+    return unique(item for part in parts for item in part.items())
 
 
 def _without_wrappers(key: str) -> str:
@@ -76,7 +95,7 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
         shape = tuple(part.get_shape())
         is_float = part.get_dtype().startswith(("F", "BF"))  # such as F32 or BF16
         # key=key: without it, each of these functions would read the last key of the loop.
-        tensors[key] = Stored(path, shape, lambda key=key: file.get_tensor(key), is_float)
+        tensors[key] = Stored(path, shape, lambda key=key: file.get_tensor(key), key, is_float)
     return tensors
 
 
@@ -94,7 +113,7 @@ def _open_state_dict(path: Path) -> dict[str, Stored]:
     for key, value in state.items():
         shape = tuple(value.shape)
         is_float = value.is_floating_point()
-        tensors[key] = Stored(path, shape, lambda value=value: value, is_float)
+        tensors[key] = Stored(path, shape, lambda value=value: value, key, is_float)
     return tensors
 
 
@@ -139,9 +158,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _open_shards(index: Path, shards: list[Path], weight_map: dict[str, str]) -> dict[str, Stored]:
-    tensors = {}
-    for shard in shards:
-        tensors |= open_file(shard)
+    tensors = joined(*(open_file(shard) for shard in shards))
     # A download that was cut short, or shards of two versions in one folder, show in one of these.
     nowhere = weight_map.keys() - tensors.keys()
     if nowhere:

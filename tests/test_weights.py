@@ -954,6 +954,10 @@ def test_a_save_succeeds_after_a_kill_behind_the_renames(tmp_path):
 
 # --- Damaged and mistaken checkpoints -------------------------------------------------------------
 
+OURS, WAN = "ours/model-00001-of-00001.safetensors", f"wan/{STEM}-00002-of-00003.safetensors"
+INDEX, KIWI = f"wan/{STEM}.safetensors.index.json", f"kiwi/transformer/{STEM}.safetensors"
+TRAINING, VAE, CONFIG = "training.safetensors", "wan/Wan2.2_VAE.pth", "ours/config.json"
+
 LAYOUTS = {  # a file of it, a tensor in that file and our name for it
     "ours": (
         "ours/model-00001-of-00001.safetensors",
@@ -1070,6 +1074,34 @@ def test_a_key_removed_added_or_misshapen_is_named(copied, layout):
     )
 
 
+TWICE = [  # a layout, a file of it, and another name for a tensor that the layout has
+    ("ours", OURS, "module.dit.head.modulation"),
+    ("wan", WAN, "scale_shift_table"),
+    ("wan", VAE, "quant_conv.bias"),
+    ("qwen", "qwen/model-00001-of-00002.safetensors", "model.language_model.norm.weight"),
+    ("kiwi", KIWI, "head.modulation"),
+    ("kiwi", f"kiwi/mllm_encoder/{STEM}.safetensors", "model.norm.weight"),
+    ("training", TRAINING, "pipe.head.modulation"),
+]
+
+
+@pytest.mark.parametrize(("layout", "file", "name"), TWICE)
+def test_two_tensors_of_one_name_are_refused(copied, layout, file, name):
+    """One of them would win, and nobody would know which."""
+    file = copied / file
+    change_tensors(file, lambda state: state.update({name: torch.zeros(24)}))
+    message = refused("has .* twice, as .* and as ", **places(copied, layout))
+    assert message.startswith(f"{file.parent} has ") and f"{name} in {file.name}" in message
+
+
+def test_a_tensor_in_two_shards_is_refused(copied):
+    shards = sorted((copied / "qwen").glob("model-*"))
+    index = (copied / "qwen/model.safetensors.index.json").read_text()
+    change_tensors(shards[0], lambda state: state.update(load_file(shards[1])))
+    (copied / "qwen/model.safetensors.index.json").write_text(index)
+    refused("qwen has .* twice, as .* in model-00001", **places(copied, "qwen"))
+
+
 def test_many_wrong_keys_are_counted_and_three_named(copied):
     file = copied / "ours/model-00001-of-00001.safetensors"
 
@@ -1183,9 +1215,6 @@ def to_another_shard(index):
     )
 
 
-OURS, WAN = "ours/model-00001-of-00001.safetensors", f"wan/{STEM}-00002-of-00003.safetensors"
-INDEX, KIWI = f"wan/{STEM}.safetensors.index.json", f"kiwi/transformer/{STEM}.safetensors"
-TRAINING, VAE, CONFIG = "training.safetensors", "wan/Wan2.2_VAE.pth", "ours/config.json"
 DAMAGED, NOT_JSON = "is damaged or not a safetensors file: ", "cannot be read as JSON: "
 NEITHER = "is neither a checkpoint of ours nor Kiwi-Edit's release: it holds "
 # The layout that is loaded, what is damaged, how, and the message, which begins with a path.
