@@ -249,7 +249,31 @@ def dit_config(file: Path, tensors: dict[str, Stored]) -> DiTConfig:
         freq_dim=shape_of(tensors, "dit.time_embedding.0.weight", 2, file.parent)[1],
         eps=config.get("eps", 1e-6),
     )
-    return weights.build_config(DiTConfig, fields, file, "dit.")
+    dit = weights.build_config(DiTConfig, fields, file, "dit.")
+    check_sizes(
+        file,
+        config,
+        dim=dit.dim,
+        ffn_dim=dit.ffn_dim,
+        freq_dim=dit.freq_dim,
+        in_dim=dit.in_channels,  # Wan's name; the next is Diffusers'
+        in_channels=dit.in_channels,
+        out_dim=dit.out_channels,
+        out_channels=dit.out_channels,
+        patch_size=patch,
+        attention_head_dim=dit.dim // dit.num_heads,
+    )
+    return dit
+
+
+def check_sizes(file: Path, config: dict[str, Any], **sizes: Any) -> None:
+    """Raise ValueError if config.json says another size than the tensors have.
+
+    It is another model's then, and what only it says, such as the number of heads, would be wrong.
+    """
+    for name, size in sizes.items():
+        if config.get(name) not in (None, size):
+            raise ValueError(f"{file} says {name} {config[name]}, the weights have {size}")
 
 
 def vae_config(file: Path | None, tensors: dict[str, Stored], source: Path) -> VAEConfig:
@@ -268,7 +292,16 @@ def vae_config(file: Path | None, tensors: dict[str, Stored], source: Path) -> V
         latents_std=config.get("latents_std", base.latents_std),
         patch_size=config.get("patch_size", base.patch_size),
     )
-    return weights.build_config(VAEConfig, fields, file or source, "vae.")
+    vae = weights.build_config(VAEConfig, fields, file or source, "vae.")
+    check_sizes(
+        file,
+        config,
+        dim=vae.dim,  # Kiwi-Edit's name; the next is Diffusers'
+        base_dim=vae.dim,
+        decoder_base_dim=vae.dec_dim,
+        z_dim=vae.z_dim,
+    )
+    return vae
 
 
 def qwen_config(file: Path, tokenizer: Tokenizer) -> QwenConfig:

@@ -1492,6 +1492,27 @@ def test_configurations_of_public_layouts_are_checked_too(copied, file, change, 
     refused(f"^{re.escape(str(copied / file))}: {message}", **places(copied, layout))
 
 
+OTHER_SIZES = [
+    ("wan", "wan", dict(dim=12, num_heads=1), "dim 12, the weights have 24"),
+    ("wan", "wan", dict(ffn_dim=20), "ffn_dim 20, the weights have 40"),
+    ("wan", "wan", dict(freq_dim=32), "freq_dim 32, the weights have 16"),
+    ("wan", "wan", dict(in_dim=16), "in_dim 16, the weights have 48"),
+    ("wan_diffusers", "transformer", dict(out_channels=16), "out_channels 16, the weights have 48"),
+    ("wan_diffusers", "transformer", dict(patch_size=[1, 1, 1]), r"patch_size \[1, 1, 1\], the"),
+    ("kiwi", "transformer", dict(num_attention_heads=4), "attention_head_dim 12, the weights have"),
+    ("kiwi", "vae", dict(z_dim=16), "z_dim 16, the weights have 48"),
+    ("wan_diffusers", "vae", dict(decoder_base_dim=9), "decoder_base_dim 9, the weights have 8"),
+]
+
+
+@pytest.mark.parametrize(("layout", "folder", "sizes", "message"), OTHER_SIZES)
+def test_a_config_that_contradicts_the_weights_is_refused(copied, layout, folder, sizes, message):
+    """It is that of another model, whose number of heads would be taken."""
+    file = copied / layout / ("" if folder == layout else folder) / "config.json"
+    edited(lambda config: config.update(sizes))(file)
+    refused(f"^{re.escape(str(file))} says {message}", **places(copied, layout))
+
+
 def test_another_models_config_is_refused(copied):
     shutil.copy(copied / "wan/config.json", copied / "qwen")
     refused(
