@@ -310,7 +310,7 @@ def qwen_config(file: Path, tokenizer: Tokenizer) -> QwenConfig:
     config.setdefault("video_token_id", tokenizer.token_to_id("<|video_pad|>"))
     try:
         config = QwenConfig.from_hub(config, tokenizer.token_to_id("<|object_ref_start|>"))
-    except (AttributeError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return weights.build_config(QwenConfig, dataclasses.asdict(config), file, "qwen.")
 

@@ -1472,9 +1472,21 @@ WRONG_CONFIGS = [  # a file, what is changed in it, and the field that the line 
     ("wan/config.json", lambda c: c.update(num_layers=10**9), "dit.num_blocks is 1000000000, not"),
     ("wan/config.json", lambda c: c.update(eps=None), "dit.eps is None, not a number"),
     ("qwen/config.json", lambda c: c.update(hidden_size=24.5), "qwen.hidden_size is 24.5, not"),
-    ("qwen/config.json", lambda c: c.update(vision_config=None), ""),
+    ("qwen/config.json", lambda c: c.update(vision_config=None), "no 'vision_config' in it"),
     ("qwen/config.json", lambda c: c["vision_config"].update(depth=True), "qwen.vision.depth is"),
-    ("qwen/config.json", lambda c: c["rope_scaling"].update(mrope_section=7), ""),
+    ("qwen/config.json", lambda c: c.update(vision_config=[1]), r"vision_config is \[1\], not an"),
+    ("qwen/config.json", lambda c: c.update(text_config="x"), "text_config is 'x', not an object"),
+    ("qwen/config.json", lambda c: c.update(rope_scaling="mrope"), "rope_scaling is 'mrope', not"),
+    (
+        "qwen/config.json",
+        lambda c: c["rope_scaling"].update(mrope_section=7),
+        "qwen.mrope_section is 7, not a list",
+    ),
+    (
+        "qwen/config.json",
+        lambda c: c["vision_config"].update(fullatt_block_indexes=1),
+        "qwen.vision.fullatt_block_indexes is 1, not a list",
+    ),
     ("kiwi/vae/config.json", lambda c: c.update(latents_std=[0] * 48), "vae.latents_std is 0, not"),
     ("kiwi/vae/config.json", lambda c: c.update(dim_mult="1224"), "vae.dim_mult is '1224', not"),
     (
