@@ -174,6 +174,8 @@ STEM = "diffusion_pytorch_model"  # how Wan and Diffusers call their files
 
 def open_wan(folder: Path) -> dict[str, Stored]:
     """Wan2.2-TI2V-5B in either layout: its transformer under dit. and its VAE under vae."""
+    if (folder / "mllm_encoder").is_dir() or (folder / "source_embedder").is_dir():
+        raise ValueError(f"{folder} is Kiwi-Edit's release: give it as --checkpoint")
     if (folder / "transformer").is_dir():
         transformer = weights.open_folder(folder / "transformer", STEM)
         vae = weights.open_folder(folder / "vae", STEM)

@@ -249,7 +249,7 @@ def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
     # A hash of the name, so that adding a parameter does not change the others.
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _initial_value(name: str, noise: Tensor, from_scratch: bool) -> Tensor:

@@ -454,25 +454,27 @@ def fill(
     allocate(module, device, dtype)
     parameters = dict(module.named_parameters())
     for key in tqdm(tensors, desc="loading", unit="tensor", disable=None, leave=False):
-        assign(parameters[key], read_finite(key, tensors[key]))  # no name holds on to the tensor
+        assign(parameters[key], read_finite(key, tensors[key], dtype))  # no name holds on to it
     return fresh
 
 
-def read_finite(key: str, tensor: Stored) -> Tensor:
-    """The values of a stored tensor. NaN or infinity raises ValueError, which names the file."""
-    value = tensor.read()
+def read_finite(key: str, tensor: Stored, dtype: torch.dtype) -> Tensor:
+    """The values of a stored tensor, in a dtype.
+
+    NaN and infinity, also from values that are too large for the dtype, raise ValueError, which
+    names the file.
+    """
+    value = tensor.read().to(dtype)
     if not is_finite(value):
         raise ValueError(
-            f"{tensor.file}: {key} has values that are not finite, so every edit would be black: "
-            f"the file is damaged, or its training has diverged"
+            f"{tensor.file}: {key} has values that are not finite in {str(dtype)[6:]}, so every "
+            f"edit would be black: the file is damaged, or its training has diverged"
         )
     return value
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinity."""
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()  # float8 has no sum
     # A sum takes half as long as copying the tensor, isfinite ten times as long. If the sum is
     # finite, so is each value; a sum that is not may be an overflow.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

@@ -1386,7 +1386,29 @@ def test_weights_that_are_not_finite_are_refused_by_file_and_name(copied, dtype,
 def test_a_sum_that_overflows_is_no_mistake():
     assert weights.is_finite(torch.full((100,), 60_000.0, dtype=torch.float16))
     assert weights.is_finite(torch.full((100,), 1e38))
-    assert not weights.is_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2))
+
+
+@pytest.mark.parametrize(
+    ("stored", "value", "wanted"),
+    [(torch.float64, 1e39, torch.float32), (torch.float32, 70_000.0, torch.float16)],
+)
+def test_weights_that_overflow_the_wanted_dtype_are_refused(copied, stored, value, wanted):
+    def change(state):
+        state["dit.head.modulation"] = state["dit.head.modulation"].to(stored)
+        state["dit.head.modulation"][0, 0, 0] = value
+
+    change_tensors(copied / OURS, change)
+    with pytest.raises(ValueError, match=f"{OURS}: .* are not finite in {str(wanted)[6:]},"):
+        rvedit.load(copied / "ours", dtype=wanted)
+
+
+def test_float8_weights_are_checked_too(copied):
+    def change(state):
+        state["dit.head.modulation"] = torch.full((1, 2, 24), math.nan).to(torch.float8_e5m2)
+
+    change_tensors(copied / OURS, change)
+    with pytest.raises(ValueError, match=f"{OURS}: dit.head.modulation has values that are not"):
+        rvedit.load(copied / "ours")
 
 
 def test_integers_are_called_quantised(copied):
@@ -1565,6 +1587,7 @@ def test_arguments_that_do_not_go_together_are_refused(folders, tmp_path):
         wan=wan,
         qwen=qwen,
     )
+    refused("kiwi is Kiwi-Edit's release: give it as --checkpoint", wan=folders / "kiwi", qwen=qwen)
     refused(f"empty {NEITHER}nothing", path=empty)
     refused(f"wan {NEITHER}Wan2.2_VAE.pth, config.json, ", path=wan)
     refused("checkpoint .*absent does not exist", path=absent)
