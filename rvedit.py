@@ -468,6 +468,9 @@ def check_replaceable(path: str | Path) -> None:
         raise ValueError(
             f"{path} is not a checkpoint of ours, so it will not be replaced: choose another name"
         )
+    for entry in sorted(path.iterdir()):
+        if not re.fullmatch(FILES, entry.name) and entry.name != ".DS_Store":  # a Mac's own
+            raise ValueError(f"{entry} would be lost with the checkpoint beside it: move it away")
 
 
 def scratch(

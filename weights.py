@@ -9,11 +9,15 @@ second copy. Nothing is unpickled, and nothing is fetched from the network. `rve
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
+import time
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,10 +106,11 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
 def _open_state_dict(path: Path) -> dict[str, Stored]:
     """A .pth file. weights_only makes PyTorch unpickle tensors and nothing else."""
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # such as that it is a TorchScript file
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception:  # its message would be the advice to unpickle the file after all
         state = None
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+    if not isinstance(state, dict) or not all(map(_is_plain, state.keys(), state.values())):
         raise ValueError(
             f"{path} is not a plain state dict of tensors (by PyTorch 1.6 or newer), or is damaged"
         )
@@ -115,6 +120,13 @@ def _open_state_dict(path: Path) -> dict[str, Stored]:
         is_float = value.is_floating_point()
         tensors[key] = Stored(path, shape, lambda value=value: value, key, is_float)
     return tensors
+
+
+def _is_plain(key: Any, value: Any) -> bool:
+    """Whether an entry of a state dict is a name and a tensor with all its values."""
+    if not isinstance(key, str) or type(value) not in (Tensor, nn.Parameter):
+        return False
+    return value.layout == torch.strided and not value.is_nested and not value.is_meta
 
 
 def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
@@ -534,10 +546,24 @@ def write_checkpoint(
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete what a run that was killed has written of its checkpoint: gigabytes, perhaps."""
-    partial = re.compile(rf"\.partial-\d+-{re.escape(folder.name)}")
+    folder = folder.resolve()  # as `cli.replacing` does
+    partial = re.compile(rf"\.partial-(\d+)-{re.escape(folder.name)}")
     for path in folder.parent.glob(".partial-*"):
-        if partial.fullmatch(path.name):
-            shutil.rmtree(path)
+        name = partial.fullmatch(path.name)
+        if name and not _is_being_written(path, int(name[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_being_written(partial: Path, process: int) -> bool:
+    """Whether another process is at work on a checkpoint, as far as can be told."""
+    try:
+        with contextlib.suppress(PermissionError):  # it runs, as another user's
+            os.kill(process, 0)  # sends nothing, but fails if there is no such process
+        age = time.time() - partial.stat().st_mtime
+    except (ProcessLookupError, OverflowError, FileNotFoundError):
+        return False
+    # A restarted machine or container gives the numbers of its former processes to new ones.
+    return process != os.getpid() and age < 24 * 3600
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

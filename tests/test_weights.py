@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import weakref
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from helpers import make_clip, merge_lora, randomise, relative_error, tiny_confi
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+import cli
 import rvedit
 import weights
 
@@ -920,6 +922,39 @@ def test_a_failed_first_save_leaves_nothing(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
+def dead_process():
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path):
+    """Until it is a day old: then the number is that of a process which has come later."""
+    partial = tmp_path / f".partial-{os.getppid()}-ours"
+    partial.mkdir()
+    rvedit.save(tmp_path / "ours", *original())
+    assert names(tmp_path) == [partial.name, "ours"]
+    os.utime(partial, (0, 0))
+    rvedit.save(tmp_path / "ours", *original())
+    assert names(tmp_path) == ["ours"]
+
+
+def test_saving_to_a_link_writes_where_it_leads(tmp_path):
+    """Again and again, such as to a larger disk; the link stays, and nothing is left at either."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "ours").symlink_to(tmp_path / "disk" / "model")
+    (tmp_path / "disk" / f".partial-{dead_process()}-model").mkdir()
+    for seed in range(3):
+        rvedit.save(tmp_path / "ours", *changed(seed))
+        assert names(tmp_path) == ["disk", "ours"] and names(tmp_path / "disk") == ["model"]
+        assert (tmp_path / "ours").is_symlink()
+    assert_same(rvedit.load(tmp_path / "disk" / "model"), changed(2))
+    (tmp_path / "text").symlink_to(tmp_path / "disk" / "text")
+    cli.write_text(tmp_path / "text", "a")
+    cli.write_text(tmp_path / "text", "b")
+    assert (tmp_path / "text").is_symlink() and (tmp_path / "disk/text").read_text() == "b"
+
+
 @pytest.mark.parametrize("killed", ["while writing", "between the renames", "behind the renames"])
 def test_the_leavings_of_a_killed_run_are_cleaned_up(tmp_path, killed):
     """The next save removes them, and first puts back a former checkpoint that the killed run had
@@ -928,8 +963,9 @@ def test_the_leavings_of_a_killed_run_are_cleaned_up(tmp_path, killed):
     if killed != "between the renames":
         rvedit.save(tmp_path / "ours", *original())
     if killed != "behind the renames":
-        (tmp_path / ".partial-1-ours").mkdir()
-        (tmp_path / ".partial-1-ours" / "1").write_bytes(b"half a shard")
+        for process in (dead_process(), os.getpid(), 10**12):  # a restart may give its own number
+            (tmp_path / f".partial-{process}-ours").mkdir()
+            (tmp_path / f".partial-{process}-ours" / "1").write_bytes(b"half a shard")
     if killed != "while writing":
         rvedit.save(tmp_path / ".former-ours", *original())
 
@@ -1178,6 +1214,33 @@ def test_what_a_pickle_holds_is_not_run(copied):
     assert not (copied / "exploded").exists()
     pickle.loads(pickled)
     assert (copied / "exploded").exists()  # so it would have
+
+
+ODD_STATES = {
+    "numbers for names": lambda: {0: torch.ones(2)},
+    "sparse": lambda: {"a": torch.eye(2).to_sparse()},
+    "compressed rows": lambda: {"a": torch.eye(2).to_sparse_csr()},
+    "without values": lambda: {"a": torch.ones(2, device="meta")},
+    "nested": lambda: {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+}
+
+
+@pytest.mark.parametrize("state", [*ODD_STATES, "script"])
+def test_what_is_no_plain_state_dict_is_refused(folders, tmp_path, recwarn, state):
+    """In one line, and without a warning."""
+    file = tmp_path / "state.pth"
+    if state == "script":
+        torch.jit.script(torch.nn.Linear(2, 2)).save(file)
+    else:
+        torch.save(ODD_STATES[state](), file)
+    recwarn.clear()
+    refused(
+        "state.pth is not a plain state dict of tensors",
+        path=file,
+        wan=folders / "wan",
+        qwen=folders / "qwen",
+    )
+    assert not recwarn.list
 
 
 def truncate(path):
@@ -1621,4 +1684,10 @@ def test_saving_replaces_nothing_but_a_checkpoint(tmp_path):
     (tmp_path / "empty").mkdir()
     for _ in range(2):
         rvedit.save(tmp_path / "empty", model, vae)
+        (tmp_path / "empty" / ".DS_Store").touch()
+        (tmp_path / "empty" / "model.safetensors").touch()
+    (tmp_path / "empty" / "README.md").write_text("important")
+    with pytest.raises(ValueError, match="empty/README.md would be lost"):
+        rvedit.save(tmp_path / "empty", model, vae)
+    assert (tmp_path / "empty" / "README.md").read_text() == "important"
     assert rvedit.layout(tmp_path / "empty") == "rvedit"
