@@ -278,15 +278,15 @@ def check_sizes(file: Path, config: dict[str, Any], **sizes: Any) -> None:
             raise ValueError(f"{file} says {name} {config[name]}, the weights have {size}")
 
 
-def vae_config(file: Path | None, tensors: dict[str, Stored], source: Path) -> VAEConfig:
-    """Widths from the tensors, the rest from config.json. Wan2.2_VAE.pth has none: file is None."""
-    config = {} if file is None else weights.read_json(file)
+def vae_config(file: Path, tensors: dict[str, Stored]) -> VAEConfig:
+    """Widths from the tensors, the rest from config.json, which Wan2.2_VAE.pth comes without."""
+    config = weights.read_json(file) if file.suffix == ".json" else {}
     base = WAN2_2_VAE
     downsample = config.get("temperal_downsample", base.temporal_downsample)  # their spelling
     fields = dict(
-        dim=shape_of(tensors, "vae.encoder.conv1.weight", 5, source)[0],
-        dec_dim=shape_of(tensors, "vae.decoder.head.0.gamma", 4, source)[0],
-        z_dim=shape_of(tensors, "vae.conv2.weight", 5, source)[0],
+        dim=shape_of(tensors, "vae.encoder.conv1.weight", 5, file.parent)[0],
+        dec_dim=shape_of(tensors, "vae.decoder.head.0.gamma", 4, file.parent)[0],
+        z_dim=shape_of(tensors, "vae.conv2.weight", 5, file.parent)[0],
         dim_mult=config.get("dim_mult", base.dim_mult),
         num_res_blocks=config.get("num_res_blocks", base.num_res_blocks),
         temporal_downsample=downsample,
@@ -294,7 +294,7 @@ def vae_config(file: Path | None, tensors: dict[str, Stored], source: Path) -> V
         latents_std=config.get("latents_std", base.latents_std),
         patch_size=config.get("patch_size", base.patch_size),
     )
-    vae = weights.build_config(VAEConfig, fields, file or source, "vae.")
+    vae = weights.build_config(VAEConfig, fields, file, "vae.")
     check_sizes(
         file,
         config,
@@ -351,11 +351,16 @@ def open_kiwi_release(folder: Path) -> Opened:
     """Kiwi-Edit's release, with L_s = L: its blocks never saw native tokens."""
     tensors = with_image_queries(open_kiwi(folder))
     tokenizer = weights.read_tokenizer(folder / "processor")
-    dit = dit_config(folder / "transformer" / "config.json", tensors)
+    files = {
+        "dit": folder / "transformer" / "config.json",
+        "vae": folder / "vae" / "config.json",
+        "qwen": folder / "processor" / "qwen_config.json",
+    }
+    dit = dit_config(files["dit"], tensors)
     fields = dict(
         dit=dataclasses.replace(dit, bf16_timestep=True),  # as it was trained
-        vae=vae_config(folder / "vae" / "config.json", tensors, folder),
-        qwen=qwen_config(folder / "processor" / "qwen_config.json", tokenizer),
+        vae=vae_config(files["vae"], tensors),
+        qwen=qwen_config(files["qwen"], tokenizer),
         routing_depth=dit.num_blocks,
         num_editing_tokens=shape_of(tensors, "encoder.queries", 2, folder)[0],
         num_image_tokens=shape_of(tensors, "encoder.image_queries", 2, folder)[0],
@@ -365,27 +370,31 @@ def open_kiwi_release(folder: Path) -> Opened:
     for theirs, ours in KIWI_LIMITS.items():
         if theirs in encoder:
             fields[ours] = weights.checked(encoder[theirs], int, file, ours)
-    return Opened(folder, fields, folder, tokenizer, with_native_connectors(tensors), LORA)
+    tensors = with_native_connectors(tensors)
+    return Opened(folder, fields, file, tokenizer, tensors, LORA, files)
 
 
 def open_wan_and_qwen(wan: Path, qwen: Path) -> Opened:
     """A start for training: with L_s = L/2, and without queries, connectors and LoRA."""
     tensors = open_wan(wan) | open_qwen(qwen)
     tokenizer = weights.read_tokenizer(qwen)
+    files = {
+        "dit": wan / "config.json",
+        "vae": wan / "Wan2.2_VAE.pth",
+        "qwen": qwen / "config.json",
+    }
     if (wan / "transformer").is_dir():
-        dit = dit_config(wan / "transformer" / "config.json", tensors)
-        vae = vae_config(wan / "vae" / "config.json", tensors, wan)
-    else:
-        dit = dit_config(wan / "config.json", tensors)
-        vae = vae_config(None, tensors, wan)
+        files["dit"] = wan / "transformer" / "config.json"
+        files["vae"] = wan / "vae" / "config.json"
+    dit = dit_config(files["dit"], tensors)
     fields = dict(
         dit=dit,
-        vae=vae,
-        qwen=qwen_config(qwen / "config.json", tokenizer),
+        vae=vae_config(files["vae"], tensors),
+        qwen=qwen_config(files["qwen"], tokenizer),
         routing_depth=dit.num_blocks // 2,
     )
     source = f"{wan} with {qwen}"
-    return Opened(source, fields, wan, tokenizer, tensors, NEW_TO_WAN_AND_QWEN)
+    return Opened(source, fields, wan, tokenizer, tensors, NEW_TO_WAN_AND_QWEN, files)
 
 
 def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
@@ -430,7 +439,9 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
             f"is it one shard of several?"
         )
     tensors = with_native_connectors(base.tensors | trained)
-    return Opened(file, fields, file, base.tokenizer, tensors, "|".join(may_lack) or None)
+    return base._replace(
+        source=file, fields=fields, tensors=tensors, may_lack="|".join(may_lack) or None
+    )
 
 
 def note_references(names: Iterable[str], source: Path) -> None:

@@ -342,7 +342,7 @@ def load_vae(
 def _config(opened: weights.Opened) -> RVEDiTConfig:
     """The configuration of what was opened, checked. Raises ValueError, which names its file."""
     config = RVEDiTConfig(**opened.fields)
-    weights.check_together(config, opened.tokenizer, opened.config_file)
+    weights.check_together(config, opened.tokenizer, opened.config_file, opened.part_files)
     return config
 
 

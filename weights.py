@@ -49,10 +49,11 @@ class Opened(NamedTuple):
 
     source: Path | str  # what it is, for messages
     fields: dict[str, Any]  # of an RVEDiTConfig
-    config_file: Path  # where they stand: config.json, or a folder with several files
+    config_file: Path  # where they stand
     tokenizer: Tokenizer
     tensors: dict[str, Stored]  # the model's, and the VAE's under "vae."
     may_lack: str | None = None  # parameters that it may lack, as a regular expression
+    part_files: dict[str, Path] = {}  # where the fields of "dit", "vae" or "qwen" stand instead
 
 
 # --- Opening --------------------------------------------------------------------------------------
@@ -335,8 +336,13 @@ def _checked_tuple(value: Any, kinds: tuple[Any, ...], file: Path, path: str) ->
     return tuple(checked(item, kinds[0], file, path) for item in value)
 
 
-def check_together(config: Any, tokenizer: Tokenizer, file: Path) -> None:
-    """Raise ValueError if the numbers of an RVEDiTConfig are right one by one, but not together."""
+def check_together(
+    config: Any, tokenizer: Tokenizer, file: Path, part_files: dict[str, Path] | None = None
+) -> None:
+    """Raise ValueError if the numbers of an RVEDiTConfig are right one by one, but not together.
+
+    It names `file`, or the file in `part_files` of the part that the broken rule begins with.
+    """
     dit, vae, qwen = config.dit, config.vae, config.qwen
     vision = qwen.vision
     head_dim = qwen.hidden_size // qwen.num_attention_heads
@@ -392,7 +398,8 @@ def check_together(config: Any, tokenizer: Tokenizer, file: Path) -> None:
     }
     for rule, holds in rules.items():
         if not holds:
-            raise ValueError(f"{file}: {rule}")
+            part = rule.partition(".")[0]
+            raise ValueError(f"{(part_files or {}).get(part, file)}: {rule}")
 
 
 def _short(value: Any) -> str:

@@ -1610,6 +1610,19 @@ def test_a_config_that_contradicts_the_weights_is_refused(copied, layout, folder
     refused(f"^{re.escape(str(file))} says {message}", **places(copied, layout))
 
 
+@pytest.mark.parametrize("layout", ["kiwi", "wan", "wan_diffusers", "training"])
+def test_numbers_that_do_not_go_together_are_named_with_their_own_file(copied, layout):
+    qwen = copied / ("kiwi/processor/qwen_config.json" if layout == "kiwi" else "qwen/config.json")
+    if layout in ("kiwi", "wan_diffusers"):
+        vae = copied / layout / "vae/config.json"
+        backup = vae.read_bytes()
+        edited(lambda config: config.update(latents_mean=[0.5]))(vae)
+        refused(f"^{vae}: vae.latents_mean must have", **places(copied, layout))
+        vae.write_bytes(backup)
+    edited(lambda config: config["vision_config"].update(num_heads=5))(qwen)
+    refused(f"^{qwen}: qwen.vision.hidden_size must divide", **places(copied, layout))
+
+
 def test_another_models_config_is_refused(copied):
     shutil.copy(copied / "wan/config.json", copied / "qwen")
     refused(
