@@ -407,20 +407,19 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
     stored = weights.open_file(file)
     if "encoder.queries" in stored:  # our name for them, not Kiwi-Edit's
         raise ValueError(f"{file} is a file of our checkpoint: give its folder")
-    note_references(stored, file)
     trained = renamed(stored, kiwi_training_key)
     may_lack = []
 
     dit = dataclasses.replace(base.fields["dit"], bf16_timestep=True)
     first_stage = not any(key.startswith("dit.") for key in trained)
     if first_stage:
-        cli.note(
-            f"{file} is of Kiwi-Edit's first stage, which trains no DiT: train it before editing"
-        )
         may_lack.append(SOURCE_EMBEDDING)
         if "encoder.image_queries" in trained:
             trained.setdefault("encoder.queries", trained["encoder.image_queries"])
     trained = with_image_queries(trained)
+    own = trained.keys() & base.tensors.keys()
+    if "encoder.queries" not in trained and not own and any("lora" in key for key in stored):
+        raise ValueError(f"{file} is a LoRA, which is not supported")
     fields = base.fields | dict(
         dit=dit,
         routing_depth=dit.num_blocks,  # it never saw native tokens
@@ -438,6 +437,11 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
             f"{file} lacks {len(lacking)} of the DiT's tensors ({weights.few(lacking)}): "
             f"is it one shard of several?"
         )
+    if first_stage:
+        cli.note(
+            f"{file} is of Kiwi-Edit's first stage, which trains no DiT: train it before editing"
+        )
+    note_references(stored, file)
     tensors = with_native_connectors(base.tensors | trained)
     return base._replace(
         source=file, fields=fields, tensors=tensors, may_lack="|".join(may_lack) or None

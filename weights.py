@@ -41,7 +41,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     key: str = ""  # its name there
-    is_float: bool = True  # integers are weights that somebody quantised
+    kind: str = "float"  # "integer", as weights are that somebody quantised, or "other"
 
 
 class Opened(NamedTuple):
@@ -98,9 +98,9 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
     tensors = {}
     for key, part in slices.items():
         shape = tuple(part.get_shape())
-        is_float = part.get_dtype().startswith(("F", "BF"))  # such as F32 or BF16
+        kind = _kind(part.get_dtype())
         # key=key: without it, each of these functions would read the last key of the loop.
-        tensors[key] = Stored(path, shape, lambda key=key: file.get_tensor(key), key, is_float)
+        tensors[key] = Stored(path, shape, lambda key=key: file.get_tensor(key), key, kind)
     return tensors
 
 
@@ -118,9 +118,16 @@ def _open_state_dict(path: Path) -> dict[str, Stored]:
     tensors = {}
     for key, value in state.items():
         shape = tuple(value.shape)
-        is_float = value.is_floating_point()
-        tensors[key] = Stored(path, shape, lambda value=value: value, key, is_float)
+        kind = _kind(str(value.dtype).removeprefix("torch."))
+        tensors[key] = Stored(path, shape, lambda value=value: value, key, kind)
     return tensors
+
+
+def _kind(dtype: str) -> str:
+    """Of a dtype by its name in PyTorch, such as bfloat16, or in safetensors, such as BF16."""
+    if dtype.lower().startswith(("f", "bf")):
+        return "float"
+    return "integer" if dtype.lower().startswith(("i", "u", "q")) else "other"
 
 
 def _is_plain(key: Any, value: Any) -> bool:
@@ -431,7 +438,7 @@ def match(
     """
     # Said first, because quantised weights are often misshapen as well.
     parameters = dict(module.named_parameters())
-    integers = [key for key, tensor in tensors.items() if not tensor.is_float]
+    integers = [key for key in parameters if key in tensors and tensors[key].kind == "integer"]
     if integers:
         raise ValueError(
             f"{source} is quantised, which is not supported: {len(integers)} of its tensors are "
@@ -444,9 +451,10 @@ def match(
         for key, parameter in parameters.items()
         if key in tensors and tensors[key].shape != tuple(parameter.shape)
     ]
+    other = {key for key, tensor in tensors.items() if tensor.kind == "other"}
     problems = {
         "missing": set(absent) - set(fresh),
-        "unexpected": tensors.keys() - parameters.keys(),
+        "unexpected": tensors.keys() - parameters.keys() | other,
         "misshapen": misshapen,
     }
     found = [f"{len(keys)} {kind} ({few(keys)})" for kind, keys in problems.items() if keys]

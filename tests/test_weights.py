@@ -31,6 +31,9 @@ import weights
 
 MANIFESTS = Path(__file__).parent / "manifests"
 STEM = "diffusion_pytorch_model"
+OURS, WAN = "ours/model-00001-of-00001.safetensors", f"wan/{STEM}-00002-of-00003.safetensors"
+INDEX, KIWI = f"wan/{STEM}.safetensors.index.json", f"kiwi/transformer/{STEM}.safetensors"
+TRAINING, VAE, CONFIG = "training.safetensors", "wan/Wan2.2_VAE.pth", "ours/config.json"
 FULL = rvedit.preset("wan2.2-ti2v-5b")
 
 
@@ -666,6 +669,24 @@ def test_kiwi_edits_first_stage_is_a_start_for_training(folders, tmp_path, capsy
     assert err.count("\n") == 1
 
 
+LORAS = {
+    "PEFT": "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    "kohya": "lora_unet_blocks_0_self_attn_q.lora_down.weight",
+    "diffusers": "transformer.blocks.0.attn1.to_q.lora_A.weight",
+    "Wan's names": "blocks.0.self_attn.q.lora_A.weight",
+}
+
+
+@pytest.mark.parametrize("kind", [*LORAS, "VAE", "empty"])
+def test_what_is_no_training_state_is_refused_without_a_note(folders, tmp_path, capsys, kind):
+    state = {LORAS[kind]: torch.ones(2, 24)} if kind in LORAS else {}
+    path = folders / VAE if kind == "VAE" else tmp_path / "file.safetensors"
+    save_file(state, tmp_path / "file.safetensors")
+    message = "is a LoRA, which is not supported" if kind in LORAS else "has no encoder.queries"
+    refused(f"{path.name} {message}", path=path, wan=folders / "wan", qwen=folders / "qwen")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("what", ["release", "training state"])
 def test_references_are_not_used_and_a_note_says_so(folders, tmp_path, capsys, what):
     if what == "release":
@@ -989,10 +1010,6 @@ def test_a_save_succeeds_after_a_kill_behind_the_renames(tmp_path):
 
 
 # --- Damaged and mistaken checkpoints -------------------------------------------------------------
-
-OURS, WAN = "ours/model-00001-of-00001.safetensors", f"wan/{STEM}-00002-of-00003.safetensors"
-INDEX, KIWI = f"wan/{STEM}.safetensors.index.json", f"kiwi/transformer/{STEM}.safetensors"
-TRAINING, VAE, CONFIG = "training.safetensors", "wan/Wan2.2_VAE.pth", "ours/config.json"
 
 LAYOUTS = {  # a file of it, a tensor in that file and our name for it
     "ours": (
@@ -1484,6 +1501,28 @@ def test_integers_are_called_quantised(copied):
 
     change_tensors(copied / OURS, quantise)
     refused("ours is quantised, .* 3 of its tensors are integers", path=copied / "ours")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"global_step": torch.tensor(5)},
+        {"mask": torch.ones(24, dtype=torch.bool)},
+        {"dit.head.modulation": torch.ones(1, 2, 24, dtype=torch.complex64)},
+        {"dit.head.modulation": torch.ones(1, 2, 24, dtype=torch.bool)},
+    ],
+)
+def test_what_is_neither_a_weight_nor_quantised_is_unexpected(folders, tmp_path, suffix, more):
+    path = tmp_path / f"state{suffix}"
+    state = kiwi_training_tensors(original()[0]) | more
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    refused(
+        rf"state{suffix} does not fit the model: 1 unexpected \({next(iter(more))}\)$",
+        path=path,
+        wan=folders / "wan",
+        qwen=folders / "qwen",
+    )
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
