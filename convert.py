@@ -64,9 +64,9 @@ WAN_VAE: Rules = [
     (r"\.conv_shortcut\.", ".shortcut."),
 ]
 
-QWEN: Rules = [  # from the names of transformers 4.52 and later
+QWEN: Rules = [  # from the names of transformers 4.52 and later; those of 5.x may lack the "model."
     (r"^model\.visual\.", "visual."),
-    (r"^model\.language_model\.", "model."),
+    (r"^(model\.)?language_model\.", "model."),
 ]
 
 KIWI_TRAINING: Rules = [  # dit.* has our names already

@@ -307,6 +307,9 @@ def load(
 
     Raises ValueError for anything that does not fit, before any weights are read.
     """
+    for wanted in (dtype, decoder_dtype):
+        if wanted not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{wanted} is not supported: take float32, bfloat16 or float16")
     opened = _open(path, wan, qwen)
     config = _config(opened)
     # On the meta device a model has shapes and no memory: 8 billion parameters cost nothing there,

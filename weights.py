@@ -33,6 +33,18 @@ import cli
 
 MAX_SHARD_BYTES = 5_000_000_000
 
+# The tokens of Qwen's chat text that stand for more than their letters.
+CHAT_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
 
 class Stored(NamedTuple):
     """A tensor on disk: where it is, its shape, and how to read it."""
@@ -93,8 +105,8 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
         file = safe_open(path, framework="pt")
         slices = {key: file.get_slice(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        message = _first_line(error)
-        raise ValueError(f"{path} is damaged or not a safetensors file: {message}") from None
+        reason = _what_it_is(path) or _first_line(error)
+        raise ValueError(f"{path} is damaged or not a safetensors file: {reason}") from None
     tensors = {}
     for key, part in slices.items():
         shape = tuple(part.get_shape())
@@ -112,8 +124,9 @@ def _open_state_dict(path: Path) -> dict[str, Stored]:
     except Exception:  # its message would be the advice to unpickle the file after all
         state = None
     if not isinstance(state, dict) or not all(map(_is_plain, state.keys(), state.values())):
+        reason = _what_it_is(path) or "or is damaged"
         raise ValueError(
-            f"{path} is not a plain state dict of tensors (by PyTorch 1.6 or newer), or is damaged"
+            f"{path} is not a plain state dict of tensors (by PyTorch 1.6 or newer), {reason}"
         )
     tensors = {}
     for key, value in state.items():
@@ -143,7 +156,7 @@ def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         weight_map = _read_index(index)
-        shards = sorted({folder / name for name in weight_map.values()})
+        shards = sorted(set(weight_map.values()))
         absent = [shard for shard in shards if not shard.is_file()]
         if single.is_file() and single not in shards:
             if absent == shards:
@@ -169,15 +182,18 @@ def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
     raise ValueError(f"{folder} has neither {single.name} nor {index.name}{hint}")
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def _read_index(index: Path) -> dict[str, Path]:
     """The file of each key."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of names and files: download it again")
-    return {_without_wrappers(key): name for key, name in weight_map.items()}
+    return {
+        _without_wrappers(key): index.parent / os.path.normpath(name)
+        for key, name in weight_map.items()
+    }
 
 
-def _open_shards(index: Path, shards: list[Path], weight_map: dict[str, str]) -> dict[str, Stored]:
+def _open_shards(index: Path, shards: list[Path], weight_map: dict[str, Path]) -> dict[str, Stored]:
     tensors = joined(*(open_file(shard) for shard in shards))
     # A download that was cut short, or shards of two versions in one folder, show in one of these.
     nowhere = weight_map.keys() - tensors.keys()
@@ -186,8 +202,7 @@ def _open_shards(index: Path, shards: list[Path], weight_map: dict[str, str]) ->
             f"{index} lists {len(nowhere)} tensors that none of its files has ({few(nowhere)}): "
             f"download it again"
         )
-    found = {key: tensor.file.name for key, tensor in tensors.items()}
-    wrong = [key for key in found if found[key] != weight_map.get(key)]
+    wrong = [key for key, tensor in tensors.items() if tensor.file != weight_map.get(key)]
     if wrong:
         raise ValueError(
             f"{index} and its shards disagree on {len(wrong)} keys, such as {few(wrong)}"
@@ -199,7 +214,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # the last for brackets by the thousand
-        raise ValueError(f"{path} cannot be read as JSON: {_first_line(error)}") from None
+        reason = _what_it_is(path) or _first_line(error)
+        raise ValueError(f"{path} cannot be read as JSON: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
     return content
@@ -212,10 +228,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{file} is not a tokenizer: {_first_line(error)}") from None
+        reason = _what_it_is(file) or _first_line(error)
+        raise ValueError(f"{file} is not a tokenizer: {reason}") from None
     # Some files keep these settings of a former use: with truncation, long prompts would be cut.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # And some call these tokens ordinary ones, which an instruction could then contain.
+    chat_tokens = [token for token in CHAT_TOKENS if tokenizer.token_to_id(token) is not None]
+    tokenizer.add_special_tokens(chat_tokens)
     return tokenizer
 
 
@@ -617,6 +637,22 @@ def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
 def few(keys: Iterable[str]) -> str:
     keys = sorted(keys)
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def _what_it_is(path: Path) -> str | None:
+    """What a download has left in the place of a file, if its first bytes tell."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(200).lower()
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer: run `git lfs pull`"
+    if start.lstrip().startswith((b"<!doctype", b"<html")):
+        return "it is a web page: download it again"
+    if start and not any(start):
+        return "it begins with zeros: download it again"
+    return None
 
 
 def _first_line(error: Exception) -> str:

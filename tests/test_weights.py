@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 import cli
 import rvedit
 import weights
+from mllm import chat_ids
 
 MANIFESTS = Path(__file__).parent / "manifests"
 STEM = "diffusion_pytorch_model"
@@ -1576,6 +1577,64 @@ def test_a_tokenizer_neither_truncates_nor_pads(copied):
     loaded = rvedit.load(copied / "ours")[0].encoder.tokenizer
     assert loaded.to_str() == original()[0].encoder.tokenizer.to_str()
     assert len(loaded.encode("make it snow").ids) == len("make it snow")
+
+
+def test_a_prompt_with_special_tokens_stays_text(copied):
+    """Whatever tokenizer.json calls these tokens: a prompt neither ends its turn nor adds clips."""
+
+    def forget(content):
+        for token in content["added_tokens"]:
+            token["special"] = False
+
+    edited(forget)(copied / "ours/tokenizer.json")
+    model = rvedit.load(copied / "ours")[0]
+    assert model.encoder.tokenizer.to_str() == original()[0].encoder.tokenizer.to_str()
+    text = "a <|im_end|> b <|video_pad|> c <|object_ref_start|>"
+    chat = chat_ids(model.encoder.tokenizer, text, 4, 5, model.config.qwen)
+    assert len(chat.ids[chat.textual]) == len(text)  # a token for each letter
+
+
+def test_qwens_base_model_is_read(copied):
+    """transformers 5 saves it without "model." before the names."""
+    expected = rvedit.load(**places(copied, "qwen"))[0].state_dict()
+    for file in (copied / "qwen").glob("model-*"):
+        state = load_file(file)
+        new = {re.sub(r"^model\.", "language_model.", key): value for key, value in state.items()}
+        change_tensors(file, lambda state, new=new: (state.clear(), state.update(new)))
+    state = rvedit.load(**places(copied, "qwen"))[0].state_dict()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("place", ["./{}", "parts/{}", "parts/../{}"])
+def test_an_index_names_its_files_by_any_path(copied, place):
+    (copied / "wan/parts").mkdir()
+    content = json.loads((copied / INDEX).read_text())
+    for name in set(content["weight_map"].values()):
+        (copied / "wan" / name).rename(copied / "wan" / place.format(name))
+    content["weight_map"] = {k: place.format(name) for k, name in content["weight_map"].items()}
+    write_json(copied / INDEX, content)
+    rvedit.load(**places(copied, "wan"))
+
+
+INSTEAD = [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
+    (b"\n<!DOCTYPE html><html><title>404</title></html>", "a web page"),
+    (bytes(4096), "begins with zeros"),
+]
+
+
+@pytest.mark.parametrize("file", [OURS, VAE, "qwen/tokenizer.json", "qwen/config.json", INDEX])
+@pytest.mark.parametrize(("content", "what"), INSTEAD)
+def test_what_a_download_left_in_place_of_a_file_is_named(copied, file, content, what):
+    (copied / file).write_bytes(content)
+    layout = "ours" if file == OURS else "wan"
+    refused(f"^{copied / file} .* it (is )?{what}", **places(copied, layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn, "float32", None])
+def test_dtypes_that_no_edit_works_in_are_refused(folders, dtype):
+    for name in ("dtype", "decoder_dtype"):
+        refused(f"{dtype} is not supported: take", path=folders / "ours", **{name: dtype})
 
 
 @pytest.mark.parametrize("where", ["top", "text_config"])
