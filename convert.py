@@ -417,9 +417,9 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
         if "encoder.image_queries" in trained:
             trained.setdefault("encoder.queries", trained["encoder.image_queries"])
     trained = with_image_queries(trained)
-    own = trained.keys() & base.tensors.keys()
-    if "encoder.queries" not in trained and not own and any("lora" in key for key in stored):
-        raise ValueError(f"{file} is a LoRA, which is not supported")
+    if "encoder.queries" not in trained and any("lora" in key for key in stored):
+        if trained.keys().isdisjoint(base.tensors):  # else it is a part of a training state
+            raise ValueError(f"{file} is a LoRA, which is not supported")
     fields = base.fields | dict(
         dit=dit,
         routing_depth=dit.num_blocks,  # it never saw native tokens

@@ -137,10 +137,11 @@ def _open_state_dict(path: Path) -> dict[str, Stored]:
 
 
 def _kind(dtype: str) -> str:
-    """Of a dtype by its name in PyTorch, such as bfloat16, or in safetensors, such as BF16."""
-    if dtype.lower().startswith(("f", "bf")):
+    """Of a dtype by its name in safetensors or in PyTorch, where quantised ones begin with q."""
+    dtype = dtype.lower()
+    if dtype.startswith(("f", "bf")):
         return "float"
-    return "integer" if dtype.lower().startswith(("i", "u", "q")) else "other"
+    return "integer" if dtype.startswith(("i", "u", "q")) else "other"
 
 
 def _is_plain(key: Any, value: Any) -> bool:
@@ -471,10 +472,12 @@ def match(
         for key, parameter in parameters.items()
         if key in tensors and tensors[key].shape != tuple(parameter.shape)
     ]
-    other = {key for key, tensor in tensors.items() if tensor.kind == "other"}
+    unexpected = [
+        key for key, tensor in tensors.items() if key not in parameters or tensor.kind == "other"
+    ]
     problems = {
         "missing": set(absent) - set(fresh),
-        "unexpected": tensors.keys() - parameters.keys() | other,
+        "unexpected": unexpected,
         "misshapen": misshapen,
     }
     found = [f"{len(keys)} {kind} ({few(keys)})" for kind, keys in problems.items() if keys]
