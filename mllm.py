@@ -238,6 +238,8 @@ def chat_ids(
     """
     if not instruction.strip():
         raise ValueError("the instruction is empty: say what to change in the video")
+    if any("\ud800" <= letter <= "\udfff" for letter in instruction):
+        raise ValueError("the instruction is no valid text: it has halves of UTF-16 characters")
     visual_token = "<|image_pad|>" if still else "<|video_pad|>"
     visual_id = config.image_token_id if still else config.video_token_id
     placeholders = (visual_token, "<|object_ref_start|>")

@@ -90,7 +90,8 @@ class Muon(torch.optim.AdamW):
 def muon_rates(weights: dict[str, Tensor], rate: float) -> dict[Tensor, float]:
     """Which weights of an editor Muon trains, each at which multiple of AdamW's rate.
 
-    rate: the DiT's, `muon` in `train.RECIPES`. The MLLM learns at a quarter of the rate, so that the DiT can follow what it says.
+    rate: the DiT's, `muon` in `train.RECIPES`. The MLLM learns at a quarter of it, so that the DiT
+    can follow what it says.
     """
     # These are tables of vectors, such as words, or next to the model's input or output.
     left_to_adamw = re.compile(r"embed_tokens|queries|time_|head\.head")

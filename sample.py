@@ -67,7 +67,8 @@ def timesteps(steps: int, shift: float) -> Tensor:
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """Algorithm 2, line 4: z at t = 1, drawn on the CPU: a seed means the same on every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 def denoise(
@@ -126,12 +127,12 @@ class Unfinished:
             with safe_open(self.path, framework="pt") as file:
                 edit = dict(file.metadata())
                 z = file.get_tensor("z").to(noise.device)
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, TypeError):  # TypeError: a file without metadata
             raise ValueError(
                 f"--resume: there is no unfinished edit at {self.path}; leave --resume out. The "
                 f"steps of an edit are saved every {self.SAVE_SECONDS} seconds"
             ) from None
-        done = int(edit.pop("done"))
+        done = int(edit.pop("done", 0))
         different = [name for name in self.edit if self.edit[name] != edit.get(name)]
         if different:
             raise ValueError(
@@ -454,15 +455,17 @@ def stage(
 ) -> Iterator[None]:
     """Time a stage of the edit. If offloading, its modules are on the device only while it runs."""
     start = time.perf_counter()
-    if offload:
-        for module in modules:
-            module.to(device)
-    yield
-    if offload:
-        for module in modules:
-            module.cpu()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    try:
+        if offload:
+            for module in modules:
+                module.to(device)
+        yield
+    finally:  # also after an error, which the caller may live through
+        if offload:
+            for module in modules:
+                module.cpu()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     if device.type == "cuda":
         # A GPU works on while Python goes on: without waiting, the next stage would be charged.
         torch.cuda.synchronize(device)
@@ -545,6 +548,16 @@ def edit_frames(
         yield from edited
 
 
+def check_clip(frames: Tensor) -> None:
+    """Raise ValueError unless a clip is uint8 (T, H, W, 3) with at least one frame of a pixel."""
+    if not isinstance(frames, Tensor):
+        raise ValueError(f"frames must be a tensor, not {type(frames).__name__}")
+    shape = tuple(frames.shape)
+    if frames.dtype != torch.uint8 or len(shape) != 4 or shape[3] != 3 or not frames.numel():
+        dtype = str(frames.dtype).removeprefix("torch.")
+        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {dtype} {shape}")
+
+
 def edit_video(
     model: RVEDiT,
     vae: WanVAE,
@@ -553,7 +566,7 @@ def edit_video(
     steps: int | None = None,
     shift: float = cli.SHIFT,
     seed: int = 0,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     keep_source: bool = False,
     times: dict[str, float] | None = None,
 ) -> Tensor:
@@ -563,9 +576,18 @@ def edit_video(
     50 except for the toy. The same seed on the same machine gives the same frames. device: where to
     compute when the networks rest on the CPU (offloading); without it they compute where they are.
     keep_source: where nothing was edited, give back the source's own pixels (see `change_mask`).
-    times is filled with the seconds of each stage. Raises ValueError for an instruction that is
-    empty or longer than the MLLM's context.
+    times is filled with the seconds of each stage.
+
+    Raises ValueError for a clip of another form, steps or a shift that make no schedule, and an
+    instruction that is empty or longer than the MLLM's context.
     """
+    check_clip(frames)
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps is {steps}, but the sampler needs at least 1")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift is {shift}, not a positive number")
+    if device is not None:
+        device = torch.device(device)
     shape = tuple(frames.shape[:3])
     blocks = edit_frames(
         model,

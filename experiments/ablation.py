@@ -34,7 +34,7 @@ VARIANTS = {  # as options of train.py. The others of a group are compared with 
         # The control that the paper lacks.
         "all tokens everywhere (L_s = 0)": ["--routing-depth", "0"],
     },
-    "depth": {
+    "depth": {  # without alignment, beside which routing hardly matters at this scale (RESULTS.md)
         f"L_s = {depth}": ["--routing-depth", str(depth), "--align-weight", "0"]
         for depth in (3, 0, 1, 2, 4, 5, 6)
     },
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group",
         choices=VARIANTS,
         default="components",
-        help="a block of Table 2 (default components)",
+        help="a block of Table 2: the parts of the method, L_s at λ = 0, or λ (default components)",
     )
     parser.add_argument(
         "--seeds",

@@ -5,17 +5,23 @@ else. The paper asks for a tolerant matcher and leaves its rules open. Ours, by 
 tests/test_answers.py gives to them:
 
 - thoughts: what a model thinks aloud is no answer. Only what follows its last thought counts.
+- table, json: what Markdown tables and objects of JSON say of an axis is read as a line of its own.
 - start: a label counts only at the start of a line, behind marks of a list, heading, table or
   Markdown, or directly behind the score of another label. Inside a sentence it is just words.
+- template: brackets between label and score are skipped, if they do not hold the score.
 - first: the first number behind the label is the score. What follows the score is free text.
 - words: no score if words come before the number ("about 85", "the cats are missing, so 45").
-- count: no score if the number counts things ("2 cats are missing, so 45", "85 % of the cats").
-- range: no score if a second number is joined to it ("61-80", "60 to 70", "80 -> 85").
-- scale: no score on another scale ("4/5", "4 out of 5", "4 (on a 1-5 scale)").
 - whole: no score if it is only a part of a number or word ("85th", "1,000", ">90", "-5").
-- table, json: rows and columns of Markdown tables and objects of JSON are read like lines.
-- bounds: a score is from 1 to 100; any other number spoils the answer. Decimals are rounded.
-- twice: a score may be given twice, if it is the same.
+- count: no score if the number counts things ("2 cats are missing, so 45", "85 % of the cats").
+- alone: no score beside another number, as in ranges ("61-80"), sums ("100 - 15 = 85"), lists ("85,
+  60, 60") and weights ("40% | 85"), unless that one counts things ("85, 2 cats are missing"), is
+  the same, or names a band of our rubrics ("75 (61-80)").
+- scale: no score on another scale than to 100, wherever it is named: behind the score, in its
+  label, in the head of a column, in another key, or in another line that speaks of scores.
+- bounds: a score is from 1 to 100; any other number spoils the answer. Decimals are rounded, but
+  1.0 is none: it is a judge's best on a scale from 0 to 1.
+- twice: a score may be given twice, if it is the same. The last one must be readable.
+- refused: an example is no answer, nor is one that the judge takes back.
 
 In doubt there is no score: a missing one costs another question, a wrong one is never noticed.
 """
@@ -34,83 +40,83 @@ AXES = {  # the labels of the axes, as judges spell them; {0,5}: no pattern may 
     "VQ": r"visual\W{0,5}quality(?:\W{0,5}(?:and\W{0,5})?stability)?",
 }
 LONGEST = 20_000  # characters of an answer, without its thoughts; four lines were asked for
-_LABELS = "|".join(f"(?P<{axis}>{label})" for axis, label in AXES.items())
+_LABELS = "(?:" + "|".join(f"(?P<{axis}>{label})" for axis, label in AXES.items()) + r")(?!\w)"
 # What may stand before a label: marks, the number of a list item, the short name of the axis.
 _ITEM = r"(?:\d{1,2}\W*|(?:[a-z]|[ivx]{1,4})[.):\]]\W*)?"
-_START = re.compile(rf"\W*{_ITEM}(?:(?:IC|CF|VQ)\W+)?(?:{_LABELS})(?!\w)", re.IGNORECASE)
-_SCORE_NAME = r"(?:final\s+)?(?:scores?|rating|grade|value|points)"
+_START = re.compile(rf"\W*{_ITEM}(?:(?:IC|CF|VQ)\W+)?{_LABELS}", re.IGNORECASE)
+_NEXT = re.compile(  # the next label on a line
+    rf"(?:/\s{{0,5}})?(?:\b\d[.)]\W{{0,5}})?(?:\b(?:IC|CF|VQ)\W{{1,5}})?{_LABELS}", re.IGNORECASE
+)
+_SCORE_NAME = r"(?:final\s+)?(?:scores?|rating|grade|value|points)\b"
 
 # --- One score ------------------------------------------------------------------------------------
 
-_GAP = re.compile(r"(?:->|=>|[\s:=|,;$–—→⇒➜➡]|-(?!\d)|\.{2,})*")  # between a label and its score
+_NAME = re.compile(rf"\s*{_SCORE_NAME}", re.IGNORECASE)
+_GAP = re.compile(r"(?:[-=]>|[\s:=|,;$→]|-(?!\d)|\.{2,})*")  # between a label and its score
 _BRACKETS = re.compile(r"[(\[{<]([^()\[\]{}<>]*)[)\]}>]")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
-_UNIT = re.compile(r"\s*(?:%|分|点|점|(?:points?|pts|marks?|percent)\b)", re.IGNORECASE)
-# Behind a number that is not whole: a letter, more digits, "+", the rest of a word ("3-legged").
-_MORE = re.compile(r"(?![分点점])\w|[.,:]\d|\+|-[^\W\d]|\s+\d|\s*[★☆⭐]")
-_JOINED = re.compile(
-    r"(?P<before>\s*)(?P<joint>->|=>|[-–—~〜→⇒>×*±]|(?:to|or|and|bis)\b)(?P<after>\s*)\d+(?:\.\d+)?"
-    # A range ends here; an explanation goes on with words: "85 - 2 of the 3 cats became dogs".
-    r"(?P<end>\s*(?:$|[%.,;:()\[\]|=+*]|/\s*100|out of|range|band|bucket|points?|percent))?",
-    re.IGNORECASE,
-)
-_TOP = r"(?:\d+\s*(?:-|–|~|to)\s*)?(\d+(?:\.\d+)?)"  # the last number of "5" or "1-5"
-_ON_A = r"\s*[(\[]?\s*(?:(?:on|in|using)\s)?(?:an?\s|the\s)?"
-_SCALES = [  # ways to name the top of the scale behind a number
-    re.compile(
-        r"\s*[(\[]?\s*(?:/|(?:out )?of\b|on\b|over\b|max(?:imum)?\b[.:]?)"
-        rf"\s*(?:an?\s|the\s|possible\s|of\s)*{_TOP}",
-        re.IGNORECASE,
-    ),
-    re.compile(rf"{_ON_A}scale\b[^\d]{{0,9}}{_TOP}", re.IGNORECASE),
-    re.compile(rf"{_ON_A}{_TOP}[\s-]*(?:point\s)?\s*scale\b", re.IGNORECASE),
-]
-# "4 (1-5)" names a scale, but "4 (1-20)" and "85 (81-100)" name the band of our rubrics.
-_BRACKETED_SCALE = re.compile(r"\s*[(\[]\s*[01]\s*(?:-|–|~|to)\s*(?!20\b|100\b)\d")
+_UNIT = re.compile(r"\s*(?:%|[分点점]|(?:points?|pts|marks?|percent)\b)", re.IGNORECASE)
+_LIST_ITEM = re.compile(r"\(?\d[.)]\s*[^\W\d]")  # "1. The cat is a dog", "(1) the cat"
 # A word directly behind a number is what it counts ("2 cats"), unless it begins an explanation.
-_WORD = re.compile(r"\s*[^\W\d]")
-_EXPLANATION = re.compile(
-    r"\s*(?:because|as|since|due|for|given|considering|with|without|but|though|although|while|"
+_EXPLANATION = (
+    r"(?:because|as|since|due|for|given|considering|with|without|but|though|although|while|"
     r"however|despite|even|overall|mainly|so|thus|hence|therefore|if|when|where|which|"
     r"the|an?|this|that|it|its|there|he|she|they|we|i)\b"
-    r"|\s*(?:(?:very|quite|fairly|almost|nearly)\s+)?"
-    r"(?:excellent|perfect|great|good|fair|ok|okay|poor|bad|high|low|strong|weak)\b(?!\s+\w)",
+    r"|(?:(?:very|quite|fairly|almost|nearly)\s+)?"
+    r"(?:excellent|perfect|great|good|fair|ok|okay|poor|bad|high|low|strong|weak)\b(?!\s+\w)"
+)
+# What may follow a score: nothing, punctuation or an explanation.
+_END = re.compile(
+    rf"\s*(?:$|[.,;:!?$()\[\]{{}}<>|=→。、✅✓✔]|-(?!\w))|\s+(?:{_EXPLANATION})", re.IGNORECASE
+)
+_BAND = re.compile(r"\b(1-20|21-40|41-60|61-80|81-100)\b")
+_WORDS = r"(?:four|five|six|seven|ten)"  # the tops of scales in words
+_OTHER = re.compile(rf"\d+(?:\.\d+)?(?:/\d+)?|\b{_WORDS}\b", re.IGNORECASE)
+_SUM = re.compile(r"[-+=→>×]\s*\d|\b(?:minus|plus|less|deduct\w*|subtract\w*)\b", re.IGNORECASE)
+_UNCOUNTED = re.compile(
+    rf"[\s-]*(?:[分点점]|(?:points?|pts|marks?|percent|stars?|max|maximum|scale|total|best|worst|"
+    rf"off|at|in|on|by|to|or|and|than|from)\b|{_EXPLANATION})",
     re.IGNORECASE,
 )
 
 
-def _score_at_start(text: str) -> tuple[float | None, str]:
-    """The score that `text` starts with, or None, and the text behind it."""
-    text = re.sub(rf"(?i)^\s*{_SCORE_NAME}\b", "", text)
-    text = text[_GAP.match(text).end() :].lstrip("([{ ")
+def _is_alone(score: float, beside: str) -> bool:
+    """Whether no number beside a score may be another score, or the top of a scale."""
+    for band in _BAND.findall(beside):
+        low, high = map(int, band.split("-"))
+        if not low <= score <= high:
+            return False
+    beside = _BAND.sub("", beside)
+    others = list(_OTHER.finditer(beside))
+    if others and _SUM.search(beside):
+        return False
+    for other in others:
+        behind = beside[other.end() :]
+        is_small = re.fullmatch(r"\d(?:/\d)?", other[0])
+        counts = is_small and re.match(r"[\s-]*[^\W\d]", behind) and not _UNCOUNTED.match(behind)
+        if not counts and other[0] != f"{score:g}":
+            return False
+    return True
+
+
+def _skip(text: str) -> str:
+    """The text without "Score:" and the like at its start."""
+    text = text[_GAP.match(text).end() :]
+    name = _NAME.match(text)
+    return text[_GAP.match(text, name.end()).end() :] if name else text
+
+
+def _number_at_start(text: str) -> tuple[float | None, str]:
+    """The number that `text` starts with, if it may be a score, or None, and the text behind it."""
+    text = _skip(text)
     number = _NUMBER.match(text)
-    if not number:
+    if not number or _LIST_ITEM.match(text) or re.fullmatch(r"1\.0+", number[0]):
         return None, text
     behind = text[number.end() :]
-    if _MORE.match(behind):
-        return None, behind
-    joined = _JOINED.match(behind)
-    if joined:
-        spaced = joined["before"] and joined["after"] or joined["joint"] == "—"
-        dash = joined["joint"] in ("-", "–", "—")
-        if not (dash and spaced and joined["end"] is None):
-            return None, behind
-
     unit = _UNIT.match(behind)
-    if unit:
-        behind = behind[unit.end() :]
-    for scale in _SCALES:
-        top = scale.match(behind)
-        if top and float(top[1]) != 100:
-            return None, behind
-        if top:
-            return float(number[0]), behind[top.end() :]
-    if _BRACKETED_SCALE.match(behind):
-        return None, behind
-    is_word = _WORD.match(behind) and not _EXPLANATION.match(behind) and not _START.match(behind)
-    if (is_word and not unit) or re.match(r"\s*of\b", behind):
-        return None, behind
-    return float(number[0]), behind
+    behind = behind[unit.end() :] if unit else behind
+    end = _END.match(_NEXT.split(behind, 1)[0])
+    return float(number[0]) if end else None, behind
 
 
 def _score_behind_label(text: str) -> tuple[float | None, str]:
@@ -118,111 +124,172 @@ def _score_behind_label(text: str) -> tuple[float | None, str]:
 
     Brackets between label and number are skipped, as in "(IC) [1-100]: 85", unless they hold it.
     """
-    text = text.lstrip(")]}>】」")
-    while True:
-        name = re.match(rf"(?i)\s*{_SCORE_NAME}\b", text)
-        if name:
-            text = text[name.end() :]
-        text = text[_GAP.match(text).end() :]
-        brackets = _BRACKETS.match(text)
-        if not brackets:
-            return _score_at_start(text)
-        inside, _ = _score_at_start(brackets[1])
-        text = text[brackets.end() :]
-        if inside is not None:
-            outside, behind = _score_at_start(text)
-            if outside is not None and re.match(r"\s*[:=]", text):
-                return outside, behind  # "(100): 85": the brackets name the scale or a weight
-            return inside, text
+    text = _skip(text.lstrip(")]}>】」"))
+    skipped = ""
+    while (brackets := _BRACKETS.match(text)) and not _LIST_ITEM.match(text):
+        score, inside = _number_at_start(brackets[1])
+        behind = text[brackets.end() :]
+        if score is not None:
+            skipped += inside
+            break
+        skipped += brackets[1]
+        text = _skip(behind)
+    else:
+        score, behind = _number_at_start(text)
+    beside = f"{skipped} {_NEXT.split(behind, 1)[0]}"
+    return (score, behind) if score is not None and _is_alone(score, beside) else (None, behind)
 
 
-# --- Tables and JSON ------------------------------------------------------------------------------
+# --- Scales ---------------------------------------------------------------------------------------
+
+_TO = r"(?:[\s:=(\[.]|\b(?:of|from|is|an?|the|scale|score|points|possible)\b){0,9}"
+_TOP = rf"(?:/|\b(?:out[\s-]of|max(?:imum)?|scale|range)\b){_TO}"  # what names the top of a scale
+_OF_SCALE = r"[\s-]*(?:point\s+)?scale\b"
+# Our own scale is not worth a word: "/100", "(on a 1-100 scale)", "(100): 85".
+_TO_100 = re.compile(
+    rf"(?:(?:{_TOP}|\bo[fn]\b{_TO})(?:[01]-)?|\b[01]-)100\b(?![.,]\d)(?:{_OF_SCALE})?"
+    rf"|\b100{_OF_SCALE}|[(\[]100(?:\s+points)?[)\]](?=[\s:=→-]*\d)",
+    re.IGNORECASE,
+)
+_BEST = r"\b(?!100\b)\d+\s*=\s*(?:best|perfect|excellent)\b"
+_OTHER_SCALE = re.compile(
+    rf"(?:{_TOP}|\b[01]-)(?:\d|{_WORDS}\b)|(?:\d|{_WORDS})[\s-]point\b|{_BEST}", re.IGNORECASE
+)
+_ON_SCORES = re.compile(  # a line about scores, not about what is seen in the clips
+    rf"\b(?:scor|rate|rating|grad(?:e|ing)|likert)|{_BEST}"
+    rf"|(?:\d|\bpoint){_OF_SCALE}|\bscale\b{_TO}\d|^\W*(?:max|out\s?of|scale|range)\b"
+    r"|[(\[](?:[01]-|/\s*|out of\s+)\d+[)\]]|:\s*$",
+    re.IGNORECASE,
+)
+_SCALE_KEY = re.compile(r"\b(?:max(?:imum)?|out\s?of|scale|range)\b", re.IGNORECASE)
 
 
-def _label(text: str) -> str | None:
-    """The axis that `text` names, if it does nothing else."""
+def _names_other_scale(line: str) -> bool:
+    """Whether a line speaks of scores, and of another scale than ours."""
+    return bool(_ON_SCORES.search(line) and _OTHER_SCALE.search(_BAND.sub("", line)))
+
+
+# --- Tables and JSON, which become lines ----------------------------------------------------------
+
+
+def _is_label(text: str) -> bool:
+    """Whether `text` names an axis and does nothing else."""
     found = _START.match(text)
     if not found:
-        return None
-    rest = re.sub(rf"(?i){_BRACKETS.pattern}|\b{_SCORE_NAME}\b", "", text[found.end() :])
-    return None if re.search(r"\w", rest) else found.lastgroup
+        return False
+    rest = re.sub(rf"(?i){_BRACKETS.pattern}|\b{_SCORE_NAME}", "", text[found.end() :])
+    return not re.search(r"\w", rest)
 
 
 def _is_score_name(text: str) -> bool:
     """Whether a key or the head of a column says "score", "Rating (1-100)" or the like."""
-    text = re.sub(r"[(\[].*", "", text).strip()
-    return re.fullmatch(_SCORE_NAME, text, re.IGNORECASE) is not None
+    return re.fullmatch(rf"(?i)\s*{_SCORE_NAME}\s*(?:[(\[].*)?", text) is not None
 
 
-def _in_json(value: object) -> Iterator[tuple[str, str]]:
-    """Axes and their scores in a value of JSON, nested as it may be."""
+def _line(label: object, score: object) -> str:
+    return f"{label}: {' '.join(str(score).split()) or 'none'}"
+
+
+def _json_lines(value: object) -> Iterator[str]:
+    """What a value of JSON, whose objects are tuples of entries, says of axes and scales."""
     if isinstance(value, list):
         for item in value:
-            yield from _in_json(item)
-    if not isinstance(value, dict):
+            yield from _json_lines(item)
+    if not isinstance(value, tuple):
         return
-    # The score in this object that belongs to another entry's label, if there is one.
-    scores = [item for key, item in value.items() if _is_score_name(key)]
-    for key, item in value.items():
-        axis = _label(_plain(key))
-        named = _label(_plain(item)) if isinstance(item, str) else None
-        if axis and not isinstance(item, dict):  # {"Instruction Compliance": 85}
-            yield axis, str(item)
-        elif axis:  # {"Instruction Compliance": {"reason": "...", "score": 85}}
-            for name, inner in item.items():
-                if _is_score_name(name):
-                    yield axis, str(inner)
-        elif named and scores:  # {"axis": "Instruction Compliance", "score": 85}
-            yield named, str(scores[0])
-        else:
-            yield from _in_json(item)
+
+    def score(entries: tuple) -> str:
+        found = [f"{key} {item}" for key, item in entries if _is_score_name(_plain(key))]
+        return " | ".join(found)
+
+    for key, item in value:
+        if _is_label(_plain(key)):  # {"Instruction Compliance": 85}, or an object with the score
+            yield _line(key, score(item) if isinstance(item, tuple) else item)
+        elif isinstance(item, str) and _is_label(_plain(item)):
+            yield _line(item, score(value))  # {"axis": "Instruction Compliance", "score": 85}
+        elif _SCALE_KEY.search(_plain(key)):
+            yield _line("scale", item)
+        yield from _json_lines(item)
 
 
-def _take_json(text: str) -> tuple[list[tuple[str, str]], str]:
-    """Axes and scores of the objects of JSON in a text, and the text without these objects."""
-    fields: list[tuple[str, str]] = []
+def _without_json(text: str) -> str:
+    """The text with lines in the place of JSON that says something of axes and scales."""
+    decoder = json.JSONDecoder(object_pairs_hook=tuple)  # a dict would drop a key's first score
     rest, done = "", 0
     starts = [found.start() for found in re.finditer(r"[{\[]", text)]
     for start in starts[:100]:  # a hostile text has many more, each read to its end
         if start < done:
             continue
         try:
-            value, end = json.JSONDecoder().raw_decode(text, start)
-            found = list(_in_json(value))
+            value, end = decoder.raw_decode(text, start)
+            lines = list(_json_lines(value))
         except (ValueError, RecursionError):
             continue
-        if found:
-            fields += found
-            rest += text[done:start]
+        if lines:
+            rest += "\n".join([text[done:start], *lines, ""])
             done = end
-    return fields, rest + text[done:]
+    return rest + text[done:]
 
 
-def _in_table(rows: list[list[str]]) -> Iterator[tuple[str, str]]:
-    """Axes and their scores in a Markdown table, by its cells: an axis in each row or column."""
+def _table_lines(rows: list[list[str]]) -> Iterator[str]:
+    """What a Markdown table says, by its cells: there is an axis in each row or column."""
     header = rows[0]
-    axes = [_label(name) for name in header]
-    if len([axis for axis in axes if axis]) > 1:  # | Instruction Compliance | Visual Quality |
+    if sum(map(_is_label, header)) > 1:  # | Instruction Compliance | Visual Quality |
         for row in rows[1:]:
-            yield from ((axis, cell) for axis, cell in zip(axes, row, strict=False) if axis)
+            cells = zip(header, row, strict=False)
+            yield from (_line(name, cell) for name, cell in cells if _is_label(name))
         return
-    named = [i for i, name in enumerate(header) if _is_score_name(name)]
+    if not any(map(_START.match, header)):
+        yield " ".join([*header, ":"])  # it may name a scale: | Axis | Result (1-10) |
+    scores = [i for i, name in enumerate(header) if _is_score_name(name)]
+    scales = [i for i, name in enumerate(header) if _SCALE_KEY.search(name) and i not in scores]
     for row in rows:
         for i, cell in enumerate(row):
-            found = _START.match(cell)
-            if _label(cell):  # | Instruction Compliance | why | 85 |
-                cells = [row[j] for j in named if i < j < len(row)] or row[i + 1 :]
-                scores = (cell for cell in cells if _score_behind_label(cell)[0] is not None)
-                yield found.lastgroup, next(scores, "")
-            elif found:  # | Instruction Compliance: 85 | ...
-                yield found.lastgroup, cell[found.end() :]
+            if _is_label(cell):  # | Instruction Compliance | why | 85 |
+                cells = [f"{header[j]} {row[j]}" for j in scores if j < len(row)]
+                cells = cells or [cell for cell in row[i + 1 :] if re.search(r"\d", cell)]
+                yield _line(cell, " | ".join(cells))
+            elif _START.match(cell):  # | Instruction Compliance: 85 | ...
+                yield cell
+        yield from (_line("scale", row[i]) for i in scales if i < len(row))
+
+
+def _without_tables(text: str) -> list[str]:
+    """The lines of a text, with others in the place of its tables."""
+    lines: list[str] = []
+    table: list[list[str]] = []
+    for line in [*text.splitlines(), ""]:  # the empty line ends a table at the end
+        is_row = line.strip().startswith("|") or (table and "|" in line)
+        is_rule = "|" in line and "-" in line and set(line) <= set("|:- ")
+        if is_rule and not table and lines and "|" in lines[-1]:
+            table.append(lines.pop().split("|"))  # a header without outer bars
+        elif is_row and not is_rule:
+            table.append(line.strip().strip("|").split("|"))
+        elif not is_row and table:
+            lines += _table_lines(table)
+            table = []
+        if not is_row and not is_rule:
+            lines.append(line)
+    return lines
 
 
 # --- An answer ------------------------------------------------------------------------------------
 
 _THOUGHT = r"(?:think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad)"
-_OPENS = rf"[<◁]\s*\|?(?:begin_of_|\w+:)?{_THOUGHT}\|?\s*[>▷]|\[THINK\]"
+_OPENS = rf"[<◁]\s*\|?(?:begin_of_|\w+:)?{_THOUGHT}\|?\s*[>▷]|\[THINK\]|<\|channel\|>"
 _CLOSES = rf"[<◁]\s*\|?(?:/\s*|end_of_)(?:\w+:)?{_THOUGHT}\|?\s*[>▷]|\[/THINK\]"
+_CLOSES += r"|<\|channel\|>\s*final\s*<\|message\|>"
+
+_NOT = r"\b(?:cannot|can\s?not|can\s?t|could not|unable|not able)\b"
+_EXAMPLE = re.compile(  # scores that are made up
+    r"\b(?:examples?|e\.g\.|for instance|hypothetical\w*|placeholders?|would be)(?!\w).*:\s*$"
+    rf"|{_NOT}\s+(?:to\s+)?(?:directly\s+)?"
+    r"(?:view|watch|open|access|process|score|rate|evaluate)\b",
+    re.IGNORECASE,
+)
+_REFUSAL = re.compile(  # below the scores, where "I cannot see a difference" is no reason for them
+    rf"\bI\s?(?:(?:am|m)\s+)?(?:{_NOT}|do not|don\s?t)|\bno scores?\b", re.IGNORECASE
+)
 
 
 def _without_thoughts(text: str) -> str:
@@ -232,84 +299,90 @@ def _without_thoughts(text: str) -> str:
     return re.split(f"(?i){_OPENS}", text)[0]
 
 
+def _normal(text: str) -> str:
+    """The text with plain digits, dashes, arrows and ranges, without what is invisible."""
+    # Full-width digits and punctuation become plain, other spaces too. Footnote marks are dropped
+    # before, as they would become digits.
+    text = unicodedata.normalize("NFKC", re.sub("[⁰¹²³⁴-⁹₀-₉]", "", text))
+    text = re.sub("[–—―]", " - ", re.sub("[⁄∕]", "/", re.sub("[⇒⇨➔➜➡⟶]", "→", text)))
+    kinds = ((c, unicodedata.category(c)) for c in text)
+    text = "".join(
+        "-" if kind == "Pd" or c in "−~∼" else c
+        for c, kind in kinds
+        if kind not in ("Cf", "Mn", "Me")
+    )
+    return re.sub(r"(?<=\d)[ \t]*(?:-|\bto\b)[ \t]*(?=\d)", "-", text)
+
+
 def _plain(text: str) -> str:
     """The text without the marks of Markdown, HTML and LaTeX, which become spaces."""
     text = re.sub(r"\\(?:boxed|textbf|text)\b", " ", text)
     text = re.sub(r"(?i)<\s*(?:br|/?(?:p|li|tr|div|h\d))\s*/?>", "\n", text)
-    text = re.sub(r"(?i)</?(?:b|strong|i|em|u|td|th|span|code|score|answer)>", " ", text)
+    text = re.sub(r"(?i)<(?:b|strong|i|em|u|td|th|span|code|score|answer)>|</\w+>", " ", text)
     return re.sub(r"[*_`#\"'\\“”‘’„]+", " ", html.unescape(text))
 
 
+_LONE = re.compile(rf"\W*{_NUMBER.pattern}\s*(?:%|points)?\W*", re.IGNORECASE)  # a whole line
+
+
 def _below(lines: list[str]) -> str:
-    """The score of a heading: it stands alone on the next line, or it is called so further down."""
-    alone = rf"(?i)\W*{_NUMBER.pattern}\s*(?:/\s*100|%|points)?\W*"
+    """What stands below a heading: a number alone on the next line, and lines of scores."""
+    found = []
     is_next = True
     for line in lines:
-        named = re.match(rf"(?i)\W*{_SCORE_NAME}\b(.*)", line)
         if _START.match(line):
             break
-        if named:
-            return named[1]
-        if is_next and re.fullmatch(alone, line):
-            return line.lstrip("> •·")
+        if re.match(rf"(?i)\W*{_SCORE_NAME}", line) or (is_next and _LONE.fullmatch(line)):
+            found.append(line.lstrip("> •·-+"))
         is_next = is_next and not line.strip()
-    return ""
+    return " | ".join(found)
 
 
-def _in_lines(lines: list[str]) -> Iterator[tuple[str, str]]:
-    """Axes at the start of a line, and what follows them there."""
+def _in_lines(lines: list[str]) -> Iterator[tuple[str, float | None]]:
+    """Axes at the start of a line, and the score that they have there, or None."""
     for i, line in enumerate(lines):
         found = _START.match(line)
         while found:
             behind = line[found.end() :]
-            if not re.search(r"\w", behind):
-                behind = _below(lines[i + 1 :])
-            yield found.lastgroup, behind
-            # Another label may follow the score: "Instruction Compliance: 85, Visual Quality: 80".
+            if not re.search(r"\w", _BRACKETS.sub("", behind)):
+                behind += " " + _below(lines[i + 1 :])
             score, line = _score_behind_label(behind)
+            yield found.lastgroup, score
+            # Another label may follow the score: "Instruction Compliance: 85, Visual Quality: 80".
             line = re.sub(r"^\s*\([^()]*\)", "", line)
             found = None if score is None else _START.match(line)
 
 
-def _in_text(text: str) -> Iterator[tuple[str, str]]:
-    """Axes and what follows them, in the tables and lines of a text."""
-    lines = []
-    table: list[list[str]] = []
-    for line in [*_plain(text).splitlines(), ""]:  # the empty line ends a table at the end
-        is_row = line.strip().startswith("|") or (table and "|" in line)
-        is_rule = "|" in line and "-" in line and set(line) <= set("|:- ")
-        if is_rule and not table and lines and "|" in lines[-1]:
-            table.append(lines.pop().split("|"))  # a header without outer bars
-        elif is_row and not is_rule:
-            table.append(line.strip().strip("|").split("|"))
-        elif not is_row and table:
-            yield from _in_table(table)
-            table = []
-        if not is_row and not is_rule:
-            lines.append(line)
-    yield from _in_lines(lines)
+def _is_doubtful(lines: list[str]) -> bool:
+    """Whether the lines around those with labels leave it open what the scores are."""
+    labelled = [i for i, line in enumerate(lines) if _START.match(line)]
+    above, below = lines[: labelled[0]], lines[labelled[-1] + 1 :]
+    others = [line for line in lines if not _START.match(line)]
+    return (
+        any(_names_other_scale(line) or _EXAMPLE.search(line) for line in others)
+        or any(_LONE.fullmatch(line) for line in above)  # each score may stand above its label
+        or any(_REFUSAL.search(line) for line in below)
+    )
 
 
 def parse_scores(answer: str) -> list[int] | None:
     """Read IC, CF and VQ from an answer, or None if one is missing, doubtful or out of bounds."""
-    # Full-width digits and punctuation become plain, other spaces too. Footnote marks are dropped
-    # before, as they would become digits.
-    text = unicodedata.normalize("NFKC", re.sub("[⁰¹²³⁴-⁹₀-₉]", "", answer))
-    text = _without_thoughts(text.replace("\u2044", "/"))  # the bar of a fraction
+    text = _without_thoughts(_normal(answer))
     if len(text) > LONGEST:
         return None
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn"))  # invisible
-    fields, text = _take_json(text)
-    fields += _in_text(text)
+    lines = _without_tables(_plain(_without_json(text)))
+    lines = [_TO_100.sub(" ", line) for line in lines]
 
-    given: dict[str, set[float]] = {axis: set() for axis in AXES}
-    for axis, behind in fields:
-        score, _ = _score_behind_label(behind)
-        if score is not None:
-            given[axis].add(score)
+    given: dict[str, list[float | None]] = {axis: [] for axis in AXES}
+    for axis, score in _in_lines(lines):
+        given[axis].append(score)
+    if not all(given.values()) or _is_doubtful(lines):
+        return None
     scores = []
-    for numbers in given.values():
-        if len(numbers) != 1 or not 1 <= min(numbers) <= 100:
+    for found in given.values():
+        last = found[-1]
+        # A last one that cannot be read may take back the others.
+        if last is None or set(found) - {None, last} or not 1 <= last <= 100:
             return None
-        scores.append(int(numbers.pop() + 0.5))
+        scores.append(int(last + 0.5))
     return scores

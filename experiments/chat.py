@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import fcntl
 import io
 import json
 import os
@@ -14,8 +15,9 @@ import re
 import socket
 import threading
 import time
+import zlib
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPResponse, HTTPSConnection
 from multiprocessing.pool import ThreadPool
@@ -29,6 +31,8 @@ from urllib.request import (
     HTTPSHandler,
     Request,
     build_opener,
+    getproxies,
+    proxy_bypass,
 )
 
 import torch
@@ -46,6 +50,9 @@ LONGEST_SIDE, QUALITY = 512, 85  # of the frames that are sent, in pixels and of
 # What servers say of an account that will not get an answer to any question.
 HOPELESS = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 HOPELESS += ("invalid_api_key", "invalid api key", "incorrect api key", "api key not valid")
+MODERATED = ("moderation", "flagged", "content policy", "content_policy")  # and of one question
+WHOLE = (None, "stop", "eos", "eos_token", "stop_sequence", "end_turn")  # reasons of whole answers
+_answered: set[tuple[str, str, str]] = set()  # addresses, models and keys that have had an answer
 
 
 class Refused(cli.Stop):
@@ -60,7 +67,9 @@ class Answer(str):
     @property
     def is_cut_off(self) -> bool:
         """Whether the server ended it before the model did: "8" may be the start of "80"."""
-        return self.finish_reason in ("length", "max_tokens", "content_filter")
+        # Words for a whole answer are few and known; for others, each server has its own.
+        reason = self.finish_reason
+        return (reason.lower() if isinstance(reason, str) else reason) not in WHOLE
 
 
 # --- The exchange with the server -----------------------------------------------------------------
@@ -161,6 +170,11 @@ def _exchange(request: Request) -> tuple[int, HTTPMessage, bytes]:
             raise
         if request.watchdog.expired:  # or it looks like the regular end of a reply
             raise TimeoutError(f"no whole answer within {TIMEOUT} s")
+    if body.startswith(b"\x1f\x8b"):  # gzip, which some proxies send unasked
+        try:
+            body = zlib.decompressobj(wbits=31).decompress(body, LONGEST_REPLY + 1)
+        except zlib.error as error:
+            raise OSError(f"the reply is damaged: {error}") from None
     if len(body) > LONGEST_REPLY:
         raise OSError(f"the reply is longer than {LONGEST_REPLY} bytes")
     return reply.status, reply.headers, body
@@ -170,6 +184,7 @@ def _exchange(request: Request) -> tuple[int, HTTPMessage, bytes]:
 
 
 def _parse(body: bytes) -> Any:
+    body = re.sub(rb"\A(?:\s*:[^\n]*\n)+", b"", body)  # ": OPENROUTER PROCESSING" while one waits
     try:
         return json.loads(body)
     except RecursionError:
@@ -181,34 +196,45 @@ def _text(content: object) -> str:
     if content is None:
         return ""
     if isinstance(content, list):
+        parts = [{"text": part} if isinstance(part, str) else part for part in content]
         # Parts of other types, such as thoughts, are no part of the answer.
-        parts = [part for part in content if part.get("type", "text") in ("text", "output_text")]
+        parts = [part for part in parts if part.get("type", "text") in ("text", "output_text")]
         return "".join(part["text"] for part in parts)
     if not isinstance(content, str):
         raise TypeError("its content is no text")
     return content
 
 
-def _error(body: bytes) -> str:
-    """What the server says about a failure, or "" if it says nothing in the usual form."""
+def _error(body: bytes) -> object:
+    """What the server says about a failure, or None if it says nothing in the usual form."""
     try:
         reply = _parse(body)
         reply = reply[0] if isinstance(reply, list) else reply  # some servers send a list
-        return json.dumps(reply["error"], ensure_ascii=False)
-    except (ValueError, LookupError, TypeError):
-        return ""
+        return None if reply.get("choices") else reply["error"]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _said(body: bytes) -> str:
+    """The words of the server in a reply that is no answer."""
+    error = _error(body)
+    return json.dumps(error, ensure_ascii=False) if error else body.decode("utf-8", "replace")
 
 
 def _answer(body: bytes) -> Answer:
     """The answer in a reply; ValueError if it holds none."""
     try:
-        choice = _parse(body)["choices"][0]
-        answer = Answer(_text(choice["message"]["content"]))
+        choices = _parse(body)["choices"]
+        if choices == []:  # a model that thought until its tokens were used up
+            choices = [{"message": {}, "finish_reason": "length"}]
+        choice = choices[0]
+        if choice.get("error"):
+            raise ValueError("an error came in the middle")
+        answer = Answer(_text(choice["message"].get("content")))
         answer.finish_reason = choice.get("finish_reason")
         return answer
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        said = _error(body) or body.decode("utf-8", "replace")
-        raise ValueError(f"the reply is no answer ({error!r}): {said}") from None
+        raise ValueError(f"the reply is no answer ({error!r}): {_said(body)}") from None
 
 
 def _retry_after(headers: HTTPMessage) -> float:
@@ -241,8 +267,23 @@ def _check_url(url: str) -> None:
         )
     if not valid or not re.fullmatch("[!-~]+", url):
         raise Refused(problem)
-    if parts.query or parts.fragment:
+    if parts.fragment or not re.fullmatch(r"(?:api-version=[\w.-]+)?", parts.query):
         raise Refused("--url has text behind ? or #: put a key into an environment variable")
+
+
+def _endpoint(url: str) -> str:
+    """The address of a server's chats, which may have been given as that of the server."""
+    parts = urlsplit(url)
+    path = parts.path.rstrip("/").removesuffix("/chat/completions")
+    return parts._replace(path=f"{path}/chat/completions").geturl()
+
+
+def _by_proxy(url: str) -> str:
+    """The environment's proxy on the way to a server, to name in messages; "" if there is none."""
+    parts = urlsplit(url)
+    if parts.scheme not in getproxies() or proxy_bypass(parts.netloc):
+        return ""
+    return f" by the proxy in {parts.scheme}_proxy (no_proxy={parts.hostname} goes without)"
 
 
 def _read_key(name: str) -> str:
@@ -306,20 +347,31 @@ class _Again(Exception):
         self.seconds = seconds
 
 
-def _ask_once(request: Request) -> Answer:
-    """One try: raises _Again, ValueError if another does not help, Refused if none ever does."""
+def _ask_once(request: Request, has_answered: bool) -> Answer:
+    """One try: raises _Again, ValueError if another does not help, Refused if none ever does.
+
+    has_answered: whether the server gave an answer to another question before.
+    """
     try:
         status, headers, body = _exchange(request)
     except (OSError, HTTPException) as error:  # unreachable, too slow, too long or cut off
         reason = error.reason if isinstance(error, URLError) else error
         raise _Again(str(reason) or repr(reason)) from error
-    said = f"{status}: {_error(body) or body.decode('utf-8', 'replace')}"
+    error = _error(body)
+    said = f"{status}: {_said(body)}"
+    if status == 200 and error:  # the true status may be inside
+        code = str(error.get("code")) if isinstance(error, dict) else ""
+        status = int(code) if re.fullmatch("[45][0-9][0-9]", code) else status
     # From here on by kind of status: whose fault it is decides whether asking again can help.
     if 300 <= status < 400:
         place = headers.get("Location", "nowhere")
         raise Refused(f"{status}: a redirect to {place} is refused, the key would go there")
-    if status in (401, 402, 403, 404) or any(words in _error(body).lower() for words in HOPELESS):
+    if status == 403 and (has_answered or any(words in said.lower() for words in MODERATED)):
+        raise ValueError(said)  # this question alone is refused
+    if status in (401, 402, 403, 404) or error and any(words in said.lower() for words in HOPELESS):
         raise Refused(said)
+    if status == 200 and error and not has_answered:
+        raise Refused(f"{said}; most addresses end in /v1")
     if status >= 500 or status in (408, 429):
         raise _Again(said, _retry_after(headers))
     if status != 200:
@@ -342,7 +394,7 @@ def ask(
     """
     _check_url(url)
     secret = _read_key(key)
-    url = f"{url.rstrip('/')}/chat/completions"
+    url = _endpoint(url)
     messages = [{"role": "user", "content": content}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
@@ -350,15 +402,17 @@ def ask(
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {secret}"}
 
     def told(error: Exception) -> str:
-        return _one_line(_hide(f"{url}: {error}", secret))
+        return _one_line(_hide(f"{url}{_by_proxy(url)}: {error}", secret))
 
     def refusal(error: Exception) -> Refused:
         hint = f"check the server, its address, the model's name and {key}"
         return Refused(f"{told(error)}; {hint}")
 
+    asked = (url, model, secret)
     for tries, pause in enumerate(PAUSES, 1):
         try:
-            answer = _ask_once(Request(url, body, headers))
+            answer = _ask_once(Request(url, body, headers), asked in _answered)
+            _answered.add(asked)
             hidden = Answer(_hide(answer, secret))
             hidden.finish_reason = answer.finish_reason
             return hidden
@@ -396,18 +450,34 @@ def results(path: Path) -> dict[str, dict]:
     return rows
 
 
-def forget(path: Path, keys: set[str]) -> None:
-    """Remove the results of these keys, so that the next `run` does their jobs again."""
+def _forget(path: Path, keys: Collection[str]) -> None:
+    """Remove the results of these keys."""
     rows = results(path)
     lines = [json.dumps({"key": key, **row}) for key, row in rows.items() if key not in keys]
     if len(lines) < len(rows):
         cli.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other processes from writing a file: what one of them replaces, another would lose."""
+    # A file beside it is locked, which stays: the file itself may be replaced meanwhile.
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise cli.Stop(f"{path}: another process writes it; wait for its end") from None
+        yield
+
+
 def run(
-    path: Path, jobs: dict[str, object], work: Callable[[object], dict], workers: int = 8
+    path: Path,
+    jobs: dict[str, object],
+    work: Callable[[object], dict],
+    workers: int = 8,
+    again: Collection[str] = (),
 ) -> dict[str, str]:
-    """Do `work`, in threads, on the jobs whose keys `path` lacks.
+    """Do `work`, in threads, on the jobs whose keys `path` lacks, or which are in `again`.
 
     Each result is appended to `path` at once, as the line {"key": key, **result} of JSON. Returns,
     by key, why jobs failed (ValueError, OSError): the next run tries them again. Any other
@@ -433,10 +503,12 @@ def run(
                 file.truncate(end)
                 raise cli.Stop(f"{path} cannot be written: no space is left")
 
-    todo = sorted(jobs.keys() - results(path).keys())  # sorted, so that runs are alike
-    # The pool's threads are daemons: Ctrl-C does not wait for their answers.
-    with open(path, "ab", buffering=0) as file, ThreadPool(workers) as pool:
-        file.truncate(path.read_bytes().rfind(b"\n") + 1)  # removes a line that a kill cut off
-        for _ in tqdm(pool.imap_unordered(attempt, todo), total=len(todo), disable=None):
-            pass
+    with _alone(path):
+        _forget(path, again)
+        todo = sorted(jobs.keys() - results(path).keys())  # sorted, so that runs are alike
+        # The pool's threads are daemons: Ctrl-C does not wait for their answers.
+        with open(path, "ab", buffering=0) as file, ThreadPool(workers) as pool:
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)  # removes a line that a kill cut off
+            for _ in tqdm(pool.imap_unordered(attempt, todo), total=len(todo), disable=None):
+                pass
     return failed

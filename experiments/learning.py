@@ -94,10 +94,8 @@ def learn(
 
 
 def _means(reports: list[dict[str, float]]) -> str:
-    """The means of what was reported, without the numbers that a step did not have (NaN)."""
     parts = []
     for key in reports[0]:
-        values = [report[key] for report in reports if not math.isnan(report[key])]
-        if values:
-            parts.append(f"{key} {sum(values) / len(values):.3f}")
+        mean = sum(report[key] for report in reports) / len(reports)
+        parts.append(f"{key} {mean:.3f}")
     return ", ".join(parts)

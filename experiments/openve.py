@@ -30,6 +30,7 @@ import re
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run by its path: imports start in the repository, not in this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -102,6 +103,13 @@ def read_table(path: Path, bench: Path, categories: list[str]) -> dict[str, dict
     # `triplets` checks that these three columns hold texts. The rows keep all their columns.
     rows: dict[str, dict] = {}
     for row in data.triplets(path, "edited_type", "original_video", "prompt"):
+        kind = re.sub(r"[\s_-]+", "_", row["edited_type"].strip().lower())
+        if kind not in (*CATEGORIES, *OTHERS):
+            raise ValueError(
+                f"{path}: the edited_type {row['edited_type']!r} is none of "
+                f"{', '.join((*CATEGORIES, *OTHERS))}"
+            )
+        row["edited_type"] = kind
         name = Path(row["original_video"]).stem
         if name in rows:
             raise ValueError(f"{path}: {row['original_video']} is there twice")
@@ -115,7 +123,8 @@ def read_table(path: Path, bench: Path, categories: list[str]) -> dict[str, dict
 
 def write_results(path: Path, rows: dict[str, dict], edits: dict[str, Path]) -> None:
     """Write which clip is the edit of which row; rows that the table has already stay in it."""
-    merged = {key: row | {RESULT: str(edits[key])} for key, row in rows.items()}
+    # Without folders, as this one may be renamed, and another editor's be called like it then.
+    merged = {key: row | {RESULT: edits[key].name} for key, row in rows.items()}
     if path.exists():  # of an earlier run, perhaps with other --categories
         merged = read_table(path, path.parent, [*CATEGORIES, *OTHERS]) | merged
     file = io.StringIO()
@@ -278,8 +287,26 @@ def edits_to_judge(folder: Path, bench: Path) -> tuple[dict[str, dict], int]:
     if original.exists():  # a table of results may lack some of its rows
         names |= read_table(original, bench, [*CATEGORIES]).keys()
     for key, row in rows.items():
-        row["edit"] = locate(row.get(RESULT) or f"{key}_edited.mp4", folder, Path())
+        path = Path(row.get(RESULT) or f"{key}_edited.mp4")
+        # What lies in this folder comes first: elsewhere may be another editor's clip by now.
+        inside = locate(path.name if path.is_absolute() else str(path), folder)
+        row["edit"] = inside if inside.is_file() else locate(str(path), folder, Path())
     return rows, len(names)
+
+
+def score_file(folder: Path, model: str, used: str) -> Path:
+    """The file with one judge's scores by some rubrics."""
+    plain = re.sub("[^A-Za-z0-9.-]+", "-", model)
+    digest = hashlib.sha256(model.encode()).hexdigest()[:6]
+    # "org/x" and "org-x" have the same plain name. Former versions used it for both.
+    path = folder / f"scores_{plain}_{used}.jsonl"
+    judges = {row.get("judge") for row in chat.results(path).values()}
+    if model in judges and len(judges) > 1:
+        names = ", ".join(sorted(map(str, judges)))
+        raise ValueError(f"{path} holds scores of several judges, remove those of one: {names}")
+    if judges == {model} or (plain == model and not judges):
+        return path
+    return folder / f"scores_{plain}-{digest}_{used}.jsonl"
 
 
 def outdated(former: dict, seen: dict) -> bool:
@@ -289,6 +316,19 @@ def outdated(former: dict, seen: dict) -> bool:
     """
     known = [name for name in seen if name in former and seen[name] is not None]
     return any(former[name] != seen[name] for name in known)
+
+
+def folders(paths: list[Path]) -> list[Path]:
+    """Those of the paths that are folders of results: `results/*` may name other files, too."""
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: no such folder")
+        if not path.is_dir():
+            cli.note(f"{path} is no folder of results and left out")
+    found = [path for path in paths if path.is_dir()]
+    if not found:
+        raise ValueError(f"{paths[0]} is no folder of results")
+    return found
 
 
 def judge_folder(
@@ -316,15 +356,13 @@ def judge_folder(
         about = {"category": CATEGORIES[row["edited_type"]], "judge": args.model, "rubrics": used}
         return about | found | seen[key] | {"benchmark": total}
 
-    model_name = re.sub("[^A-Za-z0-9.-]+", "-", args.model)
-    path = folder / f"scores_{model_name}_{used}.jsonl"
+    path = score_file(folder, args.model, used)
     former = chat.results(path)
     known = {key: row for key, row in former.items() if key in rows}
     again = {key for key, row in known.items() if outdated(row, seen[key])}
     if args.again:  # dropped ones: App. D.3 gives them up, so this is only done if asked for
         again |= {key for key, row in known.items() if row.get("scores") is None}
-    chat.forget(path, again)  # `chat.run` does what has no result
-    failed = chat.run(path, {key: key for key in rows}, work, args.workers)
+    failed = chat.run(path, {key: key for key in rows}, work, args.workers, again)
 
     found = chat.results(path)
     scored = {key: row.get("scores") is not None for key, row in found.items()}
@@ -343,7 +381,7 @@ def judge(args: Namespace) -> None:
     texts, used = read_rubrics(args.rubrics)
     answers: list[bool] = []
     failed: list[str] = []
-    for folder in args.results:
+    for folder in folders(args.results):
         new_answers, new_failures = judge_folder(folder, args, texts, used)
         answers += new_answers
         failed += new_failures
@@ -397,26 +435,32 @@ def rubrics(args: Namespace) -> None:
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def summarize(rows: list[dict]) -> np.ndarray:
-    """Average the scores of one method by one judge, (19,), with NaN where there are none.
+class Summary(NamedTuple):
+    """The averages of one method's scores by one judge, NaN where there are none."""
 
-    0: Overall, the mean of the category means (App. D.3). 1: the mean of all scores (caption of
-    Table 3). 2-4: Overall of IC, CF and VQ alone. 5-16: IC, CF and VQ of each category.
-    17, 18: how many edits were scored, and how many dropped.
-    """
+    overall: float  # the mean of the category means (App. D.3)
+    pooled: float  # the mean of all scores (caption of Table 3)
+    axes: np.ndarray  # (3,): Overall of IC, CF and VQ alone
+    cells: np.ndarray  # (4, 3): IC, CF and VQ of each category
+    scored: int  # edits
+    dropped: int
+
+
+def summarize(rows: list[dict]) -> Summary:
+    """Average the scores of one method by one judge."""
     scored = [row for row in rows if row["scores"]]
     # A category without any scores stays NaN, and so does Overall: no mean of the others stands in.
-    means = np.full((len(NAMES), len(AXES)), np.nan)
+    cells = np.full((len(NAMES), len(AXES)), np.nan)
     for i, category in enumerate(NAMES):
         triples = [row["scores"] for row in scored if row["category"] == category]
         if triples:
-            means[i] = np.mean(triples, axis=0)
+            cells[i] = np.mean(triples, axis=0)
     pooled = np.mean([row["scores"] for row in scored]) if scored else np.nan
-    counts = [len(scored), len(rows) - len(scored)]
-    return np.array([means.mean(), pooled, *means.mean(axis=0), *means.flat, *counts])
+    axes = cells.mean(axis=0)
+    return Summary(cells.mean(), pooled, axes, cells, len(scored), len(rows) - len(scored))
 
 
-def average_judges(means: dict[tuple[str, str, str], np.ndarray]) -> dict:
+def average_judges(means: dict[tuple[str, str, str], Summary]) -> dict:
     """Add the average over judges, by (rubrics, judge, method), for methods that all of them saw.
 
     Only judges with the same rubrics are averaged, and only if there are at least two.
@@ -426,18 +470,19 @@ def average_judges(means: dict[tuple[str, str, str], np.ndarray]) -> dict:
         judges = {name for rubrics, name, _ in means if rubrics == used}
         given = [means[used, name, method] for name in judges if (used, name, method) in means]
         if len(given) == len(judges) > 1:
-            mean = np.mean(given, axis=0)
-            mean[17:] *= len(given)  # edits that were scored and dropped are counts, not means
-            averaged[used, "average", method] = mean
+            mean = Summary(*(np.mean(values, axis=0) for values in zip(*given, strict=True)))
+            averaged[used, "average", method] = mean._replace(
+                scored=sum(one.scored for one in given), dropped=sum(one.dropped for one in given)
+            )
     return averaged
 
 
-def by_column(mean: np.ndarray) -> dict[str, float]:
+def by_column(mean: Summary) -> dict[str, float]:
     """The numbers of `summarize` by the names of their columns, and each category's mean."""
-    values = {"Overall": mean[0], "Overall (all scores)": mean[1]}
-    for axis, value in zip(AXES, mean[2:5], strict=True):
+    values = {"Overall": mean.overall, "Overall (all scores)": mean.pooled}
+    for axis, value in zip(AXES, mean.axes, strict=True):
         values[f"Overall {axis}"] = value
-    for name, triple in zip(NAMES, mean[5:17].reshape(len(NAMES), len(AXES)), strict=True):
+    for name, triple in zip(NAMES, mean.cells, strict=True):
         values[name] = triple.mean()
         for axis, value in zip(AXES, triple, strict=True):
             values[f"{name} {axis}"] = value
@@ -453,18 +498,20 @@ LAYOUTS = {  # the columns of means in Tables 1, 2 and 3
 EDITOR = {"#Params.": "params", "#Reso.": "resolution"}  # columns of Table 1 from editor.json
 
 
-def lacking(groups: dict[tuple[str, str, str], list[dict]]) -> dict[str, str]:
-    """What to write behind the names of methods that lack clips, neither scored nor dropped.
+def lacking(groups: dict[tuple[str, str, str], list[dict]]) -> dict[tuple[str, str, str], str]:
+    """What to write behind the name of a method that lacks clips, neither scored nor dropped.
 
     groups: scores by (rubrics, judge, method). Each of `judge`'s lines knows how many clips the
-    benchmark has; means over fewer of them are not comparable with those of other methods.
+    benchmark has; means over fewer of them are not comparable with those of other methods. Nor is
+    an average over judges of which one lacks clips.
     """
-    marks: dict[str, str] = {}
-    for (_, _, method), group in groups.items():
+    marks = {}
+    for (used, name, method), group in groups.items():
         expected = max(row.get("benchmark", 0) for row in group)
         missing = expected - len(group)
         if missing > 0:
-            marks[method] = f" (lacks {missing} of {expected} clips)"
+            mark = f" (lacks {missing} of {expected} clips)"
+            marks[used, name, method] = marks[used, "average", method] = mark
     return marks
 
 
@@ -490,14 +537,13 @@ def make_table(rows: list[dict], layout: int) -> list[list[str]]:
     title = "Method" if layout == 1 else "Variant"
     about = EDITOR if layout == 1 else {}
     lines = [["Rubrics", "Judge", title, *about, *LAYOUTS[layout], "Scored", "Dropped"]]
-    for used, name, method in sorted(means, key=order):
-        mean = means[used, name, method]
-        values = by_column(mean)
-        cells = [values[column] for column in LAYOUTS[layout]]
-        texts = [two_digits(x) for x in cells]
-        counts = [f"{count:.0f}" for count in mean[17:19]]
-        editor = [str(editors[method].get(key, "-")) for key in about.values()]
-        lines.append([used, name, method + marks.get(method, ""), *editor, *texts, *counts])
+    for key in sorted(means, key=order):
+        used, name, method = key
+        values = by_column(means[key])
+        texts = [two_digits(values[column]) for column in LAYOUTS[layout]]
+        counts = [str(means[key].scored), str(means[key].dropped)]
+        editor = [str(editors[method].get(column, "-")) for column in about.values()]
+        lines.append([used, name, method + marks.get(key, ""), *editor, *texts, *counts])
     return lines
 
 
@@ -530,15 +576,14 @@ def read_scores(folder: Path) -> list[dict]:
 
 def table(args: Namespace) -> None:
     """Print Table 1, 2 or 3 of all scores in some folders."""
-    methods = {folder.resolve().name for folder in args.results}
-    if len(methods) < len(args.results):
+    results = folders(args.results)
+    methods = {folder.resolve().name for folder in results}
+    if len(methods) < len(results):
         raise ValueError(
             "two folders have the same name, which is the method's in the table; rename one"
         )
     rows: list[dict] = []
-    for folder in args.results:
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder")
+    for folder in results:
         found = read_scores(folder)
         if not found:
             raise ValueError(

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -184,25 +183,15 @@ def contact_sheet(clips: list[Tensor], columns: int) -> Tensor:
     return torch.cat(rows)
 
 
-def write_png(path: Path, image: Tensor) -> None:
-    """Write uint8 (H, W, 3) as a PNG."""
-    frame = av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")
-    codec = av.CodecContext.create("png", "w")
-    codec.width, codec.height, codec.pix_fmt = frame.width, frame.height, "rgb24"
-    codec.time_base = 1
-    packets = codec.encode(frame) + codec.encode(None)
-    with cli.replacing(path) as temporary:
-        temporary.write_bytes(b"".join(bytes(packet) for packet in packets))
-
-
 def try_requests(
     model: rvedit.RVEDiT, vae: WanVAE, requests: Path, clip: Path, out: Path, columns: int = 10
 ) -> None:
-    """Edit a clip by each request of a file; write the clip and all edits as one PNG.
+    """Edit a clip by each request of a file; write the clip and all edits as one picture.
 
     Prints how much each changed. Whether that is right is for a person to see.
     """
     texts = read_requests(requests)
+    video.check_writable(out)
     source = video.read_video(clip).frames
     edits = []
     changed = 0
@@ -212,7 +201,7 @@ def try_requests(
         changed += share >= MIN_SHARE
         edits.append(edit)
         print(f"{number:>4}  {share:>6.1%} of the pixels change  {text}", flush=True)
-    write_png(out, contact_sheet([source, *edits], columns))
+    video.write_video(out, contact_sheet([source, *edits], columns).unsqueeze(0))
     print(
         f"{changed} of {len(texts)} requests change the clip; {out} shows it and its edits in order"
     )

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import email.utils
+import gzip
 import io
 import json
 import resource
@@ -77,6 +78,7 @@ def loopback(reply):
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     monkeypatch.setattr(chat, "PAUSES", (0,) * 6)
+    monkeypatch.setattr(chat, "_answered", set())
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -158,13 +160,12 @@ BODIES = [
     b"\xff",
     b"[]",
     b"{}",
-    b'{"choices": []}',
     b'{"choices": null}',
     b'{"choices": [{"text": "yes"}]}',
 ]
 NO_TEXTS = [
     b'{"choices": [{"message": {"content": %s}}]}' % content
-    for content in (b"7", b'["yes"]', b'{"a": 1}')
+    for content in (b"7", b"[7]", b'{"a": 1}')
 ]
 
 
@@ -191,9 +192,58 @@ def test_what_would_not_help_is_not_tried(status, kind):
     assert len(asked) == 1
 
 
-def test_a_null_content_is_an_empty_answer():
-    with loopback(lambda body: b'{"choices": [{"message": {"content": null}}]}') as (url, _):
+EMPTY = [
+    b'{"choices": [{"message": {"content": null}}]}',
+    b'{"choices": [{"message": {"role": "assistant"}, "finish_reason": "length"}]}',
+    b'{"choices": []}',
+]
+
+
+@pytest.mark.parametrize("reply", EMPTY)
+def test_an_answer_without_content_is_empty(reply):
+    """As of a model whose thoughts used up its tokens. It is not asked again here."""
+    with loopback(lambda body: reply) as (url, asked):
         assert chat.ask(url, "m", "?") == ""
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("form", ["gzip", "comments", "parts"])
+def test_what_stands_around_an_answer_is_taken_off(form):
+    reply = {
+        "gzip": (200, {"Content-Encoding": "gzip"}, gzip.compress(reply_of("yes"))),
+        "comments": b": OPENROUTER PROCESSING\n\n: OPENROUTER PROCESSING\n\n" + reply_of("yes"),
+        "parts": reply_of(["y", {"type": "text", "text": "es"}]),
+    }[form]
+    with loopback(lambda body: reply) as (url, _):
+        assert chat.ask(url, "m", "?") == "yes"
+
+
+def test_a_packed_reply_has_a_largest_size_and_a_damaged_one_is_asked_for_again(monkeypatch):
+    monkeypatch.setattr(chat, "LONGEST_REPLY", 10_000)
+    damaged = gzip.compress(reply_of("yes"))[:12] + b"!" * 20
+    with loopback(in_turn(damaged, *[gzip.compress(b" " * 10**6)] * 5)) as (url, asked):
+        with pytest.raises(ValueError, match="longer than 10000 bytes"):
+            chat.ask(url, "m", "?")
+    assert len(asked) == 6
+
+
+@pytest.mark.parametrize("end", ["", "/", "/chat/completions", "/chat/completions/"])
+@pytest.mark.parametrize("query", ["", "?api-version=2024-10-21"])
+def test_an_address_may_be_that_of_the_chats_and_name_a_version(end, query):
+    with loopback(lambda body: "yes") as (url, asked):
+        assert chat.ask(url + end + query, "m", "?") == "yes"
+    assert asked[0][0] == f"/v1/chat/completions{query}"
+
+
+def test_a_proxy_that_is_not_there_is_named(monkeypatch):
+    """But not its address, which may hold a password."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("http_proxy", f"http://me:pass@127.0.0.1:{free.getsockname()[1]}")
+        monkeypatch.setenv("no_proxy", "elsewhere")
+        with pytest.raises(chat.Refused, match="by the proxy in http_proxy.*refused") as error:
+            chat.ask("http://localhost:8000/v1", "m", "?")
+    assert "no_proxy=localhost" in str(error.value) and "pass@" not in str(error.value)
 
 
 def test_a_server_that_is_not_there_is_named():
@@ -234,13 +284,29 @@ def test_content_in_parts_is_joined():
 
 @pytest.mark.parametrize(
     "reason, is_cut_off",
-    [("length", True), ("content_filter", True), ("stop", False), (None, False), ({}, False)],
+    [
+        *((reason, False) for reason in (None, "stop", "STOP", "eos", "eos_token", "end_turn")),
+        *(
+            (reason, True)
+            for reason in ("length", "content_filter", "error", "abort", "MAX_TOKENS")
+        ),
+        ("insufficient_system_resource", True),
+        ("content_filter: SAFETY", True),
+        ("model_length", True),
+        ({}, True),
+    ],
 )
 def test_an_answer_knows_why_it_ended(reason, is_cut_off):
     with loopback(in_turn(reply_of("Score: 8", finish_reason=reason))) as (url, _):
         answer = chat.ask(url, "m", "?")
     assert answer == "Score: 8" and answer.is_cut_off == is_cut_off
     assert answer.finish_reason == reason
+
+
+def test_an_answer_that_an_error_ended_is_asked_for_again():
+    error = {"code": 502, "message": "Provider disconnected"}
+    with loopback(in_turn(reply_of("Score: 8", error=error), "at last")) as (url, _):
+        assert chat.ask(url, "m", "?") == "at last"
 
 
 @pytest.mark.parametrize("bomb", [b"[" * 200_000, b'{"choices":' * 50_000])
@@ -280,6 +346,8 @@ ACCOUNTS = [
     (400, [{"error": {"message": "API key not valid. Please pass a valid API key."}}]),
     (400, {"error": {"code": "invalid_api_key"}}),
     (200, {"error": {"message": "Incorrect API key provided", "code": 401}}),
+    (200, {"error": {"message": "No auth credentials found", "code": 401}}),
+    (200, {"error": "Unexpected endpoint or method. (POST /chat/completions)"}),
     (402, {"error": "payment required"}),
 ]
 
@@ -290,6 +358,48 @@ def test_an_account_without_answers_stops_at_once(status, body):
     with loopback(lambda _: reply) as (url, asked), pytest.raises(chat.Refused, match=f"{status}"):
         chat.ask(url, "m", "?")
     assert len(asked) == 1
+
+
+def error_of(code, message="no"):
+    return json.dumps({"error": {"code": code, "message": message}}).encode()
+
+
+def test_an_address_without_v1_is_guessed_at():
+    """LM Studio answers with status 200 there."""
+    reply = b'{"error": "Unexpected endpoint or method. Returning 200 anyway"}'
+    with loopback(lambda body: reply) as (url, _):
+        with pytest.raises(chat.Refused, match="Returning 200 anyway.*end in /v1"):
+            chat.ask(url.removesuffix("/v1"), "m", "?")
+
+
+def test_a_status_inside_the_reply_counts():
+    with loopback(in_turn(error_of(502), error_of("429"), "at last", error_of(400))) as (
+        url,
+        asked,
+    ):
+        assert chat.ask(url, "m", "?") == "at last"
+        with pytest.raises(ValueError, match="400"):
+            chat.ask(url, "m", "?")
+    assert len(asked) == 4
+
+
+def test_an_error_without_status_is_waited_for_once_there_was_an_answer():
+    with loopback(in_turn("yes", b'{"error": "busy"}', "at last")) as (url, _):
+        assert chat.ask(url, "m", "?") == "yes"
+        assert chat.ask(url, "m", "?") == "at last"
+
+
+def test_a_question_that_is_forbidden_does_not_concern_the_others():
+    """403 of a server that answers other questions, or that speaks of moderation."""
+    flagged = (403, {}, error_of(403, "requires moderation and your input was flagged"))
+    with loopback(in_turn(flagged, "yes", 403, 403)) as (url, _):
+        with pytest.raises(ValueError, match="moderation"):
+            chat.ask(url, "m", "?")
+        assert chat.ask(url, "m", "?") == "yes"
+        with pytest.raises(ValueError, match="403"):
+            chat.ask(url, "m", "?")
+        with pytest.raises(chat.Refused, match="403"):
+            chat.ask(url, "another", "?")
 
 
 def test_a_rate_limit_is_waited_for():
@@ -536,6 +646,40 @@ def test_jobs_are_worked_on_at_the_same_time(tmp_path):
         return {}
 
     assert chat.run(tmp_path / "answers.jsonl", dict.fromkeys("abcdefgh"), work, 4) == {}
+
+
+def test_results_are_done_again_on_request(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    chat.run(path, dict.fromkeys("abc"), lambda job: {"answer": 1})
+
+    def fails(job):
+        raise ValueError("no")
+
+    assert chat.run(path, dict.fromkeys("abc"), fails, again={"b"}) == {"b": "no"}
+    assert chat.results(path) == {"a": {"answer": 1}, "c": {"answer": 1}}
+    assert chat.run(path, dict.fromkeys("abc"), lambda job: {"answer": 2}, again={"c"}) == {}
+    assert [(row["key"], row["answer"]) for row in lines(path)] == [("a", 1), ("b", 2), ("c", 2)]
+
+
+def test_a_second_run_on_a_file_is_refused_while_the_first_lasts(tmp_path):
+    """Or what it does again would replace the file that the first one writes."""
+    path, begun, end = tmp_path / "answers.jsonl", threading.Event(), threading.Event()
+    path.write_text('{"key": "old"}\n')
+
+    def work(job):
+        begun.set()
+        assert end.wait(60)
+        return {}
+
+    first = threading.Thread(target=chat.run, args=(path, dict.fromkeys("abc"), work))
+    first.start()
+    assert begun.wait(60)
+    with pytest.raises(cli.Stop, match=r"answers\.jsonl: another process writes it"):
+        chat.run(path, {"old": 0}, lambda job: {}, again={"old"})
+    end.set()
+    first.join()
+    assert chat.run(path, {"old": 0}, lambda job: {"new": 1}, again={"old"}) == {}
+    assert chat.results(path) == {"a": {}, "b": {}, "c": {}, "old": {"new": 1}}
 
 
 @pytest.mark.parametrize("error", [chat.Refused("wrong key"), KeyError("a defect")])

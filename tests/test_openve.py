@@ -282,7 +282,8 @@ def overall_of(cells):
     by_category = {}
     for i, category in enumerate(CATEGORIES):
         by_category[category] = [cells[3 * i : 3 * i + 3]]
-    return openve.summarize(scores("x", "y", **by_category))[[0, 2, 3, 4]]
+    mean = openve.summarize(scores("x", "y", **by_category))
+    return np.array([mean.overall, *mean.axes])
 
 
 @pytest.mark.parametrize("line", TABLE_3)
@@ -426,7 +427,8 @@ def test_what_a_judge_is_shown(tmp_path):
         frames = chat.image_parts(read_video(bench / "clip.mp4").frames, 5)
         assert user["content"][1:6] == user["content"][7:12] == frames
     name = re.fullmatch(
-        r"scores_Qwen-judge-1_rubrics-[0-9a-f]{6}.jsonl", next(results.glob("*.jsonl")).name
+        r"(scores_Qwen-judge-1-[0-9a-f]{6})_rubrics-[0-9a-f]{6}.jsonl",
+        next(results.glob("*.jsonl")).name,
     )
     row = chat.results(results / name[0])["0001_local_remove_Do"]
     label = row.pop("rubrics")
@@ -443,7 +445,7 @@ def test_what_a_judge_is_shown(tmp_path):
         "edit": clip,
         "benchmark": 4,
     }
-    assert row == expected and name[0] == f"scores_Qwen-judge-1_{label}.jsonl"
+    assert row == expected and name[0] == f"{name[1]}_{label}.jsonl"
 
 
 def test_good_failing_and_lying_judges_are_counted(tmp_path, capsys):
@@ -597,6 +599,23 @@ def test_an_answer_that_was_cut_off_gives_no_scores(tmp_path):
     assert row["scores"] == [85, 70, 80]
 
 
+def test_only_the_rows_of_a_judge_that_lacks_clips_are_marked():
+    """And the average that they are part of."""
+    one = {category: [[50, 60, 70]] for category in CATEGORIES}
+    rows = scores("a", "p", **one) + scores("a", "q", local_add=[[1, 1, 1]])
+    rows += scores("b", "p", **one) + scores("b", "q", **one) + scores("a", "p", "paper", **one)
+    table = as_dicts(openve.make_table([row | {"benchmark": 4} for row in rows], layout=2))
+    assert [(row["Rubrics"], row["Judge"], row["Variant"]) for row in table] == [
+        ("ours", "p", "a"),
+        ("ours", "p", "b"),
+        ("ours", "q", "a (lacks 3 of 4 clips)"),
+        ("ours", "q", "b"),
+        ("ours", "average", "a (lacks 3 of 4 clips)"),
+        ("ours", "average", "b"),
+        ("paper", "p", "a"),
+    ]
+
+
 def test_a_method_that_lacks_clips_is_marked_in_the_table(tmp_path, capsys):
     bench = make_bench(tmp_path / "bench", 10)
     whole = make_results(bench, tmp_path / "whole")
@@ -679,9 +698,90 @@ def test_other_rubrics_are_other_scores(tmp_path):
             if number == 4:
                 (rubrics / "local_add.txt").write_text("{edit_prompt}")
     names = sorted(path.name for path in results.glob("*.jsonl"))
-    assert [name.rpartition("-")[0] for name in names] == ["scores_Qwen-judge-1_mine"] * 2 + [
-        "scores_Qwen-judge-1_ours"
+    kinds = [name.rpartition("-")[0].rpartition("_")[2] for name in names]
+    assert kinds == ["mine", "mine", "ours"]
+
+
+def test_judges_with_similar_names_have_files_of_their_own(tmp_path, capsys):
+    bench = make_bench(tmp_path / "bench", 2)
+    results = make_results(bench, tmp_path / "ours")
+    with loopback(lambda body: form(85)) as (url, asked):
+        for model in ("org/x", "org-x", "org x", "org/x", "org-x"):
+            judged(bench, results, url=url, model=model)
+    assert len(asked) == 3 * 2
+    openve.main(["table", str(results), "--csv"])
+    table = as_dicts(list(csv.reader(capsys.readouterr().out.splitlines()[-5:])))
+    assert [(row["Judge"], row["Scored"]) for row in table] == [
+        ("org x", "2"),
+        ("org-x", "2"),
+        ("org/x", "2"),
+        ("average", "6"),
     ]
+
+
+def test_a_file_that_was_named_without_digest_is_found_if_it_is_of_this_judge(tmp_path, capsys):
+    bench = make_bench(tmp_path / "bench", 2)
+    results = make_results(bench, tmp_path / "ours")
+    with loopback(lambda body: form(85)) as (url, asked):
+        judged(bench, results, url=url, model="org/x")
+        (path,) = results.glob("*.jsonl")
+        former = path.rename(results / re.sub("-x-[0-9a-f]{6}", "-x", path.name))
+        judged(bench, results, url=url, model="org/x")
+        assert len(asked) == 2 and [*results.glob("*.jsonl")] == [former]
+        judged(bench, results, url=url, model="org-x")
+        assert len(asked) == 4 and len([*results.glob("*.jsonl")]) == 2
+        rows = former.read_text().splitlines()
+        former.write_text("\n".join([rows[0].replace("org/x", "org-x"), rows[1], ""]))
+        command = ["judge", results, "--bench", bench, "--url", url, "--model", "org/x"]
+        assert "scores of several judges" in fails(capsys, *command)
+
+
+@pytest.mark.parametrize("table", ["ours/{}", "{}", "/gone/ours/{}", "{folder}/ours/{}"])
+def test_a_renamed_folder_is_judged_on_its_own_clips(table, tmp_path, monkeypatch):
+    """Though its table names clips of a folder that is another editor's by now."""
+    monkeypatch.chdir(tmp_path)
+    bench = make_bench(tmp_path / "bench", 1)
+    renamed = make_results(bench, tmp_path / "renamed")
+    others = make_results(bench, tmp_path / "ours")
+    name = "0000_local_change_Do_edited.mp4"
+    write_video(others / name, make_clip(5, 48, 64, seed=1), fps=8)
+    edit = table.format(name, folder=tmp_path)
+    (renamed / "results.csv").write_text(
+        "edited_type,prompt,original_video,edited_result_path\n"
+        f"local_change,Do,0000_local_change_Do.mp4,{edit}\n"
+    )
+    rows, _ = openve.edits_to_judge(renamed, bench)
+    assert rows["0000_local_change_Do"]["edit"].resolve() == renamed / name
+
+
+def test_a_type_may_be_written_in_another_way_but_not_be_unknown(tmp_path):
+    table = tmp_path / "benchmark_videos.csv"
+    head = "edited_type,prompt,original_video\n"
+    table.write_text(f"{head} Local_Add ,Add,a.mp4\nlocal add,Add,b.mp4\nGlobal Style,Do,c.mp4\n")
+    rows = openve.read_table(table, tmp_path, [*CATEGORIES])
+    kinds = {key: row["edited_type"] for key, row in rows.items()}
+    assert kinds == {"a": "local_add", "b": "local_add", "c": "global_style"}
+    table.write_text(f"{head}local_add,Add,a.mp4\nlocal_ad,Add,b.mp4\n")
+    with pytest.raises(
+        ValueError, match="benchmark_videos.csv: the edited_type 'local_ad' is none"
+    ):
+        openve.read_table(table, tmp_path, [*CATEGORIES])
+
+
+def test_files_among_the_folders_are_left_out(tmp_path, capsys):
+    bench = make_bench(tmp_path / "bench", 2)
+    results = make_results(bench, tmp_path / "ours")
+    (tmp_path / "a.md").touch()
+    with loopback(lambda body: form(85)) as (url, asked):
+        judged(bench, tmp_path / "a.md", results, url=url)
+        assert len(asked) == 2
+        command = ["judge", tmp_path / "a.md", "--bench", bench, "--url", url, "--model", "m"]
+        assert "a.md is no folder of results" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            openve.main([str(word) for word in command])
+    assert "error: " in capsys.readouterr().err
+    openve.main(["table", str(tmp_path / "a.md"), str(results)])
+    assert "a.md is no folder of results" in capsys.readouterr().err
 
 
 def test_results_of_other_editors_are_found(tmp_path, monkeypatch):
@@ -838,7 +938,7 @@ def test_edits_are_those_of_sample(checkpoint, tmp_path, monkeypatch):
         assert (out / name).read_bytes() == (tmp_path / "one.mp4").read_bytes()
     with open(out / "results.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["edited_result_path"] for row in rows] == [str(out / name) for name in names]
+    assert [row["edited_result_path"] for row in rows] == names
     assert list(rows[0]) == ["edited_type", "prompt", "original_video", "edited_result_path"]
     assert rows[2]["prompt"] == 'Do "{it}", clip 2, ☃' and rows[2]["edited_type"] == "local_add"
     editor = json.loads((out / "editor.json").read_text())
@@ -875,7 +975,7 @@ def test_the_table_of_results_grows_with_the_categories(checkpoint, tmp_path):
     assert [row["prompt"] for row in rows] == [f'Do "{{it}}", clip {i}, ☃' for i in (0, 2, 4)]
     paths = [Path(row["edited_result_path"]) for row in rows]
     assert [path.name[:4] for path in paths] == ["0000", "0002", "0004"]
-    assert all(path.exists() for path in paths)
+    assert all((out / path).exists() for path in paths)
 
 
 def test_each_process_takes_its_share(checkpoint, tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -743,6 +745,51 @@ def test_a_global_style_is_hardly_changed_by_keep_source(built_in):
     target = clip["target"].float()
     plain, kept = ((edit - target).square().mean() for edit in edits)
     assert kept < 1.05 * plain
+
+
+# --- From Python ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(frames=torch.zeros(0, 32, 32, 3, dtype=torch.uint8)), "frames must be uint8"),
+        (dict(frames=torch.rand(5, 32, 32, 3)), "not float32 (5, 32, 32, 3)"),
+        (dict(frames=torch.zeros(5, 3, 32, 32, dtype=torch.uint8)), "not uint8 (5, 3, 32, 32)"),
+        (dict(frames=torch.zeros(5, 32, 32, 4, dtype=torch.uint8)), "not uint8 (5, 32, 32, 4)"),
+        (dict(frames=torch.zeros(5, 32, 32, 3, dtype=torch.uint8).numpy()), "not ndarray"),
+        (dict(steps=0), "steps is 0"),
+        (dict(steps=-1), "steps is -1"),
+        (dict(shift=0.0), "shift is 0.0"),
+        (dict(shift=math.nan), "shift is nan"),
+        (dict(shift=math.inf), "shift is inf"),
+        (dict(instruction="make it \ud83d"), "halves of UTF-16"),
+    ],
+)
+def test_what_makes_no_edit_is_an_error(change, words):
+    arguments = dict(frames=make_clip(5, 32, 32), instruction="add snow", steps=1) | change
+    with pytest.raises(ValueError, match=re.escape(words)):
+        sample.edit_video(*tiny_model(), **arguments)
+
+
+def test_after_an_error_an_offloaded_network_rests_on_the_cpu_again():
+    """`device` may be a string, as for `rvedit.load`."""
+    model, vae = tiny_model()
+    moves = []
+    model.encoder.to = lambda device: moves.append(device)
+    model.encoder.cpu = lambda: moves.append("cpu")
+    with pytest.raises(ValueError, match="the instruction is empty"):
+        sample.edit_video(model, vae, make_clip(5, 32, 32), " ", device="cpu")
+    assert moves == [torch.device("cpu"), "cpu"]
+
+
+def test_the_noise_of_a_seed_is_the_same_whatever_the_default_dtype():
+    expected = sample.initial_noise((1, 4, 2, 3, 3), seed=7)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(sample.initial_noise((1, 4, 2, 3, 3), seed=7), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # --- What an edit will take -----------------------------------------------------------------------
