@@ -142,34 +142,39 @@ def replacing(path: str | Path) -> Iterator[Path]:
     For a file or a folder. After an error nothing is left over, and a former `path` is untouched.
     An OSError, such as that of a full disk, is raised again with the final name in its message.
     """
-    path = Path(path)
+    target = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
     # The ending stays: some writers choose their format by it. Several processes may write at once.
-    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    former = path.with_name(f".former-{path.name}")
+    temporary = target.with_name(f".partial-{os.getpid()}-{target.name}")
+    former = target.with_name(f".former-{target.name}")
     try:
         # A kill between the two renames below leaves the former folder under this name,
         # a kill right after them leaves it beside the new one.
-        if former.exists() and not path.exists():
-            former.rename(path)
-        elif former.is_dir():
-            shutil.rmtree(former)
-        yield temporary
-        if temporary.is_dir() and path.exists():
-            # A folder cannot replace another in one step: the former one moves aside first.
-            path.rename(former)
-            temporary.rename(path)
+        if former.exists() and not target.exists():
+            former.rename(target)
         else:
-            os.replace(temporary, path)
+            _delete(former)
+        yield temporary
+        if temporary.is_dir() and target.exists():
+            # A folder cannot replace another in one step: the former one moves aside first.
+            target.rename(former)
+            temporary.rename(target)
+        else:
+            os.replace(temporary, target)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        if former.exists() and not path.exists():
-            former.rename(path)
+        if former.exists() and not target.exists():
+            former.rename(target)
         for leftover in (temporary, former):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+            _delete(leftover)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a folder or a link, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

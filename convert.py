@@ -64,9 +64,9 @@ WAN_VAE: Rules = [
     (r"\.conv_shortcut\.", ".shortcut."),
 ]
 
-QWEN: Rules = [  # from the names of transformers 4.52 and later
+QWEN: Rules = [  # from the names of transformers 4.52 and later; those of 5.x may lack the "model."
     (r"^model\.visual\.", "visual."),
-    (r"^model\.language_model\.", "model."),
+    (r"^(model\.)?language_model\.", "model."),
 ]
 
 KIWI_TRAINING: Rules = [  # dit.* has our names already
@@ -144,7 +144,7 @@ def renamed(
     tensors: dict[str, Stored], name: Callable[[str], str], prefix: str = ""
 ) -> dict[str, Stored]:
     """The tensors under our names, prefix + name(key), without those that we do not use."""
-    ours = {prefix + name(key): tensor for key, tensor in tensors.items()}
+    ours = weights.unique((prefix + name(key), tensor) for key, tensor in tensors.items())
     return {key: tensor for key, tensor in ours.items() if not UNUSED.match(key)}
 
 
@@ -174,6 +174,8 @@ STEM = "diffusion_pytorch_model"  # how Wan and Diffusers call their files
 
 def open_wan(folder: Path) -> dict[str, Stored]:
     """Wan2.2-TI2V-5B in either layout: its transformer under dit. and its VAE under vae."""
+    if (folder / "mllm_encoder").is_dir() or (folder / "source_embedder").is_dir():
+        raise ValueError(f"{folder} is Kiwi-Edit's release: give it as --checkpoint")
     if (folder / "transformer").is_dir():
         transformer = weights.open_folder(folder / "transformer", STEM)
         vae = weights.open_folder(folder / "vae", STEM)
@@ -202,7 +204,7 @@ def open_kiwi(folder: Path) -> dict[str, Stored]:
     tensors = kiwi_release_names(
         transformer=weights.open_folder(folder / "transformer", STEM),
         source_embedder=weights.open_folder(folder / "source_embedder", STEM),
-        mllm_encoder=own | qwen,
+        mllm_encoder=weights.joined(own, qwen),
     )
     return tensors | renamed(weights.open_folder(folder / "vae", STEM), str, "vae.")
 
@@ -217,10 +219,10 @@ def kiwi_release_names(
     def embedder_key(key: str) -> str:
         return key.replace("patch_embedding.", "dit.source_embedding.")
 
-    return (
-        renamed(transformer, wan_transformer_key, "dit.")
-        | renamed(source_embedder, embedder_key)
-        | renamed(mllm_encoder, kiwi_encoder_key)
+    return weights.joined(
+        renamed(transformer, wan_transformer_key, "dit."),
+        renamed(source_embedder, embedder_key),
+        renamed(mllm_encoder, kiwi_encoder_key),
     )
 
 
@@ -249,18 +251,42 @@ def dit_config(file: Path, tensors: dict[str, Stored]) -> DiTConfig:
         freq_dim=shape_of(tensors, "dit.time_embedding.0.weight", 2, file.parent)[1],
         eps=config.get("eps", 1e-6),
     )
-    return weights.build_config(DiTConfig, fields, file, "dit.")
+    dit = weights.build_config(DiTConfig, fields, file, "dit.")
+    check_sizes(
+        file,
+        config,
+        dim=dit.dim,
+        ffn_dim=dit.ffn_dim,
+        freq_dim=dit.freq_dim,
+        in_dim=dit.in_channels,  # Wan's name; the next is Diffusers'
+        in_channels=dit.in_channels,
+        out_dim=dit.out_channels,
+        out_channels=dit.out_channels,
+        patch_size=patch,
+        attention_head_dim=dit.dim // dit.num_heads,
+    )
+    return dit
 
 
-def vae_config(file: Path | None, tensors: dict[str, Stored], source: Path) -> VAEConfig:
-    """Widths from the tensors, the rest from config.json. Wan2.2_VAE.pth has none: file is None."""
-    config = {} if file is None else weights.read_json(file)
+def check_sizes(file: Path, config: dict[str, Any], **sizes: Any) -> None:
+    """Raise ValueError if config.json says another size than the tensors have.
+
+    It is another model's then, and what only it says, such as the number of heads, would be wrong.
+    """
+    for name, size in sizes.items():
+        if config.get(name) not in (None, size):
+            raise ValueError(f"{file} says {name} {config[name]}, the weights have {size}")
+
+
+def vae_config(file: Path, tensors: dict[str, Stored]) -> VAEConfig:
+    """Widths from the tensors, the rest from config.json, which Wan2.2_VAE.pth comes without."""
+    config = weights.read_json(file) if file.suffix == ".json" else {}
     base = WAN2_2_VAE
     downsample = config.get("temperal_downsample", base.temporal_downsample)  # their spelling
     fields = dict(
-        dim=shape_of(tensors, "vae.encoder.conv1.weight", 5, source)[0],
-        dec_dim=shape_of(tensors, "vae.decoder.head.0.gamma", 4, source)[0],
-        z_dim=shape_of(tensors, "vae.conv2.weight", 5, source)[0],
+        dim=shape_of(tensors, "vae.encoder.conv1.weight", 5, file.parent)[0],
+        dec_dim=shape_of(tensors, "vae.decoder.head.0.gamma", 4, file.parent)[0],
+        z_dim=shape_of(tensors, "vae.conv2.weight", 5, file.parent)[0],
         dim_mult=config.get("dim_mult", base.dim_mult),
         num_res_blocks=config.get("num_res_blocks", base.num_res_blocks),
         temporal_downsample=downsample,
@@ -268,7 +294,16 @@ def vae_config(file: Path | None, tensors: dict[str, Stored], source: Path) -> V
         latents_std=config.get("latents_std", base.latents_std),
         patch_size=config.get("patch_size", base.patch_size),
     )
-    return weights.build_config(VAEConfig, fields, file or source, "vae.")
+    vae = weights.build_config(VAEConfig, fields, file, "vae.")
+    check_sizes(
+        file,
+        config,
+        dim=vae.dim,  # Kiwi-Edit's name; the next is Diffusers'
+        base_dim=vae.dim,
+        decoder_base_dim=vae.dec_dim,
+        z_dim=vae.z_dim,
+    )
+    return vae
 
 
 def qwen_config(file: Path, tokenizer: Tokenizer) -> QwenConfig:
@@ -277,7 +312,7 @@ def qwen_config(file: Path, tokenizer: Tokenizer) -> QwenConfig:
     config.setdefault("video_token_id", tokenizer.token_to_id("<|video_pad|>"))
     try:
         config = QwenConfig.from_hub(config, tokenizer.token_to_id("<|object_ref_start|>"))
-    except (AttributeError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return weights.build_config(QwenConfig, dataclasses.asdict(config), file, "qwen.")
 
@@ -316,11 +351,16 @@ def open_kiwi_release(folder: Path) -> Opened:
     """Kiwi-Edit's release, with L_s = L: its blocks never saw native tokens."""
     tensors = with_image_queries(open_kiwi(folder))
     tokenizer = weights.read_tokenizer(folder / "processor")
-    dit = dit_config(folder / "transformer" / "config.json", tensors)
+    files = {
+        "dit": folder / "transformer" / "config.json",
+        "vae": folder / "vae" / "config.json",
+        "qwen": folder / "processor" / "qwen_config.json",
+    }
+    dit = dit_config(files["dit"], tensors)
     fields = dict(
         dit=dataclasses.replace(dit, bf16_timestep=True),  # as it was trained
-        vae=vae_config(folder / "vae" / "config.json", tensors, folder),
-        qwen=qwen_config(folder / "processor" / "qwen_config.json", tokenizer),
+        vae=vae_config(files["vae"], tensors),
+        qwen=qwen_config(files["qwen"], tokenizer),
         routing_depth=dit.num_blocks,
         num_editing_tokens=shape_of(tensors, "encoder.queries", 2, folder)[0],
         num_image_tokens=shape_of(tensors, "encoder.image_queries", 2, folder)[0],
@@ -330,27 +370,31 @@ def open_kiwi_release(folder: Path) -> Opened:
     for theirs, ours in KIWI_LIMITS.items():
         if theirs in encoder:
             fields[ours] = weights.checked(encoder[theirs], int, file, ours)
-    return Opened(folder, fields, folder, tokenizer, with_native_connectors(tensors), LORA)
+    tensors = with_native_connectors(tensors)
+    return Opened(folder, fields, file, tokenizer, tensors, LORA, files)
 
 
 def open_wan_and_qwen(wan: Path, qwen: Path) -> Opened:
     """A start for training: with L_s = L/2, and without queries, connectors and LoRA."""
     tensors = open_wan(wan) | open_qwen(qwen)
     tokenizer = weights.read_tokenizer(qwen)
+    files = {
+        "dit": wan / "config.json",
+        "vae": wan / "Wan2.2_VAE.pth",
+        "qwen": qwen / "config.json",
+    }
     if (wan / "transformer").is_dir():
-        dit = dit_config(wan / "transformer" / "config.json", tensors)
-        vae = vae_config(wan / "vae" / "config.json", tensors, wan)
-    else:
-        dit = dit_config(wan / "config.json", tensors)
-        vae = vae_config(None, tensors, wan)
+        files["dit"] = wan / "transformer" / "config.json"
+        files["vae"] = wan / "vae" / "config.json"
+    dit = dit_config(files["dit"], tensors)
     fields = dict(
         dit=dit,
-        vae=vae,
-        qwen=qwen_config(qwen / "config.json", tokenizer),
+        vae=vae_config(files["vae"], tensors),
+        qwen=qwen_config(files["qwen"], tokenizer),
         routing_depth=dit.num_blocks // 2,
     )
     source = f"{wan} with {qwen}"
-    return Opened(source, fields, wan, tokenizer, tensors, NEW_TO_WAN_AND_QWEN)
+    return Opened(source, fields, wan, tokenizer, tensors, NEW_TO_WAN_AND_QWEN, files)
 
 
 def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
@@ -361,20 +405,21 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
     """
     base = open_wan_and_qwen(wan, qwen)
     stored = weights.open_file(file)
-    note_references(stored, file)
+    if "encoder.queries" in stored:  # our name for them, not Kiwi-Edit's
+        raise ValueError(f"{file} is a file of our checkpoint: give its folder")
     trained = renamed(stored, kiwi_training_key)
     may_lack = []
 
     dit = dataclasses.replace(base.fields["dit"], bf16_timestep=True)
     first_stage = not any(key.startswith("dit.") for key in trained)
     if first_stage:
-        cli.note(
-            f"{file} is of Kiwi-Edit's first stage, which trains no DiT: train it before editing"
-        )
         may_lack.append(SOURCE_EMBEDDING)
         if "encoder.image_queries" in trained:
             trained.setdefault("encoder.queries", trained["encoder.image_queries"])
     trained = with_image_queries(trained)
+    if "encoder.queries" not in trained and any("lora" in key for key in stored):
+        if trained.keys().isdisjoint(base.tensors):  # else it is a part of a training state
+            raise ValueError(f"{file} is a LoRA, which is not supported")
     fields = base.fields | dict(
         dit=dit,
         routing_depth=dit.num_blocks,  # it never saw native tokens
@@ -386,8 +431,21 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
         fields["lora_rank"] = shape_of(trained, lora, 2, file)[0]
     else:
         may_lack.append(LORA)
+    lacking = [key for key in base.tensors if key.startswith("dit.") and key not in trained]
+    if lacking and not first_stage:  # Wan's own would stand in for them, and nobody would see it
+        raise ValueError(
+            f"{file} lacks {len(lacking)} of the DiT's tensors ({weights.few(lacking)}): "
+            f"is it one shard of several?"
+        )
+    if first_stage:
+        cli.note(
+            f"{file} is of Kiwi-Edit's first stage, which trains no DiT: train it before editing"
+        )
+    note_references(stored, file)
     tensors = with_native_connectors(base.tensors | trained)
-    return Opened(file, fields, file, base.tokenizer, tensors, "|".join(may_lack) or None)
+    return base._replace(
+        source=file, fields=fields, tensors=tensors, may_lack="|".join(may_lack) or None
+    )
 
 
 def note_references(names: Iterable[str], source: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ class VisionConfig:
     window_size: int = 112  # side of an attention window, in pixels
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # blocks without windows, from 0
     tokens_per_second: int = 2  # M-RoPE: time steps to a second of video
+
+    def __post_init__(self) -> None:
+        _list_to_tuple(self, "fullatt_block_indexes")
 
     @property
     def token_side(self) -> int:
@@ -62,29 +65,53 @@ class QwenConfig:
     query_token_id: int = 151646  # <|object_ref_start|>, the placeholder of an editing-token query
 
     def __post_init__(self) -> None:
-        # In JSON a nested configuration is a dict and a tuple is a list.
-        if isinstance(self.vision, dict):
-            blocks = tuple(self.vision["fullatt_block_indexes"])
-            vision = VisionConfig(**self.vision | {"fullatt_block_indexes": blocks})
-            object.__setattr__(self, "vision", vision)
-        object.__setattr__(self, "mrope_section", tuple(self.mrope_section))
+        if isinstance(self.vision, dict):  # as it comes from JSON
+            object.__setattr__(self, "vision", VisionConfig(**self.vision))
+        _list_to_tuple(self, "mrope_section")
 
     @classmethod
     def from_hub(cls, config_json: dict[str, Any], query_token_id: int = 151646) -> QwenConfig:
         """Read a Qwen2.5-VL config.json, flat as on the hub or nested as transformers 5 writes it.
 
-        Raises ValueError if a field is missing.
+        Raises ValueError if a field is missing, or if it asks for what this network does not have.
         """
         defaults = {"image_token_id": cls.image_token_id, "query_token_id": query_token_id}
-        text = defaults | config_json | config_json.get("text_config", {})
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        text = defaults | config_json | _object(config_json, "text_config")
+        rope = _object(text, "rope_parameters") or _object(text, "rope_scaling")
         text |= rope
-        try:
-            vision = {f.name: config_json["vision_config"][f.name] for f in fields(VisionConfig)}
-            language = {f.name: text[f.name] for f in fields(cls) if f.name != "vision"}
-        except KeyError as error:
-            raise ValueError(f"no {error} in it, so it is not a Qwen2.5-VL model's") from None
-        return cls(vision=vision, **language)
+        # transformers 4.49 leaves out what is as in its defaults, which are not the 3B model's.
+        vision = asdict(VisionConfig(hidden_size=3584, tokens_per_second=4))
+        vision |= _object(config_json, "vision_config")
+        for where, name, supported in (
+            (rope, "rope_type", ("default", "mrope")),
+            (rope, "type", ("default", "mrope")),
+            (text, "hidden_act", ("silu",)),
+            (vision, "hidden_act", ("silu",)),
+            (text, "use_sliding_window", (False,)),
+        ):
+            if where.get(name, supported[0]) not in supported:
+                raise ValueError(f"{name} is {where[name]!r}, which is not supported")
+        names = [f.name for f in fields(cls) if f.name != "vision"]
+        for name in ("vision_config", *names):
+            if name not in text:
+                raise ValueError(f"no {name!r} in it, so it is not a Qwen2.5-VL model's")
+        vision = {f.name: vision[f.name] for f in fields(VisionConfig)}
+        return cls(vision=vision, **{name: text[name] for name in names})
+
+
+def _object(config_json: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object within a JSON object; empty if it is absent."""
+    value = config_json.get(name)
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{name} is {value!r}, not an object")
+    return value or {}
+
+
+def _list_to_tuple(config: Any, name: str) -> None:
+    """JSON has lists for tuples. What is neither is left for `weights.build_config` to refuse."""
+    value = getattr(config, name)
+    if isinstance(value, list):
+        object.__setattr__(config, name, tuple(value))  # the dataclass is frozen
 
 
 # --- Layers of both towers ------------------------------------------------------------------------

@@ -36,6 +36,8 @@ from qwen import Qwen2_5_VL, QwenConfig, VisionConfig, add_lora
 from vae import WAN2_2_VAE, VAEConfig, WanVAE
 
 TOY = Path(__file__).parent / "assets" / "toy"  # the built-in checkpoint
+# The names of a checkpoint's files.
+FILES = r"(config|tokenizer)\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 
 # --- The method -----------------------------------------------------------------------------------
 
@@ -247,7 +249,7 @@ def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
     # A hash of the name, so that adding a parameter does not change the others.
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _initial_value(name: str, noise: Tensor, from_scratch: bool) -> Tensor:
@@ -305,6 +307,9 @@ def load(
 
     Raises ValueError for anything that does not fit, before any weights are read.
     """
+    for wanted in (dtype, decoder_dtype):
+        if wanted not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{wanted} is not supported: take float32, bfloat16 or float16")
     opened = _open(path, wan, qwen)
     config = _config(opened)
     # On the meta device a model has shapes and no memory: 8 billion parameters cost nothing there,
@@ -340,7 +345,7 @@ def load_vae(
 def _config(opened: weights.Opened) -> RVEDiTConfig:
     """The configuration of what was opened, checked. Raises ValueError, which names its file."""
     config = RVEDiTConfig(**opened.fields)
-    weights.check_together(config, opened.tokenizer, opened.config_file)
+    weights.check_together(config, opened.tokenizer, opened.config_file, opened.part_files)
     return config
 
 
@@ -398,13 +403,14 @@ def layout(path: str | Path) -> str:
     """
     path = Path(path)
     if path.is_file():
+        if re.fullmatch(FILES, path.name) and _is_ours(path.parent):
+            raise ValueError(f"{path} is a file of our checkpoint: give its folder {path.parent}")
         return "kiwi-edit-training"
     if not path.is_dir():
         raise ValueError(f"checkpoint {path} does not exist")
     if (path / "mllm_encoder").is_dir() and (path / "transformer").is_dir():
         return "kiwi-edit"
-    config = path / "config.json"
-    if config.is_file() and weights.read_json(config).get("model_type") == "rvedit":
+    if _is_ours(path):
         return "rvedit"
     if (path / "model" / "config.json").is_file():
         raise ValueError(f"{path} is the folder of a training: its checkpoint is {path / 'model'}")
@@ -413,6 +419,11 @@ def layout(path: str | Path) -> str:
     raise ValueError(
         f"{path} is neither a checkpoint of ours nor Kiwi-Edit's release: it holds {holds}"
     )
+
+
+def _is_ours(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and weights.read_json(config).get("model_type") == "rvedit"
 
 
 def preset_of(path: str | Path) -> str:
@@ -460,6 +471,9 @@ def check_replaceable(path: str | Path) -> None:
         raise ValueError(
             f"{path} is not a checkpoint of ours, so it will not be replaced: choose another name"
         )
+    for entry in sorted(path.iterdir()):
+        if not re.fullmatch(FILES, entry.name) and entry.name != ".DS_Store":  # a Mac's own
+            raise ValueError(f"{entry} would be lost with the checkpoint beside it: move it away")
 
 
 def scratch(

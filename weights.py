@@ -9,11 +9,15 @@ second copy. Nothing is unpickled, and nothing is fetched from the network. `rve
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
+import time
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +33,18 @@ import cli
 
 MAX_SHARD_BYTES = 5_000_000_000
 
+# The tokens of Qwen's chat text that stand for more than their letters.
+CHAT_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
 
 class Stored(NamedTuple):
     """A tensor on disk: where it is, its shape, and how to read it."""
@@ -36,7 +52,8 @@ class Stored(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    is_float: bool = True  # integers are weights that somebody quantised
+    key: str = ""  # its name there
+    kind: str = "float"  # "integer", as weights are that somebody quantised, or "other"
 
 
 class Opened(NamedTuple):
@@ -44,10 +61,11 @@ class Opened(NamedTuple):
 
     source: Path | str  # what it is, for messages
     fields: dict[str, Any]  # of an RVEDiTConfig
-    config_file: Path  # where they stand: config.json, or a folder with several files
+    config_file: Path  # where they stand
     tokenizer: Tokenizer
     tensors: dict[str, Stored]  # the model's, and the VAE's under "vae."
     may_lack: str | None = None  # parameters that it may lack, as a regular expression
+    part_files: dict[str, Path] = {}  # where the fields of "dit", "vae" or "qwen" stand instead
 
 
 # --- Opening --------------------------------------------------------------------------------------
@@ -56,7 +74,25 @@ class Opened(NamedTuple):
 def open_file(path: Path) -> dict[str, Stored]:
     """The tensors of a .safetensors file, or of a PyTorch state dict."""
     tensors = _open_safetensors(path) if path.suffix == ".safetensors" else _open_state_dict(path)
-    return {_without_wrappers(key): tensor for key, tensor in tensors.items()}
+    return unique((_without_wrappers(key), tensor) for key, tensor in tensors.items())
+
+
+def unique(named: Iterable[tuple[str, Stored]]) -> dict[str, Stored]:
+    """Tensors by their names. Raises ValueError if two have the same, so that none is lost."""
+    tensors = {}
+    for name, tensor in named:
+        other = tensors.setdefault(name, tensor)
+        if other is not tensor:
+            raise ValueError(
+                f"{tensor.file.parent} has {name} twice, as {other.key} in {other.file.name} and "
+                f"as {tensor.key} in {tensor.file.name}"
+            )
+    return tensors
+
+
+def joined(*parts: dict[str, Stored]) -> dict[str, Stored]:
+    """The tensors of several files or folders, no two of which may have the same name."""
+    return unique(item for part in parts for item in part.items())
 
 
 def _without_wrappers(key: str) -> str:
@@ -69,33 +105,50 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
         file = safe_open(path, framework="pt")
         slices = {key: file.get_slice(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        message = _first_line(error)
-        raise ValueError(f"{path} is damaged or not a safetensors file: {message}") from None
+        reason = _what_it_is(path) or _first_line(error)
+        raise ValueError(f"{path} is damaged or not a safetensors file: {reason}") from None
     tensors = {}
     for key, part in slices.items():
         shape = tuple(part.get_shape())
-        is_float = part.get_dtype().startswith(("F", "BF"))  # such as F32 or BF16
+        kind = _kind(part.get_dtype())
         # key=key: without it, each of these functions would read the last key of the loop.
-        tensors[key] = Stored(path, shape, lambda key=key: file.get_tensor(key), is_float)
+        tensors[key] = Stored(path, shape, lambda key=key: file.get_tensor(key), key, kind)
     return tensors
 
 
 def _open_state_dict(path: Path) -> dict[str, Stored]:
     """A .pth file. weights_only makes PyTorch unpickle tensors and nothing else."""
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # such as that it is a TorchScript file
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception:  # its message would be the advice to unpickle the file after all
         state = None
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+    if not isinstance(state, dict) or not all(map(_is_plain, state.keys(), state.values())):
+        reason = _what_it_is(path) or "or is damaged"
         raise ValueError(
-            f"{path} is not a plain state dict of tensors (by PyTorch 1.6 or newer), or is damaged"
+            f"{path} is not a plain state dict of tensors (by PyTorch 1.6 or newer), {reason}"
         )
     tensors = {}
     for key, value in state.items():
         shape = tuple(value.shape)
-        is_float = value.is_floating_point()
-        tensors[key] = Stored(path, shape, lambda value=value: value, is_float)
+        kind = _kind(str(value.dtype).removeprefix("torch."))
+        tensors[key] = Stored(path, shape, lambda value=value: value, key, kind)
     return tensors
+
+
+def _kind(dtype: str) -> str:
+    """Of a dtype by its name in safetensors or in PyTorch, where quantised ones begin with q."""
+    dtype = dtype.lower()
+    if dtype.startswith(("f", "bf")):
+        return "float"
+    return "integer" if dtype.startswith(("i", "u", "q")) else "other"
+
+
+def _is_plain(key: Any, value: Any) -> bool:
+    """Whether an entry of a state dict is a name and a tensor with all its values."""
+    if not isinstance(key, str) or type(value) not in (Tensor, nn.Parameter):
+        return False
+    return value.layout == torch.strided and not value.is_nested and not value.is_meta
 
 
 def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
@@ -104,15 +157,20 @@ def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         weight_map = _read_index(index)
-        shards = sorted({folder / name for name in weight_map.values()})
+        shards = sorted(set(weight_map.values()))
         absent = [shard for shard in shards if not shard.is_file()]
         if single.is_file() and single not in shards:
-            if not absent:
+            if absent == shards:
+                return open_file(single)  # the index is of former shards
+            if absent:
                 raise ValueError(
-                    f"{folder} has weights twice, in {single.name} and in the shards of "
-                    f"{index.name}: move the old ones away"
+                    f"{index} lists {absent[0].name}, which is not there: its download was cut "
+                    f"short, and an older {single.name} lies beside it"
                 )
-            return open_file(single)  # the index is of former shards
+            raise ValueError(
+                f"{folder} has weights twice, in {single.name} and in the shards of "
+                f"{index.name}: move the old ones away"
+            )
         if absent:
             raise ValueError(
                 f"{index} lists {absent[0].name}, which is not there: download it again"
@@ -125,30 +183,30 @@ def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
     raise ValueError(f"{folder} has neither {single.name} nor {index.name}{hint}")
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def _read_index(index: Path) -> dict[str, Path]:
     """The file of each key."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of names and files: download it again")
-    return {_without_wrappers(key): name for key, name in weight_map.items()}
+    return {
+        _without_wrappers(key): index.parent / os.path.normpath(name)
+        for key, name in weight_map.items()
+    }
 
 
-def _open_shards(index: Path, shards: list[Path], weight_map: dict[str, str]) -> dict[str, Stored]:
-    tensors = {}
-    for shard in shards:
-        tensors |= open_file(shard)
+def _open_shards(index: Path, shards: list[Path], weight_map: dict[str, Path]) -> dict[str, Stored]:
+    tensors = joined(*(open_file(shard) for shard in shards))
     # A download that was cut short, or shards of two versions in one folder, show in one of these.
     nowhere = weight_map.keys() - tensors.keys()
     if nowhere:
         raise ValueError(
-            f"{index} lists {len(nowhere)} tensors that none of its files has ({_few(nowhere)}): "
+            f"{index} lists {len(nowhere)} tensors that none of its files has ({few(nowhere)}): "
             f"download it again"
         )
-    found = {key: tensor.file.name for key, tensor in tensors.items()}
-    wrong = [key for key in found if found[key] != weight_map.get(key)]
+    wrong = [key for key, tensor in tensors.items() if tensor.file != weight_map.get(key)]
     if wrong:
         raise ValueError(
-            f"{index} and its shards disagree on {len(wrong)} keys, such as {_few(wrong)}"
+            f"{index} and its shards disagree on {len(wrong)} keys, such as {few(wrong)}"
         )
     return tensors
 
@@ -157,7 +215,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # the last for brackets by the thousand
-        raise ValueError(f"{path} cannot be read as JSON: {_first_line(error)}") from None
+        reason = _what_it_is(path) or _first_line(error)
+        raise ValueError(f"{path} cannot be read as JSON: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
     return content
@@ -170,10 +229,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{file} is not a tokenizer: {_first_line(error)}") from None
+        reason = _what_it_is(file) or _first_line(error)
+        raise ValueError(f"{file} is not a tokenizer: {reason}") from None
     # Some files keep these settings of a former use: with truncation, long prompts would be cut.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # And some call these tokens ordinary ones, which an instruction could then contain.
+    chat_tokens = [token for token in CHAT_TOKENS if tokenizer.token_to_id(token) is not None]
+    tokenizer.add_special_tokens(chat_tokens)
     return tokenizer
 
 
@@ -301,8 +364,13 @@ def _checked_tuple(value: Any, kinds: tuple[Any, ...], file: Path, path: str) ->
     return tuple(checked(item, kinds[0], file, path) for item in value)
 
 
-def check_together(config: Any, tokenizer: Tokenizer, file: Path) -> None:
-    """Raise ValueError if the numbers of an RVEDiTConfig are right one by one, but not together."""
+def check_together(
+    config: Any, tokenizer: Tokenizer, file: Path, part_files: dict[str, Path] | None = None
+) -> None:
+    """Raise ValueError if the numbers of an RVEDiTConfig are right one by one, but not together.
+
+    It names `file`, or the file in `part_files` of the part that the broken rule begins with.
+    """
     dit, vae, qwen = config.dit, config.vae, config.qwen
     vision = qwen.vision
     head_dim = qwen.hidden_size // qwen.num_attention_heads
@@ -358,7 +426,8 @@ def check_together(config: Any, tokenizer: Tokenizer, file: Path) -> None:
     }
     for rule, holds in rules.items():
         if not holds:
-            raise ValueError(f"{file}: {rule}")
+            part = rule.partition(".")[0]
+            raise ValueError(f"{(part_files or {}).get(part, file)}: {rule}")
 
 
 def _short(value: Any) -> str:
@@ -390,11 +459,11 @@ def match(
     """
     # Said first, because quantised weights are often misshapen as well.
     parameters = dict(module.named_parameters())
-    integers = [key for key, tensor in tensors.items() if not tensor.is_float]
+    integers = [key for key in parameters if key in tensors and tensors[key].kind == "integer"]
     if integers:
         raise ValueError(
             f"{source} is quantised, which is not supported: {len(integers)} of its tensors are "
-            f"integers ({_few(integers)}). Take the float32 or bfloat16 weights"
+            f"integers ({few(integers)}). Take the float32 or bfloat16 weights"
         )
     absent = [key for key in parameters if key not in tensors]
     fresh = [key for key in absent if may_lack is not None and re.search(may_lack, key)]
@@ -403,12 +472,15 @@ def match(
         for key, parameter in parameters.items()
         if key in tensors and tensors[key].shape != tuple(parameter.shape)
     ]
+    unexpected = [
+        key for key, tensor in tensors.items() if key not in parameters or tensor.kind == "other"
+    ]
     problems = {
         "missing": set(absent) - set(fresh),
-        "unexpected": tensors.keys() - parameters.keys(),
+        "unexpected": unexpected,
         "misshapen": misshapen,
     }
-    found = [f"{len(keys)} {kind} ({_few(keys)})" for kind, keys in problems.items() if keys]
+    found = [f"{len(keys)} {kind} ({few(keys)})" for kind, keys in problems.items() if keys]
     if found:
         raise ValueError(f"{source} does not fit the model: {'; '.join(found)}")
     return fresh
@@ -432,25 +504,27 @@ def fill(
     allocate(module, device, dtype)
     parameters = dict(module.named_parameters())
     for key in tqdm(tensors, desc="loading", unit="tensor", disable=None, leave=False):
-        assign(parameters[key], read_finite(key, tensors[key]))  # no name holds on to the tensor
+        assign(parameters[key], read_finite(key, tensors[key], dtype))  # no name holds on to it
     return fresh
 
 
-def read_finite(key: str, tensor: Stored) -> Tensor:
-    """The values of a stored tensor. NaN or infinity raises ValueError, which names the file."""
-    value = tensor.read()
+def read_finite(key: str, tensor: Stored, dtype: torch.dtype) -> Tensor:
+    """The values of a stored tensor, in a dtype.
+
+    NaN and infinity, also from values that are too large for the dtype, raise ValueError, which
+    names the file.
+    """
+    value = tensor.read().to(dtype)
     if not is_finite(value):
         raise ValueError(
-            f"{tensor.file}: {key} has values that are not finite, so every edit would be black: "
-            f"the file is damaged, or its training has diverged"
+            f"{tensor.file}: {key} has values that are not finite in {str(dtype)[6:]}, so every "
+            f"edit would be black: the file is damaged, or its training has diverged"
         )
     return value
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinity."""
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()  # float8 has no sum
     # A sum takes half as long as copying the tensor, isfinite ten times as long. If the sum is
     # finite, so is each value; a sum that is not may be an overflow.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
@@ -510,10 +584,24 @@ def write_checkpoint(
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete what a run that was killed has written of its checkpoint: gigabytes, perhaps."""
-    partial = re.compile(rf"\.partial-\d+-{re.escape(folder.name)}")
+    folder = folder.resolve()  # as `cli.replacing` does
+    partial = re.compile(rf"\.partial-(\d+)-{re.escape(folder.name)}")
     for path in folder.parent.glob(".partial-*"):
-        if partial.fullmatch(path.name):
-            shutil.rmtree(path)
+        name = partial.fullmatch(path.name)
+        if name and not _is_being_written(path, int(name[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_being_written(partial: Path, process: int) -> bool:
+    """Whether another process is at work on a checkpoint, as far as can be told."""
+    try:
+        with contextlib.suppress(PermissionError):  # it runs, as another user's
+            os.kill(process, 0)  # sends nothing, but fails if there is no such process
+        age = time.time() - partial.stat().st_mtime
+    except (ProcessLookupError, OverflowError, FileNotFoundError):
+        return False
+    # A restarted machine or container gives the numbers of its former processes to new ones.
+    return process != os.getpid() and age < 24 * 3600
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
@@ -549,9 +637,25 @@ def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
     yield shard
 
 
-def _few(keys: Iterable[str]) -> str:
+def few(keys: Iterable[str]) -> str:
     keys = sorted(keys)
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def _what_it_is(path: Path) -> str | None:
+    """What a download has left in the place of a file, if its first bytes tell."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(200).lower()
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer: run `git lfs pull`"
+    if start.lstrip().startswith((b"<!doctype", b"<html")):
+        return "it is a web page: download it again"
+    if start and not any(start):
+        return "it begins with zeros: download it again"
+    return None
 
 
 def _first_line(error: Exception) -> str:

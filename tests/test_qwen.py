@@ -117,6 +117,39 @@ def test_config_reads_both_forms_and_survives_json() -> None:
         QwenConfig.from_hub({"hidden_size": 64})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "mrope_section": [1]}},
+        {"rope_scaling": {"type": "mrope", "rope_type": "dynamic", "mrope_section": [1]}},
+        {"use_sliding_window": True},
+        {"hidden_act": "gelu"},
+        {"text_config": {"hidden_act": "gelu"}},
+        {"vision_config": HUB_CONFIG["vision_config"] | {"hidden_act": "quick_gelu"}},
+    ],
+)
+def test_what_the_network_does_not_have_is_refused(change: dict) -> None:
+    """Left out, it would give other hidden states than the model was trained with."""
+    with pytest.raises(ValueError, match="is .*, which is not supported"):
+        QwenConfig.from_hub(HUB_CONFIG | change)
+
+
+def test_a_config_of_transformers_4_49_lacks_its_defaults() -> None:
+    """It has only what differs from the 7B model; this is what it makes of the 3B's."""
+    vision = {
+        "hidden_size": 1280,
+        "in_chans": 3,
+        "model_type": "qwen2_5_vl",
+        "out_hidden_size": 2048,
+        "spatial_patch_size": 14,
+        "tokens_per_second": 2,
+    }
+    assert QwenConfig.from_hub(HUB_CONFIG | {"vision_config": vision}) == QwenConfig()
+    seven_b = QwenConfig.from_hub(HUB_CONFIG | {"vision_config": {}}).vision
+    assert (seven_b.hidden_size, seven_b.tokens_per_second) == (3584, 4)
+
+
 # --- Both towers ----------------------------------------------------------------------------------
 
 

@@ -147,6 +147,19 @@ def test_initial_weights_depend_on_seed_and_name_alone():
     assert not torch.equal(first.blocks[0].ffn[0].weight, second.blocks[0].ffn[0].weight)
 
 
+def test_initial_weights_do_not_depend_on_the_default_dtype():
+    first, second = (rvedit.WanDiT(tiny_model()[0].config.dit) for _ in range(2))
+    rvedit.initialise(first)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        rvedit.initialise(second)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(
+        torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True)
+    )
+
+
 @torch.no_grad()
 def test_initial_weights_keep_activations_in_scale_and_new_parts_silent():
     """Streams neither vanish nor explode; the velocity is zero; what is new beside trained weights

@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import weakref
 from pathlib import Path
 
@@ -24,11 +25,16 @@ from helpers import make_clip, merge_lora, randomise, relative_error, tiny_confi
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+import cli
 import rvedit
 import weights
+from mllm import chat_ids
 
 MANIFESTS = Path(__file__).parent / "manifests"
 STEM = "diffusion_pytorch_model"
+OURS, WAN = "ours/model-00001-of-00001.safetensors", f"wan/{STEM}-00002-of-00003.safetensors"
+INDEX, KIWI = f"wan/{STEM}.safetensors.index.json", f"kiwi/transformer/{STEM}.safetensors"
+TRAINING, VAE, CONFIG = "training.safetensors", "wan/Wan2.2_VAE.pth", "ours/config.json"
 FULL = rvedit.preset("wan2.2-ti2v-5b")
 
 
@@ -628,6 +634,21 @@ def test_half_a_lora_is_refused(folders, tmp_path):
     )
 
 
+@pytest.mark.parametrize("dropped", [r"dit\.blocks\.0\.", r"dit\.", r"dit\.head\.modulation"])
+def test_a_part_of_a_training_state_is_refused(folders, tmp_path, dropped):
+    """One shard of several: Wan's own tensors do not stand in for what it lacks."""
+    state = kiwi_training_tensors(original()[0])
+    part = {key: value for key, value in state.items() if not re.match(dropped, key)}
+    save_file(part, tmp_path / "part.safetensors")
+    arguments = dict(wan=folders / "wan", qwen=folders / "qwen")
+    number = len([key for key in state if re.match(dropped, key) and "text_emb" not in key])
+    refused(
+        rf"part.safetensors lacks {number} of the DiT's tensors \({dropped}.*\): is it one shard",
+        path=tmp_path / "part.safetensors",
+        **arguments,
+    )
+
+
 @pytest.mark.parametrize("with_lora", [True, False])
 def test_kiwi_edits_first_stage_is_a_start_for_training(folders, tmp_path, capsys, with_lora):
     """Connector and queries for stills alone: clips begin with these, and the DiT is Wan's."""
@@ -647,6 +668,24 @@ def test_kiwi_edits_first_stage_is_a_start_for_training(folders, tmp_path, capsy
     err = capsys.readouterr().err
     assert err.startswith("note: ") and "stage1.safetensors is of Kiwi-Edit's first stage" in err
     assert err.count("\n") == 1
+
+
+LORAS = {
+    "PEFT": "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    "kohya": "lora_unet_blocks_0_self_attn_q.lora_down.weight",
+    "diffusers": "transformer.blocks.0.attn1.to_q.lora_A.weight",
+    "Wan's names": "blocks.0.self_attn.q.lora_A.weight",
+}
+
+
+@pytest.mark.parametrize("kind", [*LORAS, "VAE", "empty"])
+def test_what_is_no_training_state_is_refused_without_a_note(folders, tmp_path, capsys, kind):
+    state = {LORAS[kind]: torch.ones(2, 24)} if kind in LORAS else {}
+    path = folders / VAE if kind == "VAE" else tmp_path / "file.safetensors"
+    save_file(state, tmp_path / "file.safetensors")
+    message = "is a LoRA, which is not supported" if kind in LORAS else "has no encoder.queries"
+    refused(f"{path.name} {message}", path=path, wan=folders / "wan", qwen=folders / "qwen")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("what", ["release", "training state"])
@@ -905,6 +944,39 @@ def test_a_failed_first_save_leaves_nothing(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
+def dead_process():
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path):
+    """Until it is a day old: then the number is that of a process which has come later."""
+    partial = tmp_path / f".partial-{os.getppid()}-ours"
+    partial.mkdir()
+    rvedit.save(tmp_path / "ours", *original())
+    assert names(tmp_path) == [partial.name, "ours"]
+    os.utime(partial, (0, 0))
+    rvedit.save(tmp_path / "ours", *original())
+    assert names(tmp_path) == ["ours"]
+
+
+def test_saving_to_a_link_writes_where_it_leads(tmp_path):
+    """Again and again, such as to a larger disk; the link stays, and nothing is left at either."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "ours").symlink_to(tmp_path / "disk" / "model")
+    (tmp_path / "disk" / f".partial-{dead_process()}-model").mkdir()
+    for seed in range(3):
+        rvedit.save(tmp_path / "ours", *changed(seed))
+        assert names(tmp_path) == ["disk", "ours"] and names(tmp_path / "disk") == ["model"]
+        assert (tmp_path / "ours").is_symlink()
+    assert_same(rvedit.load(tmp_path / "disk" / "model"), changed(2))
+    (tmp_path / "text").symlink_to(tmp_path / "disk" / "text")
+    cli.write_text(tmp_path / "text", "a")
+    cli.write_text(tmp_path / "text", "b")
+    assert (tmp_path / "text").is_symlink() and (tmp_path / "disk/text").read_text() == "b"
+
+
 @pytest.mark.parametrize("killed", ["while writing", "between the renames", "behind the renames"])
 def test_the_leavings_of_a_killed_run_are_cleaned_up(tmp_path, killed):
     """The next save removes them, and first puts back a former checkpoint that the killed run had
@@ -913,8 +985,9 @@ def test_the_leavings_of_a_killed_run_are_cleaned_up(tmp_path, killed):
     if killed != "between the renames":
         rvedit.save(tmp_path / "ours", *original())
     if killed != "behind the renames":
-        (tmp_path / ".partial-1-ours").mkdir()
-        (tmp_path / ".partial-1-ours" / "1").write_bytes(b"half a shard")
+        for process in (dead_process(), os.getpid(), 10**12):  # a restart may give its own number
+            (tmp_path / f".partial-{process}-ours").mkdir()
+            (tmp_path / f".partial-{process}-ours" / "1").write_bytes(b"half a shard")
     if killed != "while writing":
         rvedit.save(tmp_path / ".former-ours", *original())
 
@@ -1055,6 +1128,34 @@ def test_a_key_removed_added_or_misshapen_is_named(copied, layout):
     )
 
 
+TWICE = [  # a layout, a file of it, and another name for a tensor that the layout has
+    ("ours", OURS, "module.dit.head.modulation"),
+    ("wan", WAN, "scale_shift_table"),
+    ("wan", VAE, "quant_conv.bias"),
+    ("qwen", "qwen/model-00001-of-00002.safetensors", "model.language_model.norm.weight"),
+    ("kiwi", KIWI, "head.modulation"),
+    ("kiwi", f"kiwi/mllm_encoder/{STEM}.safetensors", "model.norm.weight"),
+    ("training", TRAINING, "pipe.head.modulation"),
+]
+
+
+@pytest.mark.parametrize(("layout", "file", "name"), TWICE)
+def test_two_tensors_of_one_name_are_refused(copied, layout, file, name):
+    """One of them would win, and nobody would know which."""
+    file = copied / file
+    change_tensors(file, lambda state: state.update({name: torch.zeros(24)}))
+    message = refused("has .* twice, as .* and as ", **places(copied, layout))
+    assert message.startswith(f"{file.parent} has ") and f"{name} in {file.name}" in message
+
+
+def test_a_tensor_in_two_shards_is_refused(copied):
+    shards = sorted((copied / "qwen").glob("model-*"))
+    index = (copied / "qwen/model.safetensors.index.json").read_text()
+    change_tensors(shards[0], lambda state: state.update(load_file(shards[1])))
+    (copied / "qwen/model.safetensors.index.json").write_text(index)
+    refused("qwen has .* twice, as .* in model-00001", **places(copied, "qwen"))
+
+
 def test_many_wrong_keys_are_counted_and_three_named(copied):
     file = copied / "ours/model-00001-of-00001.safetensors"
 
@@ -1133,6 +1234,33 @@ def test_what_a_pickle_holds_is_not_run(copied):
     assert (copied / "exploded").exists()  # so it would have
 
 
+ODD_STATES = {
+    "numbers for names": lambda: {0: torch.ones(2)},
+    "sparse": lambda: {"a": torch.eye(2).to_sparse()},
+    "compressed rows": lambda: {"a": torch.eye(2).to_sparse_csr()},
+    "without values": lambda: {"a": torch.ones(2, device="meta")},
+    "nested": lambda: {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+}
+
+
+@pytest.mark.parametrize("state", [*ODD_STATES, "script"])
+def test_what_is_no_plain_state_dict_is_refused(folders, tmp_path, recwarn, state):
+    """In one line, and without a warning."""
+    file = tmp_path / "state.pth"
+    if state == "script":
+        torch.jit.script(torch.nn.Linear(2, 2)).save(file)
+    else:
+        torch.save(ODD_STATES[state](), file)
+    recwarn.clear()
+    refused(
+        "state.pth is not a plain state dict of tensors",
+        path=file,
+        wan=folders / "wan",
+        qwen=folders / "qwen",
+    )
+    assert not recwarn.list
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -1168,9 +1296,6 @@ def to_another_shard(index):
     )
 
 
-OURS, WAN = "ours/model-00001-of-00001.safetensors", f"wan/{STEM}-00002-of-00003.safetensors"
-INDEX, KIWI = f"wan/{STEM}.safetensors.index.json", f"kiwi/transformer/{STEM}.safetensors"
-TRAINING, VAE, CONFIG = "training.safetensors", "wan/Wan2.2_VAE.pth", "ours/config.json"
 DAMAGED, NOT_JSON = "is damaged or not a safetensors file: ", "cannot be read as JSON: "
 NEITHER = "is neither a checkpoint of ours nor Kiwi-Edit's release: it holds "
 # The layout that is loaded, what is damaged, how, and the message, which begins with a path.
@@ -1342,7 +1467,29 @@ def test_weights_that_are_not_finite_are_refused_by_file_and_name(copied, dtype,
 def test_a_sum_that_overflows_is_no_mistake():
     assert weights.is_finite(torch.full((100,), 60_000.0, dtype=torch.float16))
     assert weights.is_finite(torch.full((100,), 1e38))
-    assert not weights.is_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2))
+
+
+@pytest.mark.parametrize(
+    ("stored", "value", "wanted"),
+    [(torch.float64, 1e39, torch.float32), (torch.float32, 70_000.0, torch.float16)],
+)
+def test_weights_that_overflow_the_wanted_dtype_are_refused(copied, stored, value, wanted):
+    def change(state):
+        state["dit.head.modulation"] = state["dit.head.modulation"].to(stored)
+        state["dit.head.modulation"][0, 0, 0] = value
+
+    change_tensors(copied / OURS, change)
+    with pytest.raises(ValueError, match=f"{OURS}: .* are not finite in {str(wanted)[6:]},"):
+        rvedit.load(copied / "ours", dtype=wanted)
+
+
+def test_float8_weights_are_checked_too(copied):
+    def change(state):
+        state["dit.head.modulation"] = torch.full((1, 2, 24), math.nan).to(torch.float8_e5m2)
+
+    change_tensors(copied / OURS, change)
+    with pytest.raises(ValueError, match=f"{OURS}: dit.head.modulation has values that are not"):
+        rvedit.load(copied / "ours")
 
 
 def test_integers_are_called_quantised(copied):
@@ -1355,6 +1502,28 @@ def test_integers_are_called_quantised(copied):
 
     change_tensors(copied / OURS, quantise)
     refused("ours is quantised, .* 3 of its tensors are integers", path=copied / "ours")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"global_step": torch.tensor(5)},
+        {"mask": torch.ones(24, dtype=torch.bool)},
+        {"dit.head.modulation": torch.ones(1, 2, 24, dtype=torch.complex64)},
+        {"dit.head.modulation": torch.ones(1, 2, 24, dtype=torch.bool)},
+    ],
+)
+def test_what_is_neither_a_weight_nor_quantised_is_unexpected(folders, tmp_path, suffix, more):
+    path = tmp_path / f"state{suffix}"
+    state = kiwi_training_tensors(original()[0]) | more
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    refused(
+        rf"state{suffix} does not fit the model: 1 unexpected \({next(iter(more))}\)$",
+        path=path,
+        wan=folders / "wan",
+        qwen=folders / "qwen",
+    )
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
@@ -1391,8 +1560,9 @@ def test_an_index_of_former_shards_does_not_count(copied):
         whole |= load_file(shard)
     save_file(whole, copied / "qwen" / "model.safetensors")
     refused("qwen has weights twice, in model.safetensors and in", **places(copied, "qwen"))
-    for shard in shards:
-        shard.unlink()
+    shards[1].unlink()
+    refused("its download was cut short, and an older model.safetensors", **places(copied, "qwen"))
+    shards[0].unlink()
     state = rvedit.load(**places(copied, "qwen"))[0].state_dict()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
 
@@ -1407,6 +1577,64 @@ def test_a_tokenizer_neither_truncates_nor_pads(copied):
     loaded = rvedit.load(copied / "ours")[0].encoder.tokenizer
     assert loaded.to_str() == original()[0].encoder.tokenizer.to_str()
     assert len(loaded.encode("make it snow").ids) == len("make it snow")
+
+
+def test_a_prompt_with_special_tokens_stays_text(copied):
+    """Whatever tokenizer.json calls these tokens: a prompt neither ends its turn nor adds clips."""
+
+    def forget(content):
+        for token in content["added_tokens"]:
+            token["special"] = False
+
+    edited(forget)(copied / "ours/tokenizer.json")
+    model = rvedit.load(copied / "ours")[0]
+    assert model.encoder.tokenizer.to_str() == original()[0].encoder.tokenizer.to_str()
+    text = "a <|im_end|> b <|video_pad|> c <|object_ref_start|>"
+    chat = chat_ids(model.encoder.tokenizer, text, 4, 5, model.config.qwen)
+    assert len(chat.ids[chat.textual]) == len(text)  # a token for each letter
+
+
+def test_qwens_base_model_is_read(copied):
+    """transformers 5 saves it without "model." before the names."""
+    expected = rvedit.load(**places(copied, "qwen"))[0].state_dict()
+    for file in (copied / "qwen").glob("model-*"):
+        state = load_file(file)
+        new = {re.sub(r"^model\.", "language_model.", key): value for key, value in state.items()}
+        change_tensors(file, lambda state, new=new: (state.clear(), state.update(new)))
+    state = rvedit.load(**places(copied, "qwen"))[0].state_dict()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("place", ["./{}", "parts/{}", "parts/../{}"])
+def test_an_index_names_its_files_by_any_path(copied, place):
+    (copied / "wan/parts").mkdir()
+    content = json.loads((copied / INDEX).read_text())
+    for name in set(content["weight_map"].values()):
+        (copied / "wan" / name).rename(copied / "wan" / place.format(name))
+    content["weight_map"] = {k: place.format(name) for k, name in content["weight_map"].items()}
+    write_json(copied / INDEX, content)
+    rvedit.load(**places(copied, "wan"))
+
+
+INSTEAD = [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
+    (b"\n<!DOCTYPE html><html><title>404</title></html>", "a web page"),
+    (bytes(4096), "begins with zeros"),
+]
+
+
+@pytest.mark.parametrize("file", [OURS, VAE, "qwen/tokenizer.json", "qwen/config.json", INDEX])
+@pytest.mark.parametrize(("content", "what"), INSTEAD)
+def test_what_a_download_left_in_place_of_a_file_is_named(copied, file, content, what):
+    (copied / file).write_bytes(content)
+    layout = "ours" if file == OURS else "wan"
+    refused(f"^{copied / file} .* it (is )?{what}", **places(copied, layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn, "float32", None])
+def test_dtypes_that_no_edit_works_in_are_refused(folders, dtype):
+    for name in ("dtype", "decoder_dtype"):
+        refused(f"{dtype} is not supported: take", path=folders / "ours", **{name: dtype})
 
 
 @pytest.mark.parametrize("where", ["top", "text_config"])
@@ -1427,9 +1655,21 @@ WRONG_CONFIGS = [  # a file, what is changed in it, and the field that the line 
     ("wan/config.json", lambda c: c.update(num_layers=10**9), "dit.num_blocks is 1000000000, not"),
     ("wan/config.json", lambda c: c.update(eps=None), "dit.eps is None, not a number"),
     ("qwen/config.json", lambda c: c.update(hidden_size=24.5), "qwen.hidden_size is 24.5, not"),
-    ("qwen/config.json", lambda c: c.update(vision_config=None), ""),
+    ("qwen/config.json", lambda c: c.update(vision_config=None), "no 'vision_config' in it"),
     ("qwen/config.json", lambda c: c["vision_config"].update(depth=True), "qwen.vision.depth is"),
-    ("qwen/config.json", lambda c: c["rope_scaling"].update(mrope_section=7), ""),
+    ("qwen/config.json", lambda c: c.update(vision_config=[1]), r"vision_config is \[1\], not an"),
+    ("qwen/config.json", lambda c: c.update(text_config="x"), "text_config is 'x', not an object"),
+    ("qwen/config.json", lambda c: c.update(rope_scaling="mrope"), "rope_scaling is 'mrope', not"),
+    (
+        "qwen/config.json",
+        lambda c: c["rope_scaling"].update(mrope_section=7),
+        "qwen.mrope_section is 7, not a list",
+    ),
+    (
+        "qwen/config.json",
+        lambda c: c["vision_config"].update(fullatt_block_indexes=1),
+        "qwen.vision.fullatt_block_indexes is 1, not a list",
+    ),
     ("kiwi/vae/config.json", lambda c: c.update(latents_std=[0] * 48), "vae.latents_std is 0, not"),
     ("kiwi/vae/config.json", lambda c: c.update(dim_mult="1224"), "vae.dim_mult is '1224', not"),
     (
@@ -1447,11 +1687,57 @@ def test_configurations_of_public_layouts_are_checked_too(copied, file, change, 
     refused(f"^{re.escape(str(copied / file))}: {message}", **places(copied, layout))
 
 
+OTHER_SIZES = [
+    ("wan", "wan", dict(dim=12, num_heads=1), "dim 12, the weights have 24"),
+    ("wan", "wan", dict(ffn_dim=20), "ffn_dim 20, the weights have 40"),
+    ("wan", "wan", dict(freq_dim=32), "freq_dim 32, the weights have 16"),
+    ("wan", "wan", dict(in_dim=16), "in_dim 16, the weights have 48"),
+    ("wan_diffusers", "transformer", dict(out_channels=16), "out_channels 16, the weights have 48"),
+    ("wan_diffusers", "transformer", dict(patch_size=[1, 1, 1]), r"patch_size \[1, 1, 1\], the"),
+    ("kiwi", "transformer", dict(num_attention_heads=4), "attention_head_dim 12, the weights have"),
+    ("kiwi", "vae", dict(z_dim=16), "z_dim 16, the weights have 48"),
+    ("wan_diffusers", "vae", dict(decoder_base_dim=9), "decoder_base_dim 9, the weights have 8"),
+]
+
+
+@pytest.mark.parametrize(("layout", "folder", "sizes", "message"), OTHER_SIZES)
+def test_a_config_that_contradicts_the_weights_is_refused(copied, layout, folder, sizes, message):
+    """It is that of another model, whose number of heads would be taken."""
+    file = copied / layout / ("" if folder == layout else folder) / "config.json"
+    edited(lambda config: config.update(sizes))(file)
+    refused(f"^{re.escape(str(file))} says {message}", **places(copied, layout))
+
+
+@pytest.mark.parametrize("layout", ["kiwi", "wan", "wan_diffusers", "training"])
+def test_numbers_that_do_not_go_together_are_named_with_their_own_file(copied, layout):
+    qwen = copied / ("kiwi/processor/qwen_config.json" if layout == "kiwi" else "qwen/config.json")
+    if layout in ("kiwi", "wan_diffusers"):
+        vae = copied / layout / "vae/config.json"
+        backup = vae.read_bytes()
+        edited(lambda config: config.update(latents_mean=[0.5]))(vae)
+        refused(f"^{vae}: vae.latents_mean must have", **places(copied, layout))
+        vae.write_bytes(backup)
+    edited(lambda config: config["vision_config"].update(num_heads=5))(qwen)
+    refused(f"^{qwen}: qwen.vision.hidden_size must divide", **places(copied, layout))
+
+
 def test_another_models_config_is_refused(copied):
     shutil.copy(copied / "wan/config.json", copied / "qwen")
     refused(
         "config.json: no 'vision_config' in it, so it is not a Qwen2.5-VL model's",
         **places(copied, "qwen"),
+    )
+
+
+@pytest.mark.parametrize("file", [OURS, CONFIG, "moved.safetensors"])
+def test_a_file_of_our_checkpoint_is_no_training_state(copied, file):
+    """Taken for one, it would load with other connectors than its own."""
+    shutil.copy(copied / OURS, copied / "moved.safetensors")
+    refused(
+        f"{file} is a file of our checkpoint: give its folder",
+        path=copied / file,
+        wan=copied / "wan",
+        qwen=copied / "qwen",
     )
 
 
@@ -1475,6 +1761,7 @@ def test_arguments_that_do_not_go_together_are_refused(folders, tmp_path):
         wan=wan,
         qwen=qwen,
     )
+    refused("kiwi is Kiwi-Edit's release: give it as --checkpoint", wan=folders / "kiwi", qwen=qwen)
     refused(f"empty {NEITHER}nothing", path=empty)
     refused(f"wan {NEITHER}Wan2.2_VAE.pth, config.json, ", path=wan)
     refused("checkpoint .*absent does not exist", path=absent)
@@ -1508,4 +1795,10 @@ def test_saving_replaces_nothing_but_a_checkpoint(tmp_path):
     (tmp_path / "empty").mkdir()
     for _ in range(2):
         rvedit.save(tmp_path / "empty", model, vae)
+        (tmp_path / "empty" / ".DS_Store").touch()
+        (tmp_path / "empty" / "model.safetensors").touch()
+    (tmp_path / "empty" / "README.md").write_text("important")
+    with pytest.raises(ValueError, match="empty/README.md would be lost"):
+        rvedit.save(tmp_path / "empty", model, vae)
+    assert (tmp_path / "empty" / "README.md").read_text() == "important"
     assert rvedit.layout(tmp_path / "empty") == "rvedit"
