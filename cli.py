@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import math
 import os
 import shutil
@@ -135,6 +136,18 @@ def device_of(text: str) -> Any:
 # --- Files ----------------------------------------------------------------------------------------
 
 
+def beside(path: Path, before: str, behind: str) -> Path:
+    """`path` with something before and behind its name, which file systems allow 255 bytes.
+
+    Where that is too long, a hash and the ending stand for the name: some writers choose their
+    format by the ending.
+    """
+    name = path.name
+    if len(os.fsencode(f"{before}{name}{behind}")) > 255:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + path.suffix
+    return path.with_name(f"{before}{name}{behind}")
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; what is written there becomes `path` at the end.
@@ -143,9 +156,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     An OSError, such as that of a full disk, is raised again with the final name in its message.
     """
     target = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
-    # The ending stays: some writers choose their format by it. Several processes may write at once.
-    temporary = target.with_name(f".partial-{os.getpid()}-{target.name}")
-    former = target.with_name(f".former-{target.name}")
+    # Several processes may write at once.
+    temporary = beside(target, f".partial-{os.getpid()}-", "")
+    former = beside(target, ".former-", "")
     try:
         # A kill between the two renames below leaves the former folder under this name,
         # a kill right after them leaves it beside the new one.

@@ -105,7 +105,7 @@ class Unfinished:
     SAVE_SECONDS = 30
 
     def __init__(self, args: Namespace) -> None:
-        self.path = args.out.with_name(f"{args.out.name}.unfinished.safetensors")
+        self.path = cli.beside(args.out, "", ".unfinished.safetensors")
         self.resume = args.resume
         # What must be the same for the steps to be worth anything. Options that are not named here,
         # such as --keep-source, do not change them.

@@ -747,6 +747,21 @@ def test_a_global_style_is_hardly_changed_by_keep_source(built_in):
     assert kept < 1.05 * plain
 
 
+# --- Names that fill what file systems allow ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["い" * 80 + "_edited.mp4", "a" * 251 + ".mp4", "é" * 125 + ".png"]
+)
+def test_a_file_of_a_long_name_is_replaced_and_leaves_nothing_beside_it(name, tmp_path):
+    for text in ("one", "two"):
+        cli.write_text(tmp_path / name, text)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "two")]
+    unfinished = cli.beside(tmp_path / name, "", ".unfinished.safetensors")
+    unfinished.touch()
+    assert unfinished.suffix == ".safetensors"
+
+
 # --- From Python ----------------------------------------------------------------------------------
 
 
