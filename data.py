@@ -207,7 +207,7 @@ def _checked_texts(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, 
         text = fields.get(name)
         if text is None or text == "":
             raise ValueError(f"no {name} in columns {', '.join(map(str, fields))}")
-        texts[column] = _checked_text(name, text)
+        texts[column] = checked_text(name, text)
         if not texts[column]:
             raise ValueError(f"its {name} is blank")
         if column != "prompt":
@@ -216,7 +216,7 @@ def _checked_texts(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, 
         text = fields.get(name)
         if text is None:
             text = ""
-        texts[name] = _checked_text(name, text)
+        texts[name] = checked_text(name, text)
         # Nothing means that there is no caption. A blank one was meant to be one, and got lost.
         if text and not texts[name]:
             raise ValueError(f"its {name} is blank")
@@ -231,7 +231,8 @@ def _check_path(name: str, path: str) -> None:
         raise ValueError(f"its {name} is not a path that can be opened: {path!r}")
 
 
-def _checked_text(name: str, text: object) -> str:
+def checked_text(name: str, text: object) -> str:
+    """A text of a row, without spaces around it. ValueError for what `read_table` takes as bad."""
     if not isinstance(text, str):
         raise ValueError(f"its {name} is not a text: {text!r}")
     try:

@@ -57,6 +57,7 @@ from data import (
     COLUMNS,
     Latents,
     TripletDataset,
+    checked_text,
     fit_pair,
     latents_of,
     one_line,
@@ -65,6 +66,7 @@ from data import (
     triplets,
 )
 from experiments import chat
+from experiments.answers import without_thoughts
 from shapes import CATEGORIES
 from vae import WanVAE
 
@@ -470,6 +472,34 @@ CAPTION_PROMPT = (
     "do not mention frames, and add nothing to the description."
 )
 CAPTION_FRAMES = 8  # of a clip that the captioner sees
+# How an answer begins that refuses to give one. A description never speaks of itself.
+REFUSAL = re.compile(
+    r"\W*(?:(?:I['’]m|I am) (?:\w+ )?(?:sorry|afraid|unable|not able)|sorry|unfortunately|"
+    r"I (?:can['’]t|cannot|can not|couldn['’]t|could not|won['’]t|will not|don['’]t|do not)|"
+    r"I apologi[sz]e|my apologies|as an? (?:AI|language model))\b",
+    re.IGNORECASE,
+)
+
+
+def checked_caption(answer: chat.Answer) -> str:
+    """The caption in an answer. ValueError if it holds none: it would be trained on as ℓ*."""
+    if answer.is_cut_off:
+        raise ValueError(f"the answer was cut off ({answer.finish_reason})")
+    text = checked_text("caption", without_thoughts(answer))
+    if not text:
+        raise ValueError("the answer is empty")
+    if REFUSAL.match(text):
+        raise ValueError(f"the model refused: {one_line(text)}")
+    return text
+
+
+def caption_key(clip: str, frames: int | None, model: str) -> str:
+    """What a caption depends on: another clip at the same path needs another one."""
+    size = changed = None
+    with contextlib.suppress(OSError):  # a clip that is not there gets no caption anyway
+        status = os.stat(clip)
+        size, changed = status.st_size, status.st_mtime_ns
+    return json.dumps([clip, size, changed, frames, model])
 
 
 def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: int) -> list[str]:
@@ -484,25 +514,29 @@ def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: i
         frames = video.read_video(clip, dataset.max_frames).frames
         question = {"type": "text", "text": CAPTION_PROMPT}
         answer = chat.ask(url, model, [*chat.image_parts(frames, CAPTION_FRAMES), question])
-        if not answer.strip():
-            raise ValueError("the answer is empty")
-        return {"caption": answer.strip()}
+        return {"caption": checked_caption(answer)}
 
     for problem in dataset.bad.values():
         note(f"left out: {problem}")
     rows = [dataset.row(i) for i in range(len(dataset)) if i not in dataset.bad]
     answers = out.with_name(f"{out.name}.answers")
-    targets = {row["tgt_video"]: row["tgt_video"] for row in rows}
-    failed = chat.run(answers, targets, describe, workers)
-    for clip, problem in failed.items():
-        note(f"no caption for {clip}: {problem}")
+    clips = {row["tgt_video"] for row in rows}
+    keys = {clip: caption_key(clip, dataset.max_frames, model) for clip in clips}
+    jobs = {key: clip for clip, key in keys.items()}
+    failed = chat.run(answers, jobs, describe, workers)
+    for key, problem in failed.items():
+        note(f"no caption for {jobs[key]}: {problem}")
     if len(failed) > 0.01 * len(rows):
         raise ValueError(
             f"{len(failed)} of {len(rows)} clips have no caption: run it again to ask for them only"
         )
     captions = chat.results(answers)
-    captioned = [row for row in rows if row["tgt_video"] in captions]
-    return [json.dumps(row | captions[row["tgt_video"]]) for row in captioned]
+    lines = []
+    for row in rows:
+        answer = captions.get(keys[row["tgt_video"]])
+        if answer:
+            lines.append(json.dumps(row | answer))
+    return lines
 
 
 # --- Latents --------------------------------------------------------------------------------------

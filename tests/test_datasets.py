@@ -496,7 +496,8 @@ def test_check_reports_what_training_would_meet(tmp_path: Path, capsys):
 class Captioner(ThreadingHTTPServer):
     """A loopback server that describes a clip by the brightness of its frames.
 
-    Unless `misbehave(level, times asked)` returns an HTTP status, or the text of the answer.
+    Unless `misbehave(level, times asked)` returns an HTTP status, the text of the answer, or that
+    and why it ends.
     """
 
     def __init__(self, misbehave=lambda level, times: None, seconds: float = 0) -> None:
@@ -530,7 +531,9 @@ class Answer(BaseHTTPRequestHandler):
         if isinstance(answer, int):
             return self.send_error(answer)
         text = f" From {levels[0]} to {levels[-1]}. " if answer is None else answer
-        content = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        text, reason = text if isinstance(text, tuple) else (text, "stop")
+        choice = {"message": {"content": text}, "finish_reason": reason}
+        content = json.dumps({"choices": [choice]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -591,6 +594,58 @@ def test_what_gets_no_caption_is_asked_for_again_and_alone(tmp_path: Path, monke
     for i in range(5):
         assert dataset.row(i)["caption"] == f"From {10 * i + 10} to {10 * i + 26}."
     assert server.asked == {10: 1, 20: 2, 30: 1, 40: 1, 50: 1}
+
+
+@pytest.mark.parametrize(
+    ("answer", "caption"),
+    [
+        ("<think>They want one. Let me look.</think>\n\nA grey field.", "A grey field."),
+        ("Got it, a description.</think>\n\nA grey field.", "A grey field."),
+        ("A sign says: I'm sorry.", "A sign says: I'm sorry."),
+        ("I watch.", "I watch."),
+    ],
+)
+def test_a_caption_is_the_answer_without_thoughts(tmp_path: Path, answer: str, caption: str):
+    file, out = write_targets(tmp_path, 1), tmp_path / "out.jsonl"
+    server = Captioner(lambda level, times: answer)
+    datasets.main(["caption", str(file), "--out", str(out), "--url", server.url])
+    assert TripletDataset(out).row(0)["caption"] == caption
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (("A man in a red coat walks along the", "length"), "the answer was cut off (length)"),
+        ("<think>They want a description, so", "the answer is empty"),
+        ("</think>\n", "the answer is empty"),
+        ("very " * 3000, "its caption has 15000 characters, more than 10000"),
+        ("I'm sorry, but I can't assist with that request.", "the model refused: I'm sorry, but"),
+        ("Sorry, no.", "the model refused: Sorry, no."),
+        ("I cannot see any frames.", "the model refused: I cannot see"),
+        ("I’m unable to describe it.", "the model refused: I’m unable"),
+        ("As an AI, I have no eyes.", "the model refused: As an AI"),
+    ],
+)
+def test_what_is_no_caption_fails_its_clip(tmp_path: Path, capsys, answer, problem: str):
+    """It would be trained on as ℓ*."""
+    file, out = write_targets(tmp_path, 1), tmp_path / "out.jsonl"
+    server = Captioner(lambda level, times: answer)
+    with pytest.raises(SystemExit) as stop:
+        datasets.main(["caption", str(file), "--out", str(out), "--url", server.url])
+    assert stop.value.code == 2 and not out.exists()
+    assert f"note: no caption for {tmp_path}/t0.mkv: {problem}" in capsys.readouterr().err
+
+
+def test_a_caption_is_kept_for_the_same_clip_frames_and_model_only(tmp_path: Path):
+    file, out = write_targets(tmp_path, 1), tmp_path / "out.jsonl"
+    server = Captioner()
+    options = ["caption", str(file), "--out", str(out), "--url", server.url]
+    for more, asked in ([], 1), ([], 1), (["--model", "other"], 2), (["--frames", "5"], 3), ([], 3):
+        datasets.main([*options, *more])
+        assert len(server.requests) == asked
+    write_clip(tmp_path / "t0.mkv", 9, 70)
+    datasets.main(options)
+    assert TripletDataset(out).row(0)["caption"] == "From 70 to 86."
 
 
 def test_a_row_in_a_hundred_may_stay_without(tmp_path: Path, monkeypatch, capsys):

@@ -1003,7 +1003,8 @@ def write_triplets(folder, good, bad):
 def test_a_broken_clip_is_replaced_and_listed(start, tmp_path):
     """With the paper's recipe: one epoch by default, recomputed activations, a worker process."""
     file = write_triplets(tmp_path / "data", good=3, bad=1)
-    train.main(options(start, tmp_path / "run", "--data", file, "--batch", 2, "--workers", 1))
+    recipe = ("--preset", "wan2.2-ti2v-5b", "--batch", 2, "--workers", 1)
+    train.main(options(start, tmp_path / "run", "--data", file, *recipe))
     lines = log(tmp_path / "run")
     assert len(lines) == 2 and sum(line["broken"] for line in lines) == 1
     listed = (tmp_path / "run/broken.txt").read_text()
