@@ -406,7 +406,7 @@ def check_shared_memory(config: RVEDiTConfig, args: argparse.Namespace) -> None:
     clip = 0 if args.latents else T * H * W * 3
     mllm_frames = min(T, config.max_mllm_frames) * config.max_mllm_pixels * 3 * 4  # float32
     minibatch = args.batch * 2 * (clip + mllm_frames)  # source and target
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     needed = ranks_here * args.workers * PREFETCH * minibatch
     free = shutil.disk_usage(folder).free
     if free < needed:

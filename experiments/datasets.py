@@ -618,6 +618,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
             option,
             dest=dataset,
             nargs="+",
+            action="extend",
             type=Path,
             metavar="DIR",
             help=f"the folder of {dataset}'s tables; then others, if its clips are elsewhere",
