@@ -30,6 +30,7 @@ import data
 import losses
 import parallel
 import rvedit
+import sample
 import train
 import video
 from experiments import datasets
@@ -888,7 +889,8 @@ def test_a_table_without_weights_is_refused(capsys):
 
 def test_options_survive_run_json(tmp_path):
     """Sizes, flags that are off, paths and numbers: parsed again, they are what they were."""
-    words = "--size 5 64 64 --size 9 32 64 --no-compile --freeze-lora --lr 1e-4 --data a.csv b.csv"
+    words = "--size 5 64 64 --size 9 32 64 --no-compile --freeze-lora --lr 1e-4 --data a.csv"
+    words += " --data b.csv c.csv"
     args = train.parse_arguments(
         [*words.split(), "--root", "clips", "--steps", "7", "--preset", "toy", "--checkpoint", "w"]
     )
@@ -933,11 +935,15 @@ def test_a_table_that_has_changed_is_noticed_at_resume(start, tmp_path, capsys):
 
 
 def test_slurm_tasks_without_torchrun_are_refused(start, tmp_path, monkeypatch, capsys):
+    """Those of a step: a batch script for eight of them is one process."""
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    with pytest.raises(SystemExit) as stop:
-        train.main(options(start, tmp_path, "--steps", 1))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "SLURM started 8 tasks" in error
+    train.main(options(start, tmp_path / "run", "--steps", 1, "--batch", 1))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    for main in (train.main, sample.main, datasets.main):
+        with pytest.raises(SystemExit) as stop:
+            main(["--help"])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and error.startswith("error: SLURM started 8 tasks")
 
 
 def test_a_shared_memory_that_is_too_small_is_noticed(start, tmp_path, monkeypatch, capsys):
@@ -1068,7 +1074,8 @@ def test_a_table_without_captions_is_refused_unless_instructions_may_stand_in(
 ):
     file = write_triplets(tmp_path / "data", good=1, bad=0)
     file.write_text(file.read_text().replace(",seen", ","))
-    arguments = options(start, tmp_path / "run", "--data", file, "--steps", 1, "--accumulate", 2)
+    more = ("--steps", 1, "--batch", 1, "--accumulate", 2)
+    arguments = options(start, tmp_path / "run", "--data", file, *more)
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)
     error = capsys.readouterr().err.strip().splitlines()[-1]
