@@ -939,9 +939,9 @@ def test_slurm_tasks_without_torchrun_are_refused(start, tmp_path, monkeypatch, 
     monkeypatch.setenv("SLURM_NTASKS", "8")
     train.main(options(start, tmp_path / "run", "--steps", 1, "--batch", 1))
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    for main in (train.main, sample.main, datasets.main):
+    for main in (train.main, sample.edit, datasets.main):
         with pytest.raises(SystemExit) as stop:
-            main(["--help"])
+            main([])
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert stop.value.code == 2 and error.startswith("error: SLURM started 8 tasks")
 
