@@ -240,18 +240,29 @@ def finished(out: Path) -> list[Path]:
 
 def check_out(args: argparse.Namespace) -> None:
     """Find out whether OUT is what the options take it for, before anything is loaded."""
-    checkpoints = finished(args.out)
-    if checkpoints and not (args.resume or args.export):
-        raise ValueError(
-            f"{args.out} holds a run: add --resume to go on with it, or give another --out"
-        )
-    if args.export and not checkpoints:
-        raise ValueError(f"{args.out} holds no training checkpoint to export")
-    model = args.out / "model"
+    out, model, log = args.out, args.out / "model", args.out / "log.jsonl"
     if model.is_symlink():
         raise ValueError(f"{model} is a symbolic link, which the export would replace: remove it")
     rvedit.check_replaceable(model)
-    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoints = finished(out)
+    steps = len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
+    if args.export and not checkpoints:
+        raise ValueError(f"{out} holds no training checkpoint to export")
+    if model.exists() and not checkpoints:
+        raise ValueError(
+            f"{model} would be replaced, and it has no checkpoint to go on from: give another "
+            f"--out, and --checkpoint {model} to train it further"
+        )
+    if (checkpoints or steps) and not (args.resume or args.export):
+        raise ValueError(f"{out} holds a run: add --resume to go on with it, or give another --out")
+    if steps >= args.save_every and not checkpoints:
+        raise ValueError(
+            f"{log} has {steps} steps, and their checkpoints are gone: bring them back to "
+            f"{out / 'checkpoints'}, or give another --out"
+        )
+    if steps and not checkpoints:
+        cli.note(f"the run in {out} was ended before its first checkpoint, and begins again")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def lock_out(out: Path) -> IO[str]:

@@ -861,6 +861,43 @@ def test_folders_of_the_user_beside_the_checkpoints_are_left_alone(alone, tmp_pa
     assert names == ["step-00000005-good", "step-00000006", "step-99999999.bak"]
 
 
+@pytest.mark.parametrize(
+    ("files", "option", "message"),
+    [
+        ("model log.jsonl run.json", "--steps=9", "model would be replaced"),
+        ("model log.jsonl run.json", "--resume", "model would be replaced"),
+        ("model", "--steps=9", "model would be replaced"),
+        ("log.jsonl run.json", "--steps=9", "holds a run: add --resume"),
+        ("log.jsonl run.json", "--resume", "has 10 steps, and their checkpoints are gone"),
+        ("model log.jsonl run.json", "--export", "holds no training checkpoint"),
+    ],
+)
+def test_a_run_whose_checkpoints_are_gone_is_left_alone(
+    alone, start, tmp_path, capsys, files, option, message
+):
+    """Its model is not replaced, and its log is not cut."""
+    out = tmp_path / "run"
+    lost = {"model", "log.jsonl", "run.json", "checkpoints"} - {*files.split()}
+    shutil.copytree(alone, out, ignore=shutil.ignore_patterns(*lost))
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        train.main(options(start, out, option))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and message in error
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(alone, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(alone / "run.json", out)
+    lines = (alone / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(lines[:3]))
+    train.main(["--out", str(out), "--resume", "--steps", "2"])
+    assert "ended before its first checkpoint, and begins again" in capsys.readouterr().err
+    assert losses_differ_by(log(out), log(alone)[:2]) == 0
+
+
 def test_two_runs_cannot_share_a_folder(start, tmp_path, capsys):
     """The lock belongs to the process, so that a kill frees it."""
     program = f"import fcntl; f = open('{tmp_path}/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
