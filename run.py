@@ -26,7 +26,7 @@ import re
 import resource
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -105,6 +105,8 @@ class Run:
         checkpoints = finished(self.out)
         if checkpoints:
             self.load(checkpoints[-1])
+        self.keep = args.keep  # so many checkpoints stay
+        self.saved = self.step  # the step of the last one
 
     @torch.no_grad()
     def update(self, lr: float) -> None:
@@ -153,7 +155,7 @@ class Run:
         self.step = int(state["progress"]["step"])
         self.samples = int(state["progress"]["samples"])
 
-    def save(self, keep: int) -> None:
+    def save(self) -> None:
         """Write a training checkpoint, and delete all but the last `keep`.
 
         It gets its final name when it is complete, so a kill at any time loses none.
@@ -169,10 +171,29 @@ class Run:
                 parallel.write_shards(partial, state)
         except (OSError, dcp.api.CheckpointException) as error:
             self.fail_to_write(folder, error, state.values())
+        self.saved = self.step
         if self.rank == 0:
-            for former in finished(self.out)[:-keep]:
-                shutil.rmtree(former)
+            for former in finished(self.out)[: -self.keep]:
+                remove(former)
         dist.barrier()
+
+    def save_progress(self) -> None:
+        """Save what the last checkpoint lacks, before an error that all ranks raise."""
+        if self.step > self.saved:
+            self.save()
+
+    def read(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a function reads; if it fails on any rank, the run ends on all of them."""
+        result = problem = None
+        try:
+            result = function(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            problem = cli.plain_reason(error)
+        # All ranks have to know: they would wait for this one in their next collective.
+        if parallel.any_rank([problem is not None], self.device)[0]:
+            self.save_progress()
+            parallel.fail_together(problem)
+        return result
 
     def export(self) -> None:
         """Write OUT/model, a checkpoint for sample.py."""
@@ -218,15 +239,24 @@ class Run:
         collective.
         """
         clips_per_group = math.ceil(4 / self.groups)
-        with self.averaged():
-            for number in range(clips_per_group):
-                index = number * self.groups + self.group
-                triplet = clips.fit(index % len(clips.triplets), step=self.step)
+        for number in range(clips_per_group):
+            index = number * self.groups + self.group
+            place = index % len(clips.triplets)
+            triplet = self.read(clips.fit, place, step=self.step)
+            with self.averaged():
                 edit = edit_video(self.model, self.vae, triplet.source, triplet.instruction)
                 side_by_side = torch.cat((triplet.source, edit, triplet.target), dim=2)
                 name = f"step-{self.step:08d}-{index}.mp4"
                 if self.leads:
                     video.write_video(self.out / "validation" / name, side_by_side)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder that is no longer needed. One that stays costs room, but does not end a run."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        cli.note(f"{folder} stays, it cannot be deleted: {error.strerror or error}")
 
 
 def finished(out: Path) -> list[Path]:
@@ -280,7 +310,7 @@ def lock_out(out: Path) -> IO[str]:
         cli.note(f"{out} cannot be locked ({error.strerror}): start one run only")
     # Left by a run that was killed while it wrote a checkpoint.
     for partial in (out / "checkpoints").glob(".partial-*"):
-        shutil.rmtree(partial)
+        remove(partial)
     return lock
 
 
