@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -93,7 +94,11 @@ def check_tasks() -> None:
 
 
 def begin() -> None:
-    """Call first in a script: Ctrl-C during slow imports is silent, a missing package one line."""
+    """Call first in a script: Ctrl-C during slow imports is silent, a missing package one line.
+
+    SIGUSR1, by which a run is asked to save, is ignored until `parallel.Signals` takes it: before
+    that there is nothing to save, and by default it would end the process.
+    """
 
     def report(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
@@ -105,6 +110,8 @@ def begin() -> None:
         sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = report
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 # --- Options --------------------------------------------------------------------------------------

@@ -52,12 +52,14 @@ CHECKSUMS = "checksums.json"  # in a training checkpoint: SHA-256 of its other f
 class Signals:
     """While this context lasts, signals leave notes that the loop reads at the end of each step.
 
-    SIGTERM and Ctrl-C: save and exit. SIGUSR1: save and go on. All ranks act on the same step. The
-    second SIGTERM or Ctrl-C ends the process at once, whatever it waits for. It counts as a second
-    one only some seconds after the first, because torchrun and srun may pass one on twice.
+    SIGTERM, Ctrl-C and a terminal that closes: save and exit. SIGUSR1: save and go on. All ranks act
+    on the same step. The second one of STOP ends the process at once, whatever it waits for. It
+    counts as a second one only some seconds after the first, because torchrun and srun may pass one
+    on twice.
     """
 
-    STOP = (signal.SIGTERM, signal.SIGINT)
+    HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows, where nothing is trained
+    STOP = (signal.SIGTERM, signal.SIGINT, HANGUP)
     SECONDS_APART = 3.0
 
     def __init__(self) -> None:
@@ -72,6 +74,8 @@ class Signals:
         self.former_fd = signal.set_wakeup_fd(self.write_end)
         self.former = {}
         for kind in (*self.STOP, signal.SIGUSR1):
+            if kind == self.HANGUP and signal.getsignal(kind) == signal.SIG_IGN:
+                continue  # under nohup, a run outlives its terminal
             self.former[kind] = signal.signal(kind, lambda number, frame: None)
         threading.Thread(target=self.watch, args=(read_end,), daemon=True).start()
         return self

@@ -694,7 +694,7 @@ def during(monkeypatch, step, action):
     monkeypatch.setattr(train, "training_step", step_with_action)
 
 
-@pytest.mark.parametrize("kind", (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("kind", (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 def test_a_signal_ends_the_run_with_a_checkpoint(start, tmp_path, monkeypatch, kind):
     """Exit code 0, at the end of the step, also if the signal goes to all processes of the job."""
     handler = signal.getsignal(kind)
@@ -728,6 +728,22 @@ def test_sigusr1_saves_and_goes_on(start, tmp_path, monkeypatch):
     names = [folder.name for folder in finished(tmp_path)]
     assert names == ["step-00000002", "step-00000003"]
     assert len(log(tmp_path)) == 3
+
+
+def test_under_nohup_a_run_outlives_its_terminal(start, tmp_path, monkeypatch):
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    during(monkeypatch, 1, lambda result: os.kill(os.getpid(), signal.SIGHUP) or result)
+    try:
+        train.main(options(start, tmp_path, "--steps", 2, "--batch", 1))
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    assert len(log(tmp_path)) == 2
+
+
+def test_sigusr1_during_the_imports_is_ignored():
+    """SLURM may send it at any time."""
+    program = "import cli, os, signal; cli.begin(); os.kill(os.getpid(), signal.SIGUSR1)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 HANGS = """
