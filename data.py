@@ -536,7 +536,7 @@ class Latents:
     `python -m experiments.datasets encode` writes it. It holds latents.json, with a hash of the
     VAE, and a safetensors file for each triplet and size (T, H, W), with the float32 latents
     (C, T', H', W') of `source` and `target` as `fit_pair` gives these, with their aspect kept. A
-    file's name is a hash of the paths of both clips, their sizes in bytes, and (T, H, W).
+    file's name is a hash of the normal paths of both clips, their sizes in bytes, and (T, H, W).
     Raises ValueError for a folder that is none of that VAE's; `create` makes a new one.
     """
 
@@ -556,10 +556,17 @@ class Latents:
 
     def file(self, source_path: str, target_path: str, size: tuple[int, int, int]) -> Path:
         """Where the latents of a triplet are. OSError if one of its clips is not there."""
-        clips = [(path, os.path.getsize(path)) for path in (source_path, target_path)]
-        name = hashlib.sha256(repr((clips, *size)).encode()).hexdigest()
-        # 256 folders, because some file systems are slow with 100,000 files in one.
-        return self.folder / name[:2] / f"{name[2:]}.safetensors"
+        sizes = [os.path.getsize(path) for path in (source_path, target_path)]
+        # Earlier versions took the paths as they were spelt, such as /clips/../clips/a.mp4.
+        for spelling in (str, os.path.normpath):
+            paths = spelling(source_path), spelling(target_path)
+            clips = list(zip(paths, sizes, strict=True))
+            name = hashlib.sha256(repr((clips, *size)).encode()).hexdigest()
+            # 256 folders, because some file systems are slow with 100,000 files in one.
+            file = self.folder / name[:2] / f"{name[2:]}.safetensors"
+            if file.is_file():
+                break
+        return file
 
     def read(self, item: dict[str, Any], size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """The latents of a triplet's source and target. ValueError if they are not there."""

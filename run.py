@@ -315,8 +315,16 @@ def lock_out(out: Path) -> IO[str]:
 
 
 def saved_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that a run takes up again with `--resume`."""
-    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
+    """The options that a run takes up again with `--resume`, from whatever folder that is given."""
+    options = {}
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            value = value.absolute()
+        if name == "data" and value:
+            value = [table.absolute() for table in value]
+        if name not in NOT_SAVED:
+            options[name] = value
+    return options
 
 
 def begin_log(run: Run, args: argparse.Namespace) -> None:

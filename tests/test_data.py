@@ -698,6 +698,27 @@ def test_latents_that_were_encoded_before_are_those_of_the_clips(tmp_path: Path)
         data.Latents(folder, randomise(WanVAE(model.config.vae), seed=1))
 
 
+def test_latents_are_found_however_the_paths_are_spelt(tmp_path: Path):
+    """Those of earlier versions, which took a path as it was spelt, for the same spelling."""
+    vae = tiny_model()[1]
+    latents = data.Latents(tmp_path / "latents", vae, create=True)
+    table = write_table(tmp_path, (1, 64, 64))
+    (tmp_path / "sub").mkdir()
+    names = []
+    for file in (table, tmp_path / "sub/../t.jsonl"):
+        row = TripletDataset(file).row(0)
+        names.append((row["src_video"], row["tgt_video"]))
+    assert names[0] != names[1]
+    size = (9, 64, 64)
+    assert latents.file(*names[0], size) == latents.file(*names[1], size)
+    clips = [(name, os.path.getsize(name)) for name in names[1]]
+    digest = hashlib.sha256(repr((clips, *size)).encode()).hexdigest()
+    former = tmp_path / f"latents/{digest[:2]}/{digest[2:]}.safetensors"
+    former.parent.mkdir()
+    former.touch()
+    assert latents.file(*names[1], size) == former != latents.file(*names[0], size)
+
+
 @pytest.mark.parametrize("size", ((8, 64, 64), (9, 60, 64), (9, 64, 72)))
 def test_a_size_that_does_not_fit_the_model_is_refused(model, tmp_path: Path, size):
     with pytest.raises(ValueError, match=f"--size {size[0]} {size[1]} {size[2]}: this model takes"):

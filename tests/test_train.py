@@ -997,6 +997,18 @@ def test_a_table_that_has_changed_is_noticed_at_resume(start, tmp_path, capsys):
     assert stop.value.code == 2 and f"{file} changed since the run began" in error
 
 
+def test_a_run_is_resumed_from_another_folder(start, tmp_path, monkeypatch):
+    """With --out, --data and --checkpoint relative to where it began."""
+    write_triplets(tmp_path / "data", good=2, bad=0)
+    (tmp_path / "model").symlink_to(start)
+    monkeypatch.chdir(tmp_path)
+    relative = ("--root", "data", "--data", "data/triplets.csv", "--batch", 1, "--steps", 1)
+    train.main(options("model", "run", *relative))
+    monkeypatch.chdir(tmp_path / "data")
+    train.main(["--out", "../run", "--resume", "--steps", "2"])
+    assert len(log(tmp_path / "run")) == 2
+
+
 def test_slurm_tasks_without_torchrun_are_refused(start, tmp_path, monkeypatch, capsys):
     """Those of a step: a batch script for eight of them is one process."""
     monkeypatch.setenv("SLURM_NTASKS", "8")
@@ -1069,7 +1081,7 @@ def write_triplets(folder, good, bad):
     return folder / "triplets.csv"
 
 
-def test_a_broken_clip_is_replaced_and_listed(start, tmp_path):
+def test_a_broken_clip_is_replaced_and_listed(start, tmp_path, capsys):
     """With the paper's recipe: one epoch by default, recomputed activations, a worker process."""
     file = write_triplets(tmp_path / "data", good=3, bad=1)
     recipe = ("--preset", "wan2.2-ti2v-5b", "--batch", 2, "--workers", 1)
@@ -1077,6 +1089,7 @@ def test_a_broken_clip_is_replaced_and_listed(start, tmp_path):
     lines = log(tmp_path / "run")
     assert len(lines) == 2 and sum(line["broken"] for line in lines) == 1
     listed = (tmp_path / "run/broken.txt").read_text()
+    assert "note: 1 of 5 clips were broken" in capsys.readouterr().out
     assert listed.startswith("triplet 4: ") and "source-3.mp4" in listed and listed.count("\n") == 1
     assert lines[0]["lr"] == lines[1]["lr"] == 1e-5
 
