@@ -252,7 +252,7 @@ class Run:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder that is no longer needed. One that stays costs room, but does not end a run."""
+    """Delete a folder that is no longer needed. If it stays, that costs room but ends no run."""
     try:
         shutil.rmtree(folder)
     except OSError as error:

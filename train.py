@@ -272,8 +272,8 @@ def train(
 ) -> None:
     """Algorithm 1, lines 2-21: all optimiser steps that are left to do.
 
-    When the state is saved, raises SystemExit(0) after a signal and ValueError if too many clips are
-    broken; SystemExit(1) if too many steps in a row were not finite.
+    Raises SystemExit(0) after a signal and ValueError if too many clips are broken, both when the
+    state is saved; SystemExit(1) if too many steps in a row were not finite.
     """
     num_samples = samples_per_step(args)
     num_read = num_broken = bad_steps = 0

@@ -114,6 +114,10 @@ VERBS = {
     "Local Add": re.compile(r"\W*(please )?(add|insert|put|place)\b", re.IGNORECASE),
 }
 
+POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
+LONGEST_POINTER = 1024  # bytes
+TABLES = (".csv", ".tsv", ".json", ".jsonl")  # how the names of tables end
+
 
 def note(message: str) -> None:
     # Not print: it would break the line of a progress bar.
@@ -159,6 +163,18 @@ class Listing(NamedTuple):
     folders: list[str]
 
 
+def has_content(clip: str) -> bool:
+    """Whether a file is more than the name of a clip: not empty, and no pointer of git-lfs."""
+    try:
+        if os.path.getsize(clip) > LONGEST_POINTER:
+            return True
+        with open(clip, "rb") as file:
+            start = file.read(len(POINTER))
+    except OSError:
+        return False
+    return start not in (b"", POINTER)
+
+
 class Folders:
     """The folders of a data set. Each is listed once, however many clips are looked up in it."""
 
@@ -197,14 +213,25 @@ class Folders:
         return "; ".join(texts)
 
     def tables(self) -> list[Path]:
-        """The CSV and JSON files of the first place and of the folders in it."""
-        root = self.places[0]
-        visible = [name for name in self.listing(str(root)).folders if name[0] != "."]
+        """The tables of the first place, of the folders in it, and of those in them.
+
+        Raises ValueError if there is none.
+        """
+        level = [self.places[0]]
         tables = []
-        for folder in [root, *(root / name for name in visible)]:
-            for name in self.listing(str(folder)).files:
-                if name.lower().endswith((".csv", ".json")) and name[0] != ".":
-                    tables.append(folder / name)
+        for _ in range(3):
+            below = []
+            for folder in level:
+                files, folders = self.listing(str(folder))
+                tables += [folder / name for name in files if name[0] != "."]
+                below += [folder / name for name in folders if name[0] != "."]
+            level = below
+        tables = [path for path in tables if path.suffix.lower() in TABLES]
+        if not tables:
+            raise ValueError(
+                f"{self.places[0]}: there is no table of {self.dataset} in it or two folders below, "
+                f"no {', '.join(TABLES)} file ({self.contents()})"
+            )
         return sorted(tables)
 
     def places_of(self, folder: str) -> list[str]:
@@ -218,7 +245,11 @@ class Folders:
             return self.found[folder]
         found = []
         for place in self.places:
-            inside = f"{folder}/".removeprefix(f"{self.dataset}/").removeprefix(f"{place.name}/")
+            inside = (
+                os.path.join(folder, "")
+                .removeprefix(f"{self.dataset}/")
+                .removeprefix(f"{place.name}/")
+            )
             parts = PurePosixPath(inside).parts
             for base in (place, place / "videos", place / "videos_folders"):
                 for depth in range(len(parts) + 1):
@@ -232,10 +263,11 @@ class Folders:
 
     def find(self, path: str) -> str | None:
         """Where a clip of a table lies: the first place that has it, or None."""
-        folder, name = os.path.split(path)
+        folder, name = os.path.split(os.path.normpath(path))
         for place in self.places_of(folder):
-            if name in self.listing(place).files:
-                return os.path.join(place, name)
+            clip = os.path.join(place, name)
+            if name in self.listing(place).files and has_content(clip):
+                return clip
         return None
 
     def identity(self, clip: str) -> str:
