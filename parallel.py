@@ -53,9 +53,9 @@ class Signals:
     """While this context lasts, signals leave notes that the loop reads at the end of each step.
 
     SIGTERM, Ctrl-C and a closed terminal: save and exit. SIGUSR1: save and go on. All ranks act on
-    the same step. A second signal to exit ends the process at once, whatever it waits for. It counts
-    as a second one only some seconds after the first, because torchrun and srun may pass one on
-    twice.
+    the same step. The second one that says exit ends the process at once, whatever it waits for. It
+    counts as a second one only some seconds after the first, because torchrun and srun may pass one
+    on twice.
     """
 
     HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows, where nothing is trained

@@ -229,8 +229,8 @@ class Folders:
         tables = [path for path in tables if path.suffix.lower() in TABLES]
         if not tables:
             raise ValueError(
-                f"{self.places[0]}: there is no table of {self.dataset} in it or two folders below, "
-                f"no {', '.join(TABLES)} file ({self.contents()})"
+                f"{self.places[0]}: no table of {self.dataset} in it or two folders below, no "
+                f"{', '.join(TABLES)} file ({self.contents()})"
             )
         return sorted(tables)
 
@@ -245,12 +245,8 @@ class Folders:
             return self.found[folder]
         found = []
         for place in self.places:
-            inside = (
-                os.path.join(folder, "")
-                .removeprefix(f"{self.dataset}/")
-                .removeprefix(f"{place.name}/")
-            )
-            parts = PurePosixPath(inside).parts
+            inside = f"{folder}/".removeprefix(f"{self.dataset}/").removeprefix(f"{place.name}/")
+            parts = PurePosixPath(inside).parts if folder else ()
             for base in (place, place / "videos", place / "videos_folders"):
                 for depth in range(len(parts) + 1):
                     # From depth 1 on, the folder at that depth is doubled.
@@ -538,8 +534,8 @@ def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: i
     """The rows as JSON lines, each with a new caption of its target.
 
     Bad rows, and rows whose target got no caption, are left out with a note. Captions are kept in
-    OUT.answers as they come, so that none is asked for twice. Raises ValueError if more than 1 in
-    100 targets got none.
+    OUT.answers as they come, so that none is asked for twice, unless the clip or the model is
+    another. Raises ValueError if more than 1 in 100 targets got none.
     """
 
     def describe(clip: str) -> dict[str, str]:
@@ -563,12 +559,8 @@ def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: i
             f"{len(failed)} of {len(rows)} clips have no caption: run it again to ask for them only"
         )
     captions = chat.results(answers)
-    lines = []
-    for row in rows:
-        answer = captions.get(keys[row["tgt_video"]])
-        if answer:
-            lines.append(json.dumps(row | answer))
-    return lines
+    captioned = [row for row in rows if keys[row["tgt_video"]] in captions]
+    return [json.dumps(row | captions[keys[row["tgt_video"]]]) for row in captioned]
 
 
 # --- Latents --------------------------------------------------------------------------------------

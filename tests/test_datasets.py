@@ -454,7 +454,7 @@ def test_sample_trains_as_it_is(tmp_path: Path):
         (["sample", "--openve", "{}", "--out", "nowhere/x.jsonl"], "in a folder that exists"),
         (["sample", "--openve", "{}/no", "--out", "{}/x.jsonl"], "/no: there is no such folder"),
         (["sample", "--reco", "{}", "--out", "{}/x.jsonl"], "0 triplets of ReCo-Data"),
-        (["sample", "--reco", "{}/other", "--out", "{}/x.jsonl"], "there is no table of ReCo-Data"),
+        (["sample", "--reco", "{}/other", "--out", "{}/x.jsonl"], "no table of ReCo-Data"),
         (
             ["sample", "--openve", "{}", "--out", "{}/x.jsonl"],
             "1 triplets of OpenVE-3M, none with its clips",
