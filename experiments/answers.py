@@ -225,7 +225,7 @@ _OPENS = rf"[<◁]\s*\|?(?:begin_of_|\w+:)?{_THOUGHT}\|?\s*[>▷]|\[THINK\]"
 _CLOSES = rf"[<◁]\s*\|?(?:/\s*|end_of_)(?:\w+:)?{_THOUGHT}\|?\s*[>▷]|\[/THINK\]"
 
 
-def without_thoughts(text: str) -> str:
+def _without_thoughts(text: str) -> str:
     """What follows the last thought; nothing of a thought that was opened and never closed."""
     # Servers often cut the opening mark off: the last closing one decides.
     text = re.split(f"(?i){_CLOSES}", text)[-1]
@@ -295,7 +295,7 @@ def parse_scores(answer: str) -> list[int] | None:
     # Full-width digits and punctuation become plain, other spaces too. Footnote marks are dropped
     # before, as they would become digits.
     text = unicodedata.normalize("NFKC", re.sub("[⁰¹²³⁴-⁹₀-₉]", "", answer))
-    text = without_thoughts(text.replace("\u2044", "/"))  # the bar of a fraction
+    text = _without_thoughts(text.replace("\u2044", "/"))  # the bar of a fraction
     if len(text) > LONGEST:
         return None
     text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn"))  # invisible
