@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,10 +22,12 @@ from typing import Any, NoReturn
 # Packages of requirements.txt, by the names under which they are imported.
 REQUIRED = ("torch", "safetensors", "numpy", "av", "tokenizers", "tqdm")
 
-# Which of torchrun's processes this is, of how many, and which on its node.
-RANK = int(os.environ.get("RANK", 0))
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+# Which of torchrun's processes this is, of how many, and which on its node. Without RANK it is the
+# only one, whatever WORLD_SIZE says: batch scripts set that for purposes of their own.
+ALONE = not os.environ.get("RANK")
+RANK = 0 if ALONE else int(os.environ["RANK"])
+RANKS = 1 if ALONE else int(os.environ.get("WORLD_SIZE") or 1)
+LOCAL_RANK = 0 if ALONE else int(os.environ.get("LOCAL_RANK") or 0)
 
 SHIFT = 5.0  # of the sampler's timesteps, if not another is given: Kiwi-Edit's
 
@@ -63,6 +66,7 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
+            check_tasks()
             return main(*args, **kwargs)
         except (OSError, ValueError, Stop) as error:
             fail(error)
@@ -76,8 +80,26 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def check_tasks() -> None:
+    """Raise Stop if srun has started several processes that do not know of each other.
+
+    SLURM_NTASKS does not tell: a batch script has it as well, and is one process.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if ALONE and tasks > 1:
+        raise Stop(
+            f"SLURM started {tasks} tasks, each of which would do all the work: start one torchrun "
+            "a node instead (srun --ntasks-per-node 1 torchrun ...), or unset SLURM_STEP_NUM_TASKS "
+            "if each task has work of its own"
+        )
+
+
 def begin() -> None:
-    """Call first in a script: Ctrl-C during slow imports is silent, a missing package one line."""
+    """Call first in a script: Ctrl-C during slow imports is silent, a missing package one line.
+
+    SIGUSR1, by which a run is asked to save, is ignored until `parallel.Signals` takes it: before
+    that there is nothing to save, and by default it would end the process.
+    """
 
     def report(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
@@ -89,6 +111,8 @@ def begin() -> None:
         sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = report
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 # --- Options --------------------------------------------------------------------------------------
@@ -369,6 +393,7 @@ def train_parser(presets: Iterable[str], kind: type[Parser] = Parser) -> Parser:
     group.add_argument(
         "--data",
         nargs="+",
+        action="extend",
         type=Path,
         metavar="FILE",
         help="tables of triplets, .csv or .jsonl; default: moving shapes",

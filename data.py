@@ -13,6 +13,7 @@ Letters: T H W frames, height and width of a clip; C T' H' W' the shape of its l
 
 from __future__ import annotations
 
+import codecs
 import csv
 import functools
 import hashlib
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,10 +47,12 @@ OPTIONAL_COLUMNS = ("caption", "category", "dataset")
 # Columns with the path of a clip, in our tables and in those of the public data sets.
 PATH_COLUMNS = {"src_video", "tgt_video", "original_video", "vace_video", "video"}
 
+DELIMITERS = ",;\t"  # of a CSV file: the one that its header has most of
 MAX_CHARACTERS = 10_000  # of an instruction or a caption: a longer text is a mistake in the data
 MAX_NAME, MAX_PATH = 255, 4095  # bytes of a file's name and of a path, on Linux
 MIN_FRAMES = 5  # of a clip that is not a still: two frames of latents
 MAX_ASPECT = 200  # of a frame's sides: Qwen's preprocessing takes no more
+MAX_STRETCH = 1.03  # of a target beside its source: sizes are rounded, 832x480 is 16:9 to most
 MAX_BROKEN = 20  # this many broken triplets, one after the other, end a run
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -70,14 +74,17 @@ def one_line(message: object) -> str:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a .csv or .jsonl file, or of a list in a .json file, bad ones included.
+    """The rows of a .csv, .tsv or .jsonl file, or of a list in a .json file, bad ones included.
 
     Raises OSError, and ValueError, in one line that names the file, for a file that is no table.
     """
     kind = path.suffix.lower()
+    with open(path, "rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f'{path}: it is UTF-16: save it as UTF-8 (in Excel, "CSV UTF-8")')
     # A byte that is not UTF-8 becomes a lone surrogate: it spoils its own row and no other.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        if kind == ".csv":
+        if kind in (".csv", ".tsv"):
             yield from _csv_rows(path, file.readlines())
         elif kind == ".jsonl":
             for number, line in enumerate(file, 1):
@@ -115,20 +122,29 @@ def _object_row(place: str, entry: object) -> Row:
     return Row(place, {}, one_line(f"it is not an object with named columns: {entry!r}"))
 
 
+class _Header(NamedTuple):
+    """What the first lines of a CSV file say."""
+
+    names: list[str]  # of its columns
+    delimiter: str
+    blanks: int  # so many empty cells a row may have behind its last column
+    num_lines: int
+
+
 def _csv_rows(path: Path, lines: list[str]) -> Iterator[Row]:
-    """The rows of a CSV file with the delimiter , or ; and column names in its first line.
+    """The rows of a CSV file with a delimiter of DELIMITERS and column names in its first line.
 
     If the prompt is the only text of a table, then the commas of a prompt without quotes are
-    recognised: the parts of such a prompt are put together again.
+    recognised: the parts of such a prompt are put together again. Empty cells behind the last
+    column, as spreadsheets write them, are left out.
     """
     if not lines:
         return
-    names, delimiter = _csv_header(path, lines[0])
+    names, delimiter, blanks, start = _csv_header(path, lines)
     # With two texts, nobody could say to which of them a comma belongs.
     only_text_is_prompt = {*names} - PATH_COLUMNS - {"category", "dataset"} == {"prompt"}
     mended = 0
-    start = 1  # the index of the first line that has not been read
-    while start < len(lines):
+    while start < len(lines):  # the index of the first line that has not been read
         # A row may have several lines, and what a bad one has swallowed is read again: so each row
         # gets a reader of its own.
         place = f"line {start + 1}"
@@ -141,36 +157,68 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[Row]:
             # An open quote may have swallowed good rows: reading goes on with the next line.
             start += 1
             continue
+        fields = _without_blanks(fields, len(names), blanks)
         if len(fields) > len(names) and only_text_is_prompt and reader.line_num == 1:
-            joined = _join_prompt(lines[start].split(delimiter), names, delimiter)
+            parts = _without_blanks(lines[start].split(delimiter), len(names), blanks)
+            joined = _join_prompt(parts, names, delimiter)
             if joined:
                 fields = joined
                 mended += 1
         start += reader.line_num
-        if len(fields) == len(names):
-            texts = [field.strip() for field in fields]
+        texts = [field.strip() for field in fields]
+        if not any(texts):
+            continue  # an empty line
+        if len(texts) == len(names):
             yield Row(place, dict(zip(names, texts, strict=True)))
-        elif fields:  # an empty line has none
+        else:
             problem = f"{len(fields)} fields for {len(names)} columns"
-            yield Row(place, {}, f'{problem}; a text with commas needs "double quotes"')
+            if len(fields) > len(names):
+                problem += '; a text with commas needs "double quotes"'
+            yield Row(place, {}, problem)
     if mended:
         cli.note(f"{path}: {mended} prompts whose commas lacked quotes were put together")
 
 
-def _csv_header(path: Path, line: str) -> tuple[list[str], str]:
-    """The names of the columns, and the delimiter. ValueError for a line that is not CSV."""
-    delimiter = ";" if line.count(";") > line.count(",") else ","
+def _csv_header(path: Path, lines: list[str]) -> _Header:
+    """Raises ValueError for lines that name no columns, or one twice."""
+    told = re.match(r'"?sep=(.)"?\s*$', lines[0])  # by a line for Excel, before the names
+    line = "".join(lines[1:2]) if told else lines[0]
+    delimiter = told[1] if told else max(DELIMITERS, key=line.count)
     try:
         fields = next(csv.reader([line], delimiter=delimiter))
     except csv.Error as error:
         raise ValueError(f"{path}: its first line does not name columns: {error}") from None
-    return [field.strip() for field in fields], delimiter
+    cells = [field.strip() for field in fields]
+    names = _without_blanks(cells, 0, len(cells))
+    for name in names:
+        if name and names.count(name) > 1:
+            raise ValueError(f"{path}: it has two columns {one_line(name)}")
+    blanks = len(cells) - len(names)
+    if names and names[-1] in PATH_COLUMNS | {"prompt"}:
+        blanks = sys.maxsize  # no row leaves that column empty, so these are behind it
+    return _Header(names, delimiter, blanks, 2 if told else 1)
+
+
+def _without_blanks(fields: list[str], least: int, most: int) -> list[str]:
+    """Fields without the empty ones at their end: `least` stay, and at most `most` go."""
+    while len(fields) > least and most > 0 and not fields[-1].strip():
+        fields = fields[:-1]
+        most -= 1
+    return fields
 
 
 def _join_prompt(parts: list[str], names: list[str], delimiter: str) -> list[str] | None:
-    """A row's fields, with all surplus parts in its prompt; None if a path then has no ending."""
+    """A row's fields, with all surplus parts in its prompt; None if nobody could say which are."""
+    # An empty part at the end is that of the last column, or it lies behind it.
+    if not parts[-1].strip() and _with_prompt_joined(parts[:-1], names, delimiter):
+        return None
+    return _with_prompt_joined(parts, names, delimiter)
+
+
+def _with_prompt_joined(parts: list[str], names: list[str], delimiter: str) -> list[str] | None:
+    """See `_join_prompt`; None if there are too few parts, or if a path then has no ending."""
     surplus = len(parts) - len(names)
-    if surplus <= 0:
+    if surplus < 0:
         return None
     first = names.index("prompt")
     last = first + surplus
@@ -207,16 +255,18 @@ def _checked_texts(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, 
         text = fields.get(name)
         if text is None or text == "":
             raise ValueError(f"no {name} in columns {', '.join(map(str, fields))}")
-        texts[column] = _checked_text(name, text)
+        texts[column] = checked_text(name, text)
         if not texts[column]:
             raise ValueError(f"its {name} is blank")
         if column != "prompt":
             _check_path(name, texts[column])
+    if os.path.normpath(texts["src_video"]) == os.path.normpath(texts["tgt_video"]):
+        raise ValueError(f"its {names[1]} is its {names[0]}")
     for name in OPTIONAL_COLUMNS:
         text = fields.get(name)
         if text is None:
             text = ""
-        texts[name] = _checked_text(name, text)
+        texts[name] = checked_text(name, text)
         # Nothing means that there is no caption. A blank one was meant to be one, and got lost.
         if text and not texts[name]:
             raise ValueError(f"its {name} is blank")
@@ -231,7 +281,8 @@ def _check_path(name: str, path: str) -> None:
         raise ValueError(f"its {name} is not a path that can be opened: {path!r}")
 
 
-def _checked_text(name: str, text: object) -> str:
+def checked_text(name: str, text: object) -> str:
+    """A text of a row, without spaces around it. ValueError for what `read_table` takes as bad."""
     if not isinstance(text, str):
         raise ValueError(f"its {name} is not a text: {text!r}")
     try:
@@ -438,7 +489,8 @@ def fit_pair(
     """Source and target of a triplet at the size they are trained on, uint8 (T, H, W, 3) both.
 
     size: (T, H, W). With keep_aspect it is an upper limit, of frames and of pixels, and both clips
-    get the `training_size` of the source; without, it is the size itself.
+    get the `training_size` of the source; without, it is the size itself. Of clips of different
+    aspects one would lose what the other keeps: they are refused.
     Raises ValueError for a triplet that nothing can be learned from.
     """
     name = item.get("target_path", "a clip")
@@ -450,8 +502,13 @@ def fit_pair(
             raise ValueError(
                 f"{name}: it or its source is {W}x{H}, the model needs {factor} pixels a side"
             )
+    (H, W), (target_H, target_W) = source.shape[1:3], target.shape[1:3]
+    stretch = (target_W / target_H) / (W / H)
+    if max(stretch, 1 / stretch) > MAX_STRETCH:
+        raise ValueError(
+            f"{name}: it is {target_W}x{target_H}, its source {W}x{H}, which is another aspect"
+        )
     if keep_aspect:
-        H, W = source.shape[1:3]
         try:
             height, width = training_size(H, W, height * width, factor)
         except ValueError as error:
@@ -479,7 +536,7 @@ class Latents:
     `python -m experiments.datasets encode` writes it. It holds latents.json, with a hash of the
     VAE, and a safetensors file for each triplet and size (T, H, W), with the float32 latents
     (C, T', H', W') of `source` and `target` as `fit_pair` gives these, with their aspect kept. A
-    file's name is a hash of the paths of both clips, their sizes in bytes, and (T, H, W).
+    file's name is a hash of the normal paths of both clips, their sizes in bytes, and (T, H, W).
     Raises ValueError for a folder that is none of that VAE's; `create` makes a new one.
     """
 
@@ -499,10 +556,17 @@ class Latents:
 
     def file(self, source_path: str, target_path: str, size: tuple[int, int, int]) -> Path:
         """Where the latents of a triplet are. OSError if one of its clips is not there."""
-        clips = [(path, os.path.getsize(path)) for path in (source_path, target_path)]
-        name = hashlib.sha256(repr((clips, *size)).encode()).hexdigest()
-        # 256 folders, because some file systems are slow with 100,000 files in one.
-        return self.folder / name[:2] / f"{name[2:]}.safetensors"
+        sizes = [os.path.getsize(path) for path in (source_path, target_path)]
+        # Earlier versions took the paths as they were spelt, such as /clips/../clips/a.mp4.
+        for spelling in (str, os.path.normpath):
+            paths = spelling(source_path), spelling(target_path)
+            clips = list(zip(paths, sizes, strict=True))
+            name = hashlib.sha256(repr((clips, *size)).encode()).hexdigest()
+            # 256 folders, because some file systems are slow with 100,000 files in one.
+            file = self.folder / name[:2] / f"{name[2:]}.safetensors"
+            if file.is_file():
+                break
+        return file
 
     def read(self, item: dict[str, Any], size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """The latents of a triplet's source and target. ValueError if they are not there."""

@@ -52,12 +52,14 @@ CHECKSUMS = "checksums.json"  # in a training checkpoint: SHA-256 of its other f
 class Signals:
     """While this context lasts, signals leave notes that the loop reads at the end of each step.
 
-    SIGTERM and Ctrl-C: save and exit. SIGUSR1: save and go on. All ranks act on the same step. The
-    second SIGTERM or Ctrl-C ends the process at once, whatever it waits for. It counts as a second
-    one only some seconds after the first, because torchrun and srun may pass one on twice.
+    SIGTERM, Ctrl-C and a closed terminal: save and exit. SIGUSR1: save and go on. All ranks act on
+    the same step. The second one that says exit ends the process at once, whatever it waits for. It
+    counts as a second one only some seconds after the first, because torchrun and srun may pass one
+    on twice.
     """
 
-    STOP = (signal.SIGTERM, signal.SIGINT)
+    HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows, where nothing is trained
+    STOP = (signal.SIGTERM, signal.SIGINT, HANGUP)
     SECONDS_APART = 3.0
 
     def __init__(self) -> None:
@@ -72,6 +74,8 @@ class Signals:
         self.former_fd = signal.set_wakeup_fd(self.write_end)
         self.former = {}
         for kind in (*self.STOP, signal.SIGUSR1):
+            if kind == self.HANGUP and signal.getsignal(kind) == signal.SIG_IGN:
+                continue  # under nohup, a run outlives its terminal
             self.former[kind] = signal.signal(kind, lambda number, frame: None)
         threading.Thread(target=self.watch, args=(read_end,), daemon=True).start()
         return self
@@ -101,13 +105,6 @@ class Signals:
 @contextlib.contextmanager
 def processes() -> Iterator[torch.device]:
     """Join the ranks that torchrun has started, or be the only one; gives this rank's device."""
-    alone = "RANK" not in os.environ
-    slurm_tasks = int(os.environ.get("SLURM_NTASKS", 1))
-    if alone and slurm_tasks > 1:
-        raise cli.Stop(
-            f"SLURM started {slurm_tasks} tasks, each of which would train alone: start one "
-            "torchrun a node instead (srun --ntasks-per-node 1 torchrun ... train.py ...)"
-        )
     device = torch.device("cpu")
     backend = "gloo_on_one_thread"
     if torch.cuda.is_available():
@@ -120,7 +117,7 @@ def processes() -> Iterator[torch.device]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
 
-    if alone:
+    if cli.ALONE:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend)
@@ -130,7 +127,7 @@ def processes() -> Iterator[torch.device]:
         # Leaving the group waits for the other ranks, which may wait for this one elsewhere: then
         # torchrun would not see that it failed. After a signal all ranks exit alike, with code 0.
         all_stop = isinstance(error, SystemExit) and error.code == 0
-        if alone or all_stop:
+        if cli.ALONE or all_stop:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
@@ -171,7 +168,7 @@ def make_mesh(device: torch.device, dtype: torch.dtype) -> DeviceMesh | None:
     ranks = dist.get_world_size()
     if ranks == 1 and dtype == torch.float32:
         return None
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
     nodes = ranks // ranks_per_node
     if nodes > 1 and ranks_per_node > 1:
         shape, names = (nodes, ranks_per_node), ("replicate", "shard")
@@ -187,7 +184,7 @@ def neighbours(ranks: int, device: torch.device) -> dist.ProcessGroup | None:
     if ranks == 1:
         return None
     world = dist.get_world_size()
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
     problem = None
     if ranks_per_node % ranks:
         problem = (

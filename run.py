@@ -26,7 +26,7 @@ import re
 import resource
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -105,6 +105,8 @@ class Run:
         checkpoints = finished(self.out)
         if checkpoints:
             self.load(checkpoints[-1])
+        self.keep = args.keep  # so many checkpoints stay
+        self.saved = self.step  # the step of the last one
 
     @torch.no_grad()
     def update(self, lr: float) -> None:
@@ -153,7 +155,7 @@ class Run:
         self.step = int(state["progress"]["step"])
         self.samples = int(state["progress"]["samples"])
 
-    def save(self, keep: int) -> None:
+    def save(self) -> None:
         """Write a training checkpoint, and delete all but the last `keep`.
 
         It gets its final name when it is complete, so a kill at any time loses none.
@@ -169,10 +171,29 @@ class Run:
                 parallel.write_shards(partial, state)
         except (OSError, dcp.api.CheckpointException) as error:
             self.fail_to_write(folder, error, state.values())
+        self.saved = self.step
         if self.rank == 0:
-            for former in finished(self.out)[:-keep]:
-                shutil.rmtree(former)
+            for former in finished(self.out)[: -self.keep]:
+                remove(former)
         dist.barrier()
+
+    def save_progress(self) -> None:
+        """Save what the last checkpoint lacks, before an error that all ranks raise."""
+        if self.step > self.saved:
+            self.save()
+
+    def read(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a function reads; if it fails on any rank, the run ends on all of them."""
+        result = problem = None
+        try:
+            result = function(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            problem = cli.plain_reason(error)
+        # All ranks have to know: they would wait for this one in their next collective.
+        if parallel.any_rank([problem is not None], self.device)[0]:
+            self.save_progress()
+            parallel.fail_together(problem)
+        return result
 
     def export(self) -> None:
         """Write OUT/model, a checkpoint for sample.py."""
@@ -218,15 +239,24 @@ class Run:
         collective.
         """
         clips_per_group = math.ceil(4 / self.groups)
-        with self.averaged():
-            for number in range(clips_per_group):
-                index = number * self.groups + self.group
-                triplet = clips.fit(index % len(clips.triplets), step=self.step)
+        for number in range(clips_per_group):
+            index = number * self.groups + self.group
+            place = index % len(clips.triplets)
+            triplet = self.read(clips.fit, place, step=self.step)
+            with self.averaged():
                 edit = edit_video(self.model, self.vae, triplet.source, triplet.instruction)
                 side_by_side = torch.cat((triplet.source, edit, triplet.target), dim=2)
                 name = f"step-{self.step:08d}-{index}.mp4"
                 if self.leads:
                     video.write_video(self.out / "validation" / name, side_by_side)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder that is no longer needed. If it stays, that costs room but ends no run."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        cli.note(f"{folder} stays, it cannot be deleted: {error.strerror or error}")
 
 
 def finished(out: Path) -> list[Path]:
@@ -240,18 +270,29 @@ def finished(out: Path) -> list[Path]:
 
 def check_out(args: argparse.Namespace) -> None:
     """Find out whether OUT is what the options take it for, before anything is loaded."""
-    checkpoints = finished(args.out)
-    if checkpoints and not (args.resume or args.export):
-        raise ValueError(
-            f"{args.out} holds a run: add --resume to go on with it, or give another --out"
-        )
-    if args.export and not checkpoints:
-        raise ValueError(f"{args.out} holds no training checkpoint to export")
-    model = args.out / "model"
+    out, model, log = args.out, args.out / "model", args.out / "log.jsonl"
     if model.is_symlink():
         raise ValueError(f"{model} is a symbolic link, which the export would replace: remove it")
     rvedit.check_replaceable(model)
-    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoints = finished(out)
+    steps = len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
+    if args.export and not checkpoints:
+        raise ValueError(f"{out} holds no training checkpoint to export")
+    if model.exists() and not checkpoints:
+        raise ValueError(
+            f"{model} would be replaced, and it has no checkpoint to go on from: give another "
+            f"--out, and --checkpoint {model} to train it further"
+        )
+    if (checkpoints or steps) and not (args.resume or args.export):
+        raise ValueError(f"{out} holds a run: add --resume to go on with it, or give another --out")
+    if steps >= args.save_every and not checkpoints:
+        raise ValueError(
+            f"{log} has {steps} steps, and their checkpoints are gone: bring them back to "
+            f"{out / 'checkpoints'}, or give another --out"
+        )
+    if steps and not checkpoints:
+        cli.note(f"the run in {out} was ended before its first checkpoint, and begins again")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def lock_out(out: Path) -> IO[str]:
@@ -269,13 +310,21 @@ def lock_out(out: Path) -> IO[str]:
         cli.note(f"{out} cannot be locked ({error.strerror}): start one run only")
     # Left by a run that was killed while it wrote a checkpoint.
     for partial in (out / "checkpoints").glob(".partial-*"):
-        shutil.rmtree(partial)
+        remove(partial)
     return lock
 
 
 def saved_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that a run takes up again with `--resume`."""
-    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
+    """The options that a run takes up again with `--resume`, from whatever folder that is given."""
+    options = {}
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            value = value.absolute()
+        if name == "data" and value:
+            value = [table.absolute() for table in value]
+        if name not in NOT_SAVED:
+            options[name] = value
+    return options
 
 
 def begin_log(run: Run, args: argparse.Namespace) -> None:
@@ -406,7 +455,7 @@ def check_shared_memory(config: RVEDiTConfig, args: argparse.Namespace) -> None:
     clip = 0 if args.latents else T * H * W * 3
     mllm_frames = min(T, config.max_mllm_frames) * config.max_mllm_pixels * 3 * 4  # float32
     minibatch = args.batch * 2 * (clip + mllm_frames)  # source and target
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     needed = ranks_here * args.workers * PREFETCH * minibatch
     free = shutil.disk_usage(folder).free
     if free < needed:

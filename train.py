@@ -40,7 +40,6 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import functools
-import itertools
 import math
 import re
 import subprocess
@@ -234,6 +233,7 @@ def broken_clips(run: Run, found: int) -> int:
     """
     ranks_per_clip = run.ranks // run.groups
     if found % ranks_per_clip:
+        run.save_progress()
         raise ValueError(
             "a clip could be read by some of the ranks that share it, and not by others: see "
             f"{run.out / 'broken.txt'}, and go on with --resume"
@@ -272,8 +272,8 @@ def train(
 ) -> None:
     """Algorithm 1, lines 2-21: all optimiser steps that are left to do.
 
-    Raises SystemExit(0) after a signal, when the state is saved; ValueError if too many clips are
-    broken; SystemExit(1) if too many steps in a row were not finite.
+    Raises SystemExit(0) after a signal and ValueError if too many clips are broken, both when the
+    state is saved; SystemExit(1) if too many steps in a row were not finite.
     """
     num_samples = samples_per_step(args)
     num_read = num_broken = bad_steps = 0
@@ -286,7 +286,7 @@ def train(
             start = time.perf_counter()
 
             # Lines 3-19: the gradients of the loss.
-            minibatches = itertools.islice(batches, args.accumulate)
+            minibatches = (run.read(next, batches) for _ in range(args.accumulate))
             if args.log_gradients and (run.step + 1) % args.log_gradients == 0:
                 minibatches = list(minibatches)  # to be read twice
                 report = compute_gradients(run, minibatches, args)
@@ -330,17 +330,18 @@ def train(
             stop, save = parallel.any_rank([signals.stop, signals.save], run.device)
             if stop or save or run.step % args.save_every == 0 or run.step == args.steps:
                 signals.save = False
-                run.save(args.keep)
+                run.save()
             if stop:
                 raise SystemExit(0)
 
             # Fewer than 20 broken clips may be bad luck.
-            num_read += num_samples
+            num_read += num_samples + report["broken"]
             num_broken += report["broken"]
             if num_broken >= 20 and num_broken > args.max_bad * num_read:
+                run.save_progress()
                 raise ValueError(
                     f"{num_broken} of {num_read} clips are broken: see {run.out / 'broken.txt'}, "
-                    "or allow more by --max-bad"
+                    "or allow more by --max-bad and go on with --resume"
                 )
 
             # Edit some clips, for a person to look at: losses do not show what edits look like.

@@ -57,6 +57,7 @@ from data import (
     COLUMNS,
     Latents,
     TripletDataset,
+    checked_text,
     fit_pair,
     latents_of,
     one_line,
@@ -65,6 +66,7 @@ from data import (
     triplets,
 )
 from experiments import chat
+from experiments.answers import _without_thoughts
 from shapes import CATEGORIES
 from vae import WanVAE
 
@@ -112,6 +114,10 @@ VERBS = {
     "Local Add": re.compile(r"\W*(please )?(add|insert|put|place)\b", re.IGNORECASE),
 }
 
+POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
+LONGEST_POINTER = 1024  # bytes
+TABLES = (".csv", ".tsv", ".json", ".jsonl")  # how the names of tables end
+
 
 def note(message: str) -> None:
     # Not print: it would break the line of a progress bar.
@@ -157,6 +163,18 @@ class Listing(NamedTuple):
     folders: list[str]
 
 
+def has_content(clip: str) -> bool:
+    """Whether a file is more than the name of a clip: not empty, and no pointer of git-lfs."""
+    try:
+        if os.path.getsize(clip) > LONGEST_POINTER:
+            return True
+        with open(clip, "rb") as file:
+            start = file.read(len(POINTER))
+    except OSError:
+        return False
+    return start not in (b"", POINTER)
+
+
 class Folders:
     """The folders of a data set. Each is listed once, however many clips are looked up in it."""
 
@@ -195,14 +213,25 @@ class Folders:
         return "; ".join(texts)
 
     def tables(self) -> list[Path]:
-        """The CSV and JSON files of the first place and of the folders in it."""
-        root = self.places[0]
-        visible = [name for name in self.listing(str(root)).folders if name[0] != "."]
+        """The tables of the first place, of the folders in it, and of those in them.
+
+        Raises ValueError if there is none.
+        """
+        level = [self.places[0]]
         tables = []
-        for folder in [root, *(root / name for name in visible)]:
-            for name in self.listing(str(folder)).files:
-                if name.lower().endswith((".csv", ".json")) and name[0] != ".":
-                    tables.append(folder / name)
+        for _ in range(3):
+            below = []
+            for folder in level:
+                files, folders = self.listing(str(folder))
+                tables += [folder / name for name in files if name[0] != "."]
+                below += [folder / name for name in folders if name[0] != "."]
+            level = below
+        tables = [path for path in tables if path.suffix.lower() in TABLES]
+        if not tables:
+            raise ValueError(
+                f"{self.places[0]}: no table of {self.dataset} in it or two folders below, no "
+                f"{', '.join(TABLES)} file ({self.contents()})"
+            )
         return sorted(tables)
 
     def places_of(self, folder: str) -> list[str]:
@@ -217,7 +246,7 @@ class Folders:
         found = []
         for place in self.places:
             inside = f"{folder}/".removeprefix(f"{self.dataset}/").removeprefix(f"{place.name}/")
-            parts = PurePosixPath(inside).parts
+            parts = PurePosixPath(inside).parts if folder else ()
             for base in (place, place / "videos", place / "videos_folders"):
                 for depth in range(len(parts) + 1):
                     # From depth 1 on, the folder at that depth is doubled.
@@ -230,10 +259,11 @@ class Folders:
 
     def find(self, path: str) -> str | None:
         """Where a clip of a table lies: the first place that has it, or None."""
-        folder, name = os.path.split(path)
+        folder, name = os.path.split(os.path.normpath(path))
         for place in self.places_of(folder):
-            if name in self.listing(place).files:
-                return os.path.join(place, name)
+            clip = os.path.join(place, name)
+            if name in self.listing(place).files and has_content(clip):
+                return clip
         return None
 
     def identity(self, clip: str) -> str:
@@ -470,39 +500,67 @@ CAPTION_PROMPT = (
     "do not mention frames, and add nothing to the description."
 )
 CAPTION_FRAMES = 8  # of a clip that the captioner sees
+# How an answer begins that refuses to give one. A description never speaks of itself.
+REFUSAL = re.compile(
+    r"\W*(?:(?:I['’]m|I am) (?:\w+ )?(?:sorry|afraid|unable|not able)|sorry|unfortunately|"
+    r"I (?:can['’]t|cannot|can not|couldn['’]t|could not|won['’]t|will not|don['’]t|do not)|"
+    r"I apologi[sz]e|my apologies|as an? (?:AI|language model))\b",
+    re.IGNORECASE,
+)
+
+
+def checked_caption(answer: chat.Answer) -> str:
+    """The caption in an answer. ValueError if it holds none: it would be trained on as ℓ*."""
+    if answer.is_cut_off:
+        raise ValueError(f"the answer was cut off ({answer.finish_reason})")
+    text = checked_text("caption", _without_thoughts(answer))
+    if not text:
+        raise ValueError("the answer is empty")
+    if REFUSAL.match(text):
+        raise ValueError(f"the model refused: {one_line(text)}")
+    return text
+
+
+def caption_key(clip: str, frames: int | None, model: str) -> str:
+    """What a caption depends on: another clip at the same path needs another one."""
+    size = changed = None
+    with contextlib.suppress(OSError):  # a clip that is not there gets no caption anyway
+        status = os.stat(clip)
+        size, changed = status.st_size, status.st_mtime_ns
+    return json.dumps([clip, size, changed, frames, model])
 
 
 def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: int) -> list[str]:
     """The rows as JSON lines, each with a new caption of its target.
 
     Bad rows, and rows whose target got no caption, are left out with a note. Captions are kept in
-    OUT.answers as they come, so that none is asked for twice. Raises ValueError if more than 1 in
-    100 targets got none.
+    OUT.answers as they come, so that none is asked for twice, unless the clip or the model is
+    another. Raises ValueError if more than 1 in 100 targets got none.
     """
 
     def describe(clip: str) -> dict[str, str]:
         frames = video.read_video(clip, dataset.max_frames).frames
         question = {"type": "text", "text": CAPTION_PROMPT}
         answer = chat.ask(url, model, [*chat.image_parts(frames, CAPTION_FRAMES), question])
-        if not answer.strip():
-            raise ValueError("the answer is empty")
-        return {"caption": answer.strip()}
+        return {"caption": checked_caption(answer)}
 
     for problem in dataset.bad.values():
         note(f"left out: {problem}")
     rows = [dataset.row(i) for i in range(len(dataset)) if i not in dataset.bad]
     answers = out.with_name(f"{out.name}.answers")
-    targets = {row["tgt_video"]: row["tgt_video"] for row in rows}
-    failed = chat.run(answers, targets, describe, workers)
-    for clip, problem in failed.items():
-        note(f"no caption for {clip}: {problem}")
+    clips = {row["tgt_video"] for row in rows}
+    keys = {clip: caption_key(clip, dataset.max_frames, model) for clip in clips}
+    jobs = {key: clip for clip, key in keys.items()}
+    failed = chat.run(answers, jobs, describe, workers)
+    for key, problem in failed.items():
+        note(f"no caption for {jobs[key]}: {problem}")
     if len(failed) > 0.01 * len(rows):
         raise ValueError(
             f"{len(failed)} of {len(rows)} clips have no caption: run it again to ask for them only"
         )
     captions = chat.results(answers)
-    captioned = [row for row in rows if row["tgt_video"] in captions]
-    return [json.dumps(row | captions[row["tgt_video"]]) for row in captioned]
+    captioned = [row for row in rows if keys[row["tgt_video"]] in captions]
+    return [json.dumps(row | captions[keys[row["tgt_video"]]]) for row in captioned]
 
 
 # --- Latents --------------------------------------------------------------------------------------
@@ -584,6 +642,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
             option,
             dest=dataset,
             nargs="+",
+            action="extend",
             type=Path,
             metavar="DIR",
             help=f"the folder of {dataset}'s tables; then others, if its clips are elsewhere",

@@ -50,6 +50,9 @@ FILES = {
     "go,Local Add,videos/b.mkv,seen,videos/a.mkv\r\n",
     "bom.csv": '\ufeff"src_video";tgt_video;prompt;extra\nvideos/a.mkv;videos/b.mkv;go;1,2,3\n\n',
     "quoted.csv": f'{HEADER}videos/a.mkv,videos/b.mkv,"go, ""then""\nstop"\n',
+    "tabs.csv": "src_video\ttgt_video\tprompt\nvideos/a.mkv\tvideos/b.mkv\tgo\n",
+    "sep.csv": "sep=;\nsrc_video;tgt_video;prompt\nvideos/a.mkv;videos/b.mkv;go\n",
+    "blank.csv": "src_video,tgt_video,prompt,,\n,,,,\nvideos/a.mkv,videos/b.mkv,go,,\n",
     "rows.jsonl": json.dumps(ROW | {"caption": None}) + "\n\n",
     "UPPER.JSONL": json.dumps(ROW),
 }
@@ -98,6 +101,9 @@ def test_paths_are_relative_to_the_root_or_absolute(clips: Path):
             'say "go", 1,000 times',
         ),
         (f'{HEADER}a.mp4,b.mp4,"go", she says\n', '"go", she says'),
+        (f"{HEADER}a.mp4,b.mp4,go, please,,\n", "go, please"),
+        ("prompt,src_video,tgt_video,category\ngo, please,a.mp4,b.mp4,\n", "go, please"),
+        ("prompt,src_video,tgt_video,,\ngo, please,a.mp4,b.mp4,,\n", "go, please"),
     ],
 )
 def test_a_prompt_whose_commas_lack_quotes_is_put_together(
@@ -114,9 +120,27 @@ def test_a_prompt_whose_commas_lack_quotes_is_put_together(
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        f"{HEADER}a.mp4,b.mp4,go,,\na.mp4,b.mp4,stop,\n",
+        "src_video,tgt_video,caption,prompt\na.mp4,b.mp4,,go,,\na.mp4,b.mp4,,stop,,,\n",
+        "src_video,tgt_video,prompt,caption,,\na.mp4,b.mp4,go,,,\na.mp4,b.mp4,stop,,\n",
+    ],
+)
+def test_empty_cells_behind_the_last_column_are_left_out(tmp_path: Path, capsys, content: str):
+    """Spreadsheets write them for cells that were used once."""
+    (tmp_path / "t.csv").write_text(content)
+    dataset = TripletDataset(tmp_path / "t.csv")
+    assert [dataset.row(i)["prompt"] for i in range(len(dataset))] == ["go", "stop"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.csv", b"", "no rows"),
+        ("a.csv", b"sep=;", "no rows"),
+        ("a.csv", b"src_video,tgt_video,prompt,prompt\na,b,go,stop\n", "has two columns prompt"),
         ("a.csv", HEADER.encode(), "no rows"),
         ("a.jsonl", b"\n", "no rows"),
         ("a.txt", f"{HEADER}a,b,c\n".encode(), r"\.csv or \.jsonl"),
@@ -130,7 +154,8 @@ def test_a_prompt_whose_commas_lack_quotes_is_put_together(
             b"\x00\xff\xfe\x80" * 50 + b"\n" + b"\x89PNG" * 9,
             "line 2: 1 fields for|line 2: no",
         ),
-        ("a.csv", f"{HEADER}a,b,c\nd,e,f\n".encode("utf-16"), "line 2"),
+        ("a.csv", f"{HEADER}a,b,c\n".encode("utf-16"), "it is UTF-16: save it as UTF-8"),
+        ("a.jsonl", "{}".encode("utf-16"), "it is UTF-16"),
         ("a.jsonl", b"17\n[1]\n", "line 1: it is not an object with named columns: 17"),
     ],
 )
@@ -201,7 +226,11 @@ def test_a_bad_json_row_costs_its_triplet_and_no_other(tmp_path: Path, row: byte
     ("header", "row", "problem"),
     [
         (HEADER, "a,b,", "no prompt in columns"),
-        (HEADER, "a,b", "2 fields for 3 columns"),
+        (HEADER, "a,b", "2 fields for 3 columns$"),
+        (HEADER, "./a.mp4,b/../a.mp4,go", "its tgt_video is its src_video"),
+        # Whose is the empty field at the end?
+        (f"{HEADER[:-1]},category\n", "a.mp4,b.mp4,go,Local Add,", "5 fields for 4 columns"),
+        (f"{HEADER[:-1]},caption\n", "a.mp4,b.mp4,go, then stop,", "5 fields for 4 columns"),
         (HEADER, "a,x.mp4,b.mp4,go", '4 fields for 3 columns.*"double quotes"'),  # a path's comma
         ("src_video,tgt_video,prompt,caption\n", "a.mp4,b.mp4,c,d,e", "5 fields for 4 columns"),
         (HEADER, 'a.mp4,"b.mp4",go, then stop', "4 fields for 3 columns"),
@@ -513,9 +542,20 @@ def test_training_sizes_are_those_of_sampling_unless_they_enlarge_or_crop():
 
 def test_a_target_of_another_size_is_fitted_to_its_source():
     item = edited(5, 64, 96)
-    item["target"] = video.resize(item["target"], 100, 200)
+    item["target"] = video.resize(item["target"], 130, 200)  # 2.6 % wider
     source, target = data.fit_pair(item, (5, 64, 96), factor=16, keep_aspect=True)
     assert source.shape == target.shape == (5, 64, 96, 3)
+
+
+@pytest.mark.parametrize("keep_aspect", (True, False))
+@pytest.mark.parametrize("sides", ((96, 64), (64, 64), (64, 100)))
+def test_a_target_of_another_aspect_is_refused(keep_aspect, sides):
+    """It would be cropped, and lie no longer where its source does."""
+    item = edited(5, 64, 96)
+    item["target"] = video.resize(item["target"], *sides)
+    message = f"edited.mp4: it is {sides[1]}x{sides[0]}, its source 96x64, which is another aspect"
+    with pytest.raises(ValueError, match=message):
+        data.fit_pair(item, (5, 64, 64), factor=16, keep_aspect=keep_aspect)
 
 
 def test_without_its_aspect_a_clip_is_cropped_to_the_given_size():
@@ -656,6 +696,27 @@ def test_latents_that_were_encoded_before_are_those_of_the_clips(tmp_path: Path)
         data.Latents(tmp_path / "nowhere", vae)
     with pytest.raises(ValueError, match="holds latents of another VAE"):
         data.Latents(folder, randomise(WanVAE(model.config.vae), seed=1))
+
+
+def test_latents_are_found_however_the_paths_are_spelt(tmp_path: Path):
+    """Those of earlier versions, which took a path as it was spelt, for the same spelling."""
+    vae = tiny_model()[1]
+    latents = data.Latents(tmp_path / "latents", vae, create=True)
+    table = write_table(tmp_path, (1, 64, 64))
+    (tmp_path / "sub").mkdir()
+    names = []
+    for file in (table, tmp_path / "sub/../t.jsonl"):
+        row = TripletDataset(file).row(0)
+        names.append((row["src_video"], row["tgt_video"]))
+    assert names[0] != names[1]
+    size = (9, 64, 64)
+    assert latents.file(*names[0], size) == latents.file(*names[1], size)
+    clips = [(name, os.path.getsize(name)) for name in names[1]]
+    digest = hashlib.sha256(repr((clips, *size)).encode()).hexdigest()
+    former = tmp_path / f"latents/{digest[:2]}/{digest[2:]}.safetensors"
+    former.parent.mkdir()
+    former.touch()
+    assert latents.file(*names[1], size) == former != latents.file(*names[0], size)
 
 
 @pytest.mark.parametrize("size", ((8, 64, 64), (9, 60, 64), (9, 64, 72)))

@@ -26,10 +26,10 @@ from experiments import chat, datasets
 
 
 def touch(root: Path, *paths: str) -> None:
-    """Empty files: the sample only looks whether a clip is there."""
+    """Files of one byte: the sample only looks whether a clip is there."""
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).touch()
+        (root / path).write_bytes(b"x")
 
 
 def touch_pairs(root: Path, folder: str, numbers: range) -> None:
@@ -248,20 +248,65 @@ def test_ditto_takes_the_category_from_the_target(tmp_path: Path, layout: str):
     assert sorted(draw(tmp_path / "out.jsonl", "--ditto", root)) == sorted(expected)
 
 
-def test_no_folder_is_listed_twice_and_no_clip_is_asked_for(tmp_path: Path, monkeypatch):
+def test_no_folder_is_listed_twice(tmp_path: Path, monkeypatch):
     """2,000 rows, of which half lack their clips, in a few folders: as many listings as folders."""
     root = tmp_path / "set"
     write_openve(root, "local_add", [*range(2000)])
     touch_pairs(root / "videos_folders", "local_add", range(1000))
-    listed, asked = Counter(), []
-    scandir, is_file = os.scandir, Path.is_file
+    listed, scandir = Counter(), os.scandir
     monkeypatch.setattr(os, "scandir", lambda place: listed.update([str(place)]) or scandir(place))
-    monkeypatch.setattr(Path, "is_file", lambda path: asked.append(path) or is_file(path))
     assert len(draw(tmp_path / "out.jsonl", "--openve", root)) == 1000
-    assert not asked
     places = {place: times for place, times in listed.items() if "local_add" in place}
     assert f"{root}/videos_folders/local_add" in places
     assert set(places.values()) == {1} and len(places) <= 9
+
+
+@pytest.mark.parametrize(
+    ("table", "content"),
+    [
+        ("local_add.tsv", "original_video\tvideo\tprompt\na/s0.mp4\ta/t0.mp4\tgo, on\n"),
+        (
+            "tables/csv/local_add.jsonl",
+            '{"original_video": "a/s0.mp4", "video": "a/t0.mp4", "prompt": "go, on"}\n',
+        ),
+        (
+            "local_add.csv",
+            'original_video,video,prompt\n./OpenVE-3M/a/s0.mp4,./a/t0.mp4,"go, on"\n',
+        ),
+    ],
+)
+def test_tables_of_every_kind_are_found_two_folders_deep(tmp_path: Path, table: str, content: str):
+    root = tmp_path / "set"
+    (root / table).parent.mkdir(parents=True)
+    (root / table).write_text(content)
+    touch_pairs(root, "a", range(1))
+    assert [row[2] for row in draw(tmp_path / "out.jsonl", "--openve", root)] == ["go, on"]
+
+
+def test_clips_beside_their_table_are_found(tmp_path: Path):
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "local_add.csv").write_text("original_video,video,prompt\ns0.mp4,t0.mp4,go\n")
+    touch(root, "s0.mp4", "t0.mp4")
+    assert len(draw(tmp_path / "out.jsonl", "--openve", root)) == 1
+
+
+def test_names_without_a_clip_are_not_available(tmp_path: Path, capsys):
+    """An empty file, one that git-lfs has not fetched, and a source that is its own target."""
+    root = tmp_path / "set"
+    rows = "\n".join(f"a/s{i}.mp4,a/t{i}.mp4,edit {i}" for i in range(3))
+    own = "a/s0.mp4,./a/s0.mp4,nothing"
+    table = root / "local_add.csv"
+    touch_pairs(root, "a", range(3))
+    table.write_text(f"original_video,video,prompt\n{rows}\n{own}\n")
+    (root / "a/t1.mp4").write_bytes(b"")
+    (root / "a/s2.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert [row[2] for row in draw(tmp_path / "out.jsonl", "--openve", root)] == ["edit 0"]
+    printed = capsys.readouterr()
+    assert "OpenVE-3M  Local Add         10000          3          2         1" in printed.out
+    assert "1 bad rows are left out, the first is line 5: its video is its original_video" in (
+        printed.err
+    )
 
 
 # --- The stratified sample ------------------------------------------------------------------------
@@ -409,6 +454,7 @@ def test_sample_trains_as_it_is(tmp_path: Path):
         (["sample", "--openve", "{}", "--out", "nowhere/x.jsonl"], "in a folder that exists"),
         (["sample", "--openve", "{}/no", "--out", "{}/x.jsonl"], "/no: there is no such folder"),
         (["sample", "--reco", "{}", "--out", "{}/x.jsonl"], "0 triplets of ReCo-Data"),
+        (["sample", "--reco", "{}/other", "--out", "{}/x.jsonl"], "no table of ReCo-Data"),
         (
             ["sample", "--openve", "{}", "--out", "{}/x.jsonl"],
             "1 triplets of OpenVE-3M, none with its clips",
@@ -463,18 +509,18 @@ def test_check_reports_what_training_would_meet(tmp_path: Path, capsys):
     datasets.main(["check", str(table), "--root", str(tmp_path), "--frames", "9"])
     output = capsys.readouterr().out.splitlines()
     assert output[-1] == (
-        "8 triplets: 1 bad rows, 6 without a caption; 7 decoded, 57.1% of them bad"
+        "8 triplets: 2 bad rows, 5 without a caption; 6 decoded, 50.0% of them bad"
     )
-    assert output[0] == f"bad: triplet 8: {table}, line 8: its caption is not a text: 3"
-    assert output[1].split() == "clips what training would read".split()
-    found = sorted(" ".join(line.split()) for line in output[2:-1])
+    assert output[0] == f"bad: triplet 5: {table}, line 5: its tgt_video is its src_video"
+    assert output[1] == f"bad: triplet 8: {table}, line 8: its caption is not a text: 3"
+    assert output[2].split() == "clips what training would read".split()
+    found = sorted(" ".join(line.split()) for line in output[3:-1])
     for line, expected in zip(
         found,
         [
             "1 1 frame of 32x64",
             f"1 bad: triplet 3: {tmp_path}/none.mkv: no such file",
             f"1 bad: triplet 4: {tmp_path}/a.mkv: its 7 frames at 8 fps are not in step",
-            f"1 bad: triplet 5: {tmp_path}/a.mkv: it is the same as its source",
             f"1 bad: triplet 7: {tmp_path}/b.mkv: it or its source is 40x16",
             "2 5 frames of 64x32",
         ],
@@ -496,7 +542,8 @@ def test_check_reports_what_training_would_meet(tmp_path: Path, capsys):
 class Captioner(ThreadingHTTPServer):
     """A loopback server that describes a clip by the brightness of its frames.
 
-    Unless `misbehave(level, times asked)` returns an HTTP status, or the text of the answer.
+    Unless `misbehave(level, times asked)` returns an HTTP status, the text of the answer, or that
+    and why it ends.
     """
 
     def __init__(self, misbehave=lambda level, times: None, seconds: float = 0) -> None:
@@ -530,7 +577,9 @@ class Answer(BaseHTTPRequestHandler):
         if isinstance(answer, int):
             return self.send_error(answer)
         text = f" From {levels[0]} to {levels[-1]}. " if answer is None else answer
-        content = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        text, reason = text if isinstance(text, tuple) else (text, "stop")
+        choice = {"message": {"content": text}, "finish_reason": reason}
+        content = json.dumps({"choices": [choice]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -591,6 +640,58 @@ def test_what_gets_no_caption_is_asked_for_again_and_alone(tmp_path: Path, monke
     for i in range(5):
         assert dataset.row(i)["caption"] == f"From {10 * i + 10} to {10 * i + 26}."
     assert server.asked == {10: 1, 20: 2, 30: 1, 40: 1, 50: 1}
+
+
+@pytest.mark.parametrize(
+    ("answer", "caption"),
+    [
+        ("<think>They want one. Let me look.</think>\n\nA grey field.", "A grey field."),
+        ("Got it, a description.</think>\n\nA grey field.", "A grey field."),
+        ("A sign says: I'm sorry.", "A sign says: I'm sorry."),
+        ("I watch.", "I watch."),
+    ],
+)
+def test_a_caption_is_the_answer_without_thoughts(tmp_path: Path, answer: str, caption: str):
+    file, out = write_targets(tmp_path, 1), tmp_path / "out.jsonl"
+    server = Captioner(lambda level, times: answer)
+    datasets.main(["caption", str(file), "--out", str(out), "--url", server.url])
+    assert TripletDataset(out).row(0)["caption"] == caption
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (("A man in a red coat walks along the", "length"), "the answer was cut off (length)"),
+        ("<think>They want a description, so", "the answer is empty"),
+        ("</think>\n", "the answer is empty"),
+        ("very " * 3000, "its caption has 15000 characters, more than 10000"),
+        ("I'm sorry, but I can't assist with that request.", "the model refused: I'm sorry, but"),
+        ("Sorry, no.", "the model refused: Sorry, no."),
+        ("I cannot see any frames.", "the model refused: I cannot see"),
+        ("I’m unable to describe it.", "the model refused: I’m unable"),
+        ("As an AI, I have no eyes.", "the model refused: As an AI"),
+    ],
+)
+def test_what_is_no_caption_fails_its_clip(tmp_path: Path, capsys, answer, problem: str):
+    """It would be trained on as ℓ*."""
+    file, out = write_targets(tmp_path, 1), tmp_path / "out.jsonl"
+    server = Captioner(lambda level, times: answer)
+    with pytest.raises(SystemExit) as stop:
+        datasets.main(["caption", str(file), "--out", str(out), "--url", server.url])
+    assert stop.value.code == 2 and not out.exists()
+    assert f"note: no caption for {tmp_path}/t0.mkv: {problem}" in capsys.readouterr().err
+
+
+def test_a_caption_is_kept_for_the_same_clip_frames_and_model_only(tmp_path: Path):
+    file, out = write_targets(tmp_path, 1), tmp_path / "out.jsonl"
+    server = Captioner()
+    options = ["caption", str(file), "--out", str(out), "--url", server.url]
+    for more, asked in ([], 1), ([], 1), (["--model", "other"], 2), (["--frames", "5"], 3), ([], 3):
+        datasets.main([*options, *more])
+        assert len(server.requests) == asked
+    write_clip(tmp_path / "t0.mkv", 9, 70)
+    datasets.main(options)
+    assert TripletDataset(out).row(0)["caption"] == "From 70 to 86."
 
 
 def test_a_row_in_a_hundred_may_stay_without(tmp_path: Path, monkeypatch, capsys):

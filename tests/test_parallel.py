@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from parallel import shard
 
+ROOT = Path(__file__).parents[1]
 CROWD = """
 import torch
 import torch.distributed as dist
@@ -94,7 +95,23 @@ def test_compiled_blocks_keep_the_same(monkeypatch):
         assert (p.grad - expected[name]).abs().max() < 1e-5 * largest, name
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "0 1 0"),
+        (dict(WORLD_SIZE="4", LOCAL_RANK="1"), "0 1 0"),  # a batch script's own
+        (dict(RANK="", WORLD_SIZE="", LOCAL_RANK=""), "0 1 0"),
+        (dict(RANK="2", WORLD_SIZE="4", LOCAL_RANK="1"), "2 4 1"),
+    ],
+)
+def test_only_torchrun_says_how_many_processes_there_are(environment, expected):
+    program = "import cli; print(cli.RANK, cli.RANKS, cli.LOCAL_RANK)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
+
+
 @pytest.mark.slow
 def test_many_collectives_at_once_leave_the_heap_whole():
     """In a process of its own: PyTorch 2.13 mostly aborts with "gloo" instead."""
-    subprocess.run([sys.executable, "-c", CROWD], cwd=Path(__file__).parents[1], check=True)
+    subprocess.run([sys.executable, "-c", CROWD], cwd=ROOT, check=True)

@@ -30,6 +30,7 @@ import data
 import losses
 import parallel
 import rvedit
+import sample
 import train
 import video
 from experiments import datasets
@@ -470,7 +471,7 @@ def test_averaged_weights_are_a_running_mean_and_leave_the_others_alone(tmp_path
         model,
         vae,
         torch.device("cpu"),
-        SimpleNamespace(out=tmp_path, muon=0.0, average=0.15, lr=1e-2, sequence_parallel=1),
+        SimpleNamespace(out=tmp_path, muon=0.0, average=0.15, lr=1e-2, sequence_parallel=1, keep=2),
     )
     name, weight = next(iter(run.weights.items()))
     mean = weight.detach().clone()
@@ -693,7 +694,7 @@ def during(monkeypatch, step, action):
     monkeypatch.setattr(train, "training_step", step_with_action)
 
 
-@pytest.mark.parametrize("kind", (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("kind", (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 def test_a_signal_ends_the_run_with_a_checkpoint(start, tmp_path, monkeypatch, kind):
     """Exit code 0, at the end of the step, also if the signal goes to all processes of the job."""
     handler = signal.getsignal(kind)
@@ -727,6 +728,22 @@ def test_sigusr1_saves_and_goes_on(start, tmp_path, monkeypatch):
     names = [folder.name for folder in finished(tmp_path)]
     assert names == ["step-00000002", "step-00000003"]
     assert len(log(tmp_path)) == 3
+
+
+def test_under_nohup_a_run_outlives_its_terminal(start, tmp_path, monkeypatch):
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    during(monkeypatch, 1, lambda result: os.kill(os.getpid(), signal.SIGHUP) or result)
+    try:
+        train.main(options(start, tmp_path, "--steps", 2, "--batch", 1))
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    assert len(log(tmp_path)) == 2
+
+
+def test_sigusr1_during_the_imports_is_ignored():
+    """SLURM may send it at any time."""
+    program = "import cli, os, signal; cli.begin(); os.kill(os.getpid(), signal.SIGUSR1)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 HANGS = """
@@ -860,6 +877,53 @@ def test_folders_of_the_user_beside_the_checkpoints_are_left_alone(alone, tmp_pa
     assert names == ["step-00000005-good", "step-00000006", "step-99999999.bak"]
 
 
+@pytest.mark.parametrize(
+    ("files", "option", "message"),
+    [
+        ("model log.jsonl run.json", "--steps=9", "model would be replaced"),
+        ("model log.jsonl run.json", "--resume", "model would be replaced"),
+        ("model", "--steps=9", "model would be replaced"),
+        ("log.jsonl run.json", "--steps=9", "holds a run: add --resume"),
+        ("log.jsonl run.json", "--resume", "has 10 steps, and their checkpoints are gone"),
+        ("model log.jsonl run.json", "--export", "holds no training checkpoint"),
+    ],
+)
+def test_a_run_whose_checkpoints_are_gone_is_left_alone(
+    alone, start, tmp_path, capsys, files, option, message
+):
+    """Its model is not replaced, and its log is not cut."""
+    out = tmp_path / "run"
+    lost = {"model", "log.jsonl", "run.json", "checkpoints"} - {*files.split()}
+    shutil.copytree(alone, out, ignore=shutil.ignore_patterns(*lost))
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        train.main(options(start, out, option))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and message in error
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(alone, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(alone / "run.json", out)
+    lines = (alone / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(lines[:3]))
+    train.main(["--out", str(out), "--resume", "--steps", "2"])
+    assert "ended before its first checkpoint, and begins again" in capsys.readouterr().err
+    assert losses_differ_by(log(out), log(alone)[:2]) == 0
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(alone, tmp_path, capsys):
+    out = fork_at(alone, 5, tmp_path / "run")
+    folder = out / "checkpoints/step-00000005"
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    train.main(["--out", str(out), "--resume", "--steps", "7", "--keep", "1"])
+    assert f"note: {folder} stays, it cannot be deleted: " in capsys.readouterr().err
+    assert [checkpoint.name[-2:] for checkpoint in finished(out)] == ["05", "07"]
+
+
 def test_two_runs_cannot_share_a_folder(start, tmp_path, capsys):
     """The lock belongs to the process, so that a kill frees it."""
     program = f"import fcntl; f = open('{tmp_path}/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
@@ -888,7 +952,8 @@ def test_a_table_without_weights_is_refused(capsys):
 
 def test_options_survive_run_json(tmp_path):
     """Sizes, flags that are off, paths and numbers: parsed again, they are what they were."""
-    words = "--size 5 64 64 --size 9 32 64 --no-compile --freeze-lora --lr 1e-4 --data a.csv b.csv"
+    words = "--size 5 64 64 --size 9 32 64 --no-compile --freeze-lora --lr 1e-4 --data a.csv"
+    words += " --data b.csv c.csv"
     args = train.parse_arguments(
         [*words.split(), "--root", "clips", "--steps", "7", "--preset", "toy", "--checkpoint", "w"]
     )
@@ -932,12 +997,28 @@ def test_a_table_that_has_changed_is_noticed_at_resume(start, tmp_path, capsys):
     assert stop.value.code == 2 and f"{file} changed since the run began" in error
 
 
+def test_a_run_is_resumed_from_another_folder(start, tmp_path, monkeypatch):
+    """With --out, --data and --checkpoint relative to where it began."""
+    write_triplets(tmp_path / "data", good=2, bad=0)
+    (tmp_path / "model").symlink_to(start)
+    monkeypatch.chdir(tmp_path)
+    relative = ("--root", "data", "--data", "data/triplets.csv", "--batch", 1, "--steps", 1)
+    train.main(options("model", "run", *relative))
+    monkeypatch.chdir(tmp_path / "data")
+    train.main(["--out", "../run", "--resume", "--steps", "2"])
+    assert len(log(tmp_path / "run")) == 2
+
+
 def test_slurm_tasks_without_torchrun_are_refused(start, tmp_path, monkeypatch, capsys):
+    """Those of a step: a batch script for eight of them is one process."""
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    with pytest.raises(SystemExit) as stop:
-        train.main(options(start, tmp_path, "--steps", 1))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "SLURM started 8 tasks" in error
+    train.main(options(start, tmp_path / "run", "--steps", 1, "--batch", 1))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    for main in (train.main, sample.edit, datasets.main):
+        with pytest.raises(SystemExit) as stop:
+            main([])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and error.startswith("error: SLURM started 8 tasks")
 
 
 def test_a_shared_memory_that_is_too_small_is_noticed(start, tmp_path, monkeypatch, capsys):
@@ -1000,13 +1081,15 @@ def write_triplets(folder, good, bad):
     return folder / "triplets.csv"
 
 
-def test_a_broken_clip_is_replaced_and_listed(start, tmp_path):
+def test_a_broken_clip_is_replaced_and_listed(start, tmp_path, capsys):
     """With the paper's recipe: one epoch by default, recomputed activations, a worker process."""
     file = write_triplets(tmp_path / "data", good=3, bad=1)
-    train.main(options(start, tmp_path / "run", "--data", file, "--batch", 2, "--workers", 1))
+    recipe = ("--preset", "wan2.2-ti2v-5b", "--batch", 2, "--workers", 1)
+    train.main(options(start, tmp_path / "run", "--data", file, *recipe))
     lines = log(tmp_path / "run")
     assert len(lines) == 2 and sum(line["broken"] for line in lines) == 1
     listed = (tmp_path / "run/broken.txt").read_text()
+    assert "note: 1 of 5 clips were broken" in capsys.readouterr().out
     assert listed.startswith("triplet 4: ") and "source-3.mp4" in listed and listed.count("\n") == 1
     assert lines[0]["lr"] == lines[1]["lr"] == 1e-5
 
@@ -1022,6 +1105,57 @@ def test_data_without_one_good_clip_ends_the_run_in_one_line(start, tmp_path, ca
     assert stop.value.code == 2
     assert error.startswith("error: 20 triplets") and error.endswith("broken.txt")
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_clips_that_vanish_cost_no_step(start, tmp_path, monkeypatch, capsys, workers):
+    """Nor do they where edits are made to look at. With the clips back, the run goes on."""
+    file = write_triplets(tmp_path / "data", good=2, bad=0)
+    more = ("--batch", 1, "--steps", 9, "--workers", workers)
+    for name, options_of in (("train", ()), ("validate", ("--validate-every", 2))):
+        out = tmp_path / name
+        with monkeypatch.context() as patch:
+
+            def move(result):
+                (tmp_path / "data").rename(tmp_path / "moved")
+                patch.undo()
+                return result
+
+            during(patch, 2, move)
+            with pytest.raises(SystemExit) as stop:
+                train.main(options(start, out, "--data", file, *more, *options_of))
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and error.startswith("error: 20 triplets")
+        assert len(log(out)) >= 2 and finished(out)[-1].name == f"step-{len(log(out)):08d}"
+        (tmp_path / "moved").rename(tmp_path / "data")
+        train.main(["--out", str(out), "--resume", "--steps", str(len(log(out)) + 1)])
+
+
+FAILS_ON_RANK_1 = """
+import sys, cli, data, train
+
+def read(batches, position, step, read=data.Batches.read):
+    if cli.RANK == 1 and step == 3:
+        raise ValueError("gone")
+    return read(batches, position, step)
+
+data.Batches.read = read
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_clips_that_one_rank_cannot_read_end_all_with_a_checkpoint(start, tmp_path):
+    """The other one does not wait for it in a collective."""
+    (tmp_path / "program.py").write_text(FAILS_ON_RANK_1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", tmp_path / "program.py"]
+    command += options(start, tmp_path / "run", "--batch", 1)
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    pipes = dict(capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, timeout=300, **pipes)
+    assert done.returncode == 1 and done.stderr.count("error: gone") == 1, done.stderr[-3000:]
+    assert [folder.name for folder in finished(tmp_path / "run")] == ["step-00000003"]
 
 
 @pytest.mark.slow
@@ -1067,7 +1201,8 @@ def test_a_table_without_captions_is_refused_unless_instructions_may_stand_in(
 ):
     file = write_triplets(tmp_path / "data", good=1, bad=0)
     file.write_text(file.read_text().replace(",seen", ","))
-    arguments = options(start, tmp_path / "run", "--data", file, "--steps", 1, "--accumulate", 2)
+    more = ("--steps", 1, "--batch", 1, "--accumulate", 2)
+    arguments = options(start, tmp_path / "run", "--data", file, *more)
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -1079,7 +1214,7 @@ def test_a_table_without_captions_is_refused_unless_instructions_may_stand_in(
 
 
 def test_more_broken_clips_than_allowed_end_the_run(start, tmp_path, capsys, monkeypatch):
-    """Every second one is: 20 of the first 40 are too many by default, but not more than half."""
+    """Two steps of 20 replace 20: of 60 that were read too many by default, but less than half."""
     file = write_triplets(tmp_path / "data", good=1, bad=1)
     common = ("--data", file, "--batch", 20, "--steps", 2)
 
@@ -1091,14 +1226,15 @@ def test_more_broken_clips_than_allowed_end_the_run(start, tmp_path, capsys, mon
     train.main(options(start, tmp_path / "half", *common, "--max-bad", 0.5))
     assert [line["broken"] for line in log(tmp_path / "half")] == [10] * 2
     with pytest.raises(SystemExit) as stop:
-        train.main(options(start, tmp_path / "few", *common))
+        train.main(options(start, tmp_path / "few", *common, "--steps", 3))
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert (
         stop.value.code == 2
-        and error.startswith("error: 20 of 40 clips are broken")
+        and error.startswith("error: 20 of 60 clips are broken")
         and "--max-bad" in error
     )
-    assert len(log(tmp_path / "few")) == 2  # not after 10 of 20: fewer than 20 may be bad luck
+    assert finished(tmp_path / "few")[-1].name == "step-00000002"
+    assert len(log(tmp_path / "few")) == 2  # not after 10 of 30: fewer than 20 may be bad luck
 
 
 def test_mistakes_get_one_line_and_exit_code_2(start, alone, tmp_path, capsys):
