@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 # Packages of requirements.txt, by the names under which they are imported.
@@ -98,7 +98,9 @@ def begin() -> None:
     """Call first in a script: Ctrl-C during slow imports is silent, a missing package one line.
 
     SIGUSR1, by which a run is asked to save, is ignored until `parallel.Signals` takes it: before
-    that there is nothing to save, and by default it would end the process.
+    that there is nothing to save, and by default it would end the process. SIGTERM and a closed
+    terminal end the command as an error does, so that no half-written file is left. One of several
+    ranks they end at once, as it may be waiting for the others for ever.
     """
 
     def report(
@@ -110,9 +112,16 @@ def begin() -> None:
             fail(f"{error.name} is not installed: run `pip install -r requirements.txt`")
         sys.__excepthook__(kind, error, traceback)
 
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
     sys.excepthook = report
-    if hasattr(signal, "SIGUSR1"):  # not on Windows
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "SIGUSR1"):  # Windows
+        return
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        if ALONE and signal.getsignal(kind) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(kind, leave)
 
 
 # --- Options --------------------------------------------------------------------------------------

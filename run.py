@@ -189,8 +189,9 @@ class Run:
             result = function(*args, **kwargs)
         except (ValueError, OSError) as error:
             problem = cli.plain_reason(error)
-        # All ranks have to know: they would wait for this one in their next collective.
-        if parallel.any_rank([problem is not None], self.device)[0]:
+        # All ranks have to know: they would wait for this one in their next collective. They say so
+        # by their CPUs, because GPUs may still be at work on the minibatch before.
+        if parallel.any_rank([problem is not None], torch.device("cpu"))[0]:
             self.save_progress()
             parallel.fail_together(problem)
         return result

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -760,6 +761,37 @@ def test_a_file_of_a_long_name_is_replaced_and_leaves_nothing_beside_it(name, tm
     unfinished = cli.beside(tmp_path / name, "", ".unfinished.safetensors")
     unfinished.touch()
     assert unfinished.suffix == ".safetensors"
+
+
+# --- Signals --------------------------------------------------------------------------------------
+
+WRITER = """
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[2] == "nohup" else signal.SIG_DFL)
+import cli
+cli.begin()
+with cli.replacing(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    time.sleep(0.5 if sys.argv[2] == "nohup" else 60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "how", "code", "left"),
+    [
+        (signal.SIGTERM, "", 128 + signal.SIGTERM, []),
+        (signal.SIGHUP, "", 128 + signal.SIGHUP, []),
+        (signal.SIGHUP, "nohup", 0, ["out.mp4"]),
+    ],
+)
+def test_a_signal_leaves_no_half_written_file(number, how, code, left, tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "out.mp4"), how]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.send_signal(number)
+        assert process.wait(timeout=60) == code
+    assert [file.name for file in tmp_path.iterdir()] == left
 
 
 # --- From Python ----------------------------------------------------------------------------------
