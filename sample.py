@@ -722,16 +722,22 @@ def note_unchanged() -> None:
     )
 
 
+def check_output(option: str, path: Path, source: Path) -> None:
+    """Raise ValueError or OSError if `path` cannot be written, or is the source."""
+    video.check_writable(path)
+    if path.exists() and source.exists() and path.samefile(source):
+        raise ValueError(
+            f"{option} would write {path}, the source itself, which would be lost: choose another "
+            "name for --out"
+        )
+
+
 def check_outputs(args: Namespace) -> Path:
     """Where --compare goes. Raises ValueError or OSError for outputs that could not be written."""
-    video.check_writable(args.out)
-    if args.out.exists() and args.video.exists() and args.out.samefile(args.video):
-        raise ValueError(
-            f"--out {args.out} is the source itself, which would be lost: choose another name"
-        )
+    check_output("--out", args.out, args.video)
     compare = args.out.with_stem(f"{args.out.stem}_compare")
     if args.compare:
-        video.check_writable(compare)
+        check_output("--compare", compare, args.video)
     return compare
 
 
