@@ -96,6 +96,12 @@ LONGEST_GAP = 3600
 # and chroma is not interpolated.
 FULL_CHROMA = sws.Interpolation.FULL_CHR_H_INT | sws.Interpolation.FULL_CHR_H_INP
 SCALING = sws.Interpolation.BICUBIC | sws.Interpolation.ACCURATE_RND | FULL_CHROMA
+# The same for FFmpeg's filter, and what is written. H.264 that does not say where its chroma is has
+# it at the left of each pair of pixels, and only the filter can put it there.
+TO_H264 = (
+    "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
+    ":out_color_matrix=bt709:out_range=limited:out_chroma_loc=left"
+)
 
 
 @dataclass
@@ -464,12 +470,17 @@ def _filtered(graph: Graph, waiting: list[Shown], frame: VideoFrame | None) -> I
 
 def _deinterlacer(frame: VideoFrame) -> Graph:
     """bwdif, one frame out for each frame in, that touches frames marked as interlaced only."""
+    return _graph(frame, ("bwdif", "mode=send_frame:deint=interlaced"))
+
+
+def _graph(frame: VideoFrame, *filters: tuple[str, str]) -> Graph:
+    """A row of filters, given by name and options, for frames like `frame`."""
     graph = Graph()
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25)
     )
-    filter_ = graph.add("bwdif", "mode=send_frame:deint=interlaced")
-    graph.link_nodes(source, filter_, graph.add("buffersink")).configure()
+    nodes = [graph.add(name, options) for name, options in filters]
+    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
     return graph
 
 
@@ -1221,17 +1232,13 @@ def _add_video(
 def _video_packets(track: Stream, timed: Iterable[tuple[Tensor, int, int]]) -> Iterator[Packet]:
     """Encode triples of (H, W, 3) image, timestamp and duration, one after another."""
     context = track.codec_context
-    reformatter = sws.VideoReformatter()
+    graph = None
     for image, timestamp, duration in timed:
         image = image[: context.height, : context.width].contiguous().cpu()
-        # The encoder only passes the colour tags on. The conversion needs to be told them.
-        frame = reformatter.reformat(
-            VideoFrame.from_ndarray(image.numpy(), "rgb24"),
-            format="yuv420p",
-            interpolation=SCALING,
-            dst_colorspace=sws.Colorspace.ITU709,
-            dst_color_range=sws.ColorRange.MPEG,
-        )
+        frame = VideoFrame.from_ndarray(image.numpy(), "rgb24")
+        graph = graph or _graph(frame, ("scale", TO_H264), ("format", "yuv420p"))
+        graph.push(frame)
+        frame = graph.pull()
         frame.pts = timestamp
         frame.duration = duration
         frame.time_base = context.time_base

@@ -556,6 +556,23 @@ def test_colours_are_written_as_bt709(tmp_path: Path) -> None:
         assert (frame.colorspace, frame.color_range) == (Colorspace.ITU709, ColorRange.MPEG)
 
 
+def test_colour_is_not_shifted_against_brightness(tmp_path: Path) -> None:
+    """A blue ramp in x: each chroma sample is that of the left of its two pixels, as players take
+    it, and it comes back in its place.
+    """
+    blue = 40 + 3 * np.arange(64)
+    image = np.full((32, 64, 3), (120, 100, 0), np.uint8)
+    image[..., 2] = blue
+    out = tmp_path / "out.mp4"
+    video.write_video(out, torch.from_numpy(image)[None])
+    textbook = np.array([naive_yuv(np.array([120, 100, level]))[1] for level in blue])
+    pixels = (planes(out)[1][:, 4:-4] - textbook[8:-8:2]) / (textbook[1] - textbook[0])
+    assert abs(pixels.mean()) < 0.2
+    again = video.read_video(out).frames[0].numpy().astype(float)
+    pixels = (again[..., 2] - again[..., 1] - (blue - 100)) / 3
+    assert abs(pixels[8:-8, 8:-8].mean()) < 0.2
+
+
 def test_output_opens_everywhere(tmp_path: Path) -> None:
     """H.264 high profile, 4:2:0, 8 bits, no reordering, and the index before the data."""
     out = tmp_path / "out.mp4"
