@@ -221,7 +221,8 @@ def _demux(container: InputContainer) -> Iterator[Packet]:
     """Yield all packets, on a clock that goes on where recordings were joined.
 
     At a join the clock of every stream jumps. The first stream that jumps goes on without a gap.
-    The others are moved by the same offset, so that sound and picture stay together.
+    The others are moved by the same offset, so that sound and picture stay together. A stream that
+    jumps to where another one is already has only paused.
     """
     kind = container.format
     # A broadcast that is 10 s ahead was joined. In other files such a gap may be meant.
@@ -242,7 +243,9 @@ def _demux(container: InputContainer) -> Iterator[Packet]:
             time = packet.dts * packet.time_base
             expected = end.get(stream.index, time + moved)
             jump = time + moved - expected
-            if not -back <= jump <= ahead:
+            others = (e for index, e in end.items() if index != stream.index)
+            paused = jump > 0 and any(abs(e - expected) > abs(e - time - moved) for e in others)
+            if not (-back <= jump <= ahead or paused):
                 known = [o for o in offsets if o != moved and abs(time + o - expected) < 1]
                 moved = known[-1] if known else expected - time
                 offset[stream.index] = moved

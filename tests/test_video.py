@@ -1131,6 +1131,23 @@ def test_joined_recordings_of_two_rates_stay_in_step(
     assert_in_step(tmp_path / "out.mp4", 6)
 
 
+@pytest.mark.parametrize("kind", ["audio", "video"])
+def test_a_pause_of_one_stream_is_no_join(tmp_path: Path, kind: str) -> None:
+    """A broadcast without sound, or without a new picture, for 12 s while the other runs on."""
+
+    def pause(packet: av.Packet, number: int) -> bool:
+        return packet.stream.type != kind or not 2 <= packet.pts * packet.time_base < 14
+
+    whole = flash_and_beep(tmp_path / "whole.mkv", 17, audio="mp2")
+    edited(remux(whole, tmp_path / "in.ts", pause), tmp_path / "out.mp4")
+    flashes, beeps = onsets(tmp_path / "out.mp4")
+    rest = [0.5, 1.5, 14.5, 15.5, 16.5]
+    every = [i + 0.5 for i in range(17)]
+    expected = (every, rest) if kind == "audio" else (rest, every)
+    assert flashes == pytest.approx(expected[0], abs=0.05)
+    assert beeps == pytest.approx(expected[1], abs=0.05)
+
+
 def test_dropped_frames_of_an_avi_keep_their_time(tmp_path: Path) -> None:
     """Screen recorders leave frames out: an empty chunk, or none at all."""
     source = flash_and_beep(tmp_path / "a.avi", codec="mpeg4", audio="libmp3lame")
