@@ -12,8 +12,9 @@ their place:
   file, or what cannot be copied, becomes AAC. A track that cannot be saved is left out, with a
   note: sound never costs the picture.
 - shape: rotation metadata is applied to the frames and not written. Pixel aspect is kept.
-- colour: read by the stream's own tags, written as BT.709 in limited range. HDR (HLG, PQ) and
-  BT.2020 become BT.709 with standard dynamic range.
+- colour: read by the stream's own tags, written as BT.709 in limited range. HDR (HLG, PQ), BT.2020
+  and DCI or Display P3 become BT.709 with standard dynamic range. A still keeps its numbers, and
+  its ICC profile, which says what colours they are.
 
 Frames are uint8 (T, H, W, 3) RGB: T frames, H height, W width. Interlaced frames are deinterlaced.
 Transparent pixels are shown on white. Subtitles, chapters and metadata are dropped.
@@ -30,6 +31,7 @@ import math
 import os
 import struct
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -63,6 +65,7 @@ CONTAINERS = (
 # Stills are told by their first bytes: FFmpeg would go by the name, and take one with a "%" in it
 # for a series of files.
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+JPEG_PROFILE = b"ICC_PROFILE\0"  # begins each segment of a JPEG that holds a part of one
 STILLS = (".png", ".jpg", ".jpeg", ".webp")  # the endings of stills that are written
 
 # Audio codecs that players expect in a file with this ending. They are copied, others become AAC.
@@ -132,6 +135,7 @@ class Video:
     path: Path  # the file it came from, where the audio still is
     is_still: bool  # a picture, not a clip: one frame and no sound
     total: int  # number of frames in the file: more than T if only its first were read
+    profile: bytes = b""  # the ICC profile of a still
     sound: dict[str, list[SoundTrack]] = field(default_factory=dict)  # by ending: `prepare_sound`
 
     @property
@@ -327,16 +331,31 @@ def _end_of_png(path: Path) -> int:
     return 0 if b"IEND" in path.read_bytes() else sys.maxsize
 
 
+def _jpeg_segments(data: bytes) -> list[tuple[int, int]]:
+    """Where each segment of a JPEG file begins and ends, up to the header of the picture's data."""
+    segments = []
+    start = 2
+    while data[start : start + 1] == b"\xff":
+        marker = data[start + 1 : start + 2]
+        if marker == b"\xff":  # any number of these may fill the space before a marker
+            start += 1
+            continue
+        end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        segments.append((start, end))
+        if marker == b"\xda":
+            break
+        start = end
+    return segments
+
+
 def _end_of_jpeg(path: Path) -> int:
     """A JPEG file is a row of segments, the last of them followed by data up to a marker.
 
     Segments may hold a preview with markers of its own, so they are passed over.
     """
     data = path.read_bytes()
-    position = 2
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return 0 if data.find(b"\xff\xd9", position) > 0 else sys.maxsize
+    _, end = max(_jpeg_segments(data), default=(0, 2))
+    return 0 if data.find(b"\xff\xd9", end) > 0 else sys.maxsize
 
 
 def _declared_end(path: Path, kind: str) -> int:
@@ -494,8 +513,8 @@ def _pull(graph: Graph) -> Iterator[VideoFrame | AudioFrame]:
 
 
 # --- Colour and shape -----------------------------------------------------------------------------
-# HDR and wide colour are converted as a display would show them: to light, from the primaries of
-# BT.2020 to those of BT.709, and back to a signal by BT.1886. White of SDR is at 203 cd/m²
+# HDR and wide colour are converted as a display would show them: to light, from their primaries
+# to those of BT.709, and back to a signal by BT.1886. White of SDR is at 203 cd/m²
 # (ITU-R BT.2408), so that colours within the range of SDR come out as if they had been SDR.
 
 GAMMA = 2.4  # BT.1886
@@ -505,9 +524,21 @@ KNEE = 0.9  # of SDR white: light above it is compressed, so that highlights kee
 # one from none, and BT.1886 would make up to 16 levels of that error.
 FLOOR = 0.0085
 LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], np.float32)
-TO_709 = np.array(
-    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
-)
+# From linear RGB of wider primaries to that of BT.709. All but DCI P3 (SMPTE 431) have the white of
+# D65, and its white is adapted to it by Bradford's method.
+TO_709 = {
+    sws.ColorPrimaries.BT2020: np.array(
+        [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]],
+        np.float32,
+    ),
+    sws.ColorPrimaries.SMPTE431: np.array(
+        [[1.1575, -0.1550, -0.0026], [-0.0415, 1.0456, -0.0041], [-0.0181, -0.0786, 1.0966]],
+        np.float32,
+    ),
+    sws.ColorPrimaries.SMPTE432: np.array(
+        [[1.2249, -0.2249, 0], [-0.0421, 1.0421, 0], [-0.0196, -0.0786, 1.0983]], np.float32
+    ),
+}
 
 
 def _light_of_pq(signal: np.ndarray) -> np.ndarray:
@@ -535,8 +566,8 @@ def _light_table(transfer: int, white: int) -> np.ndarray:
     return (signal**GAMMA).astype(np.float32)
 
 
-def _to_bt709(image: np.ndarray, transfer: int, white: int) -> np.ndarray:
-    """BT.2020 with any transfer function, uint16 (H, W, 3) -> BT.709, uint8 (H, W, 3)."""
+def _to_bt709(image: np.ndarray, primaries: int, transfer: int, white: int) -> np.ndarray:
+    """Any primaries and transfer function, uint16 (H, W, 3) -> BT.709, uint8 (H, W, 3)."""
     table = _light_table(transfer, white)
     roots = np.arange(16_384) / 16_383  # of light: in these steps the dark ones are fine enough
     signals = np.rint(255 * roots ** (2 / GAMMA)).astype(np.uint8)
@@ -546,7 +577,7 @@ def _to_bt709(image: np.ndarray, transfer: int, white: int) -> np.ndarray:
         if transfer == sws.ColorTrc.ARIB_STD_B67:
             # The OOTF of a display of 1000 cd/m²: from light of the scene to light on the display.
             light *= 1000 / SDR_WHITE * (light @ LUMA_2020)[..., None] ** 0.2
-        light = np.maximum(light @ TO_709.T, 0)
+        light = np.maximum(light @ TO_709[primaries].T, 0)
         # Both ends are compressed relative to the brightest channel, which keeps the hue.
         red, green, blue = light[..., :1], light[..., 1:2], light[..., 2:]
         peak = np.maximum(np.maximum(red, green), blue)  # much faster than light.max(-1)
@@ -565,10 +596,12 @@ def _on_white(image: np.ndarray) -> np.ndarray:
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _is_wide(frame: VideoFrame) -> bool:
-    """Whether a frame has the colours of BT.2020, as all HDR has."""
+def _wide_primaries(frame: VideoFrame) -> sws.ColorPrimaries | None:
+    """The primaries of a frame if they are wider than BT.709's. HDR has BT.2020's unless tagged."""
+    if frame.color_primaries in TO_709:
+        return sws.ColorPrimaries(frame.color_primaries)
     hdr = frame.color_trc in (sws.ColorTrc.SMPTE2084, sws.ColorTrc.ARIB_STD_B67)
-    return hdr or frame.color_primaries == sws.ColorPrimaries.BT2020
+    return sws.ColorPrimaries.BT2020 if hdr else None
 
 
 def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
@@ -578,7 +611,8 @@ def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
     unmarked, constant_luminance, derived = (0, 2, 3), 10, (12, 13)
     if frame.format.is_rgb or frame.colorspace not in (*unmarked, constant_luminance, *derived):
         return None
-    if frame.colorspace == constant_luminance or _is_wide(frame):
+    is_2020 = _wide_primaries(frame) == sws.ColorPrimaries.BT2020
+    if frame.colorspace == constant_luminance or is_2020:
         return sws.Colorspace.BT2020
     if frame.width >= 1280 or frame.height > 576:
         return sws.Colorspace.ITU709
@@ -587,7 +621,7 @@ def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
 
 def _rgb(frame: VideoFrame, size: tuple[int, int], scaler: sws.VideoReformatter) -> np.ndarray:
     """One frame as it is stored -> uint8 (H, W, 3), BT.709."""
-    wide = _is_wide(frame)
+    wide = _wide_primaries(frame)
     transparent = any(component.is_alpha for component in frame.format.components)
     layout = "rgb48" if wide else "rgba" if transparent else "rgb24"
     image = scaler.reformat(
@@ -601,7 +635,8 @@ def _rgb(frame: VideoFrame, size: tuple[int, int], scaler: sws.VideoReformatter)
     ).to_ndarray()
     if wide:
         # swscale's 16 bits: from YCbCr, white comes out as 255 · 256.
-        return _to_bt709(image, frame.color_trc, 65_535 if frame.format.is_rgb else 65_280)
+        white = 65_535 if frame.format.is_rgb else 65_280
+        return _to_bt709(image, wide, frame.color_trc, white)
     return _on_white(image) if transparent else image
 
 
@@ -634,6 +669,29 @@ def _exif_orientation(path: Path) -> int:
             if int.from_bytes(tiff[entry : entry + 2], order) == 0x0112:
                 return int.from_bytes(tiff[entry + 8 : entry + 10], order)
     return 1
+
+
+def _icc_profile(path: Path) -> bytes:
+    """The ICC profile of a JPEG, PNG or WebP file; b"" if it has none, or one that is not RGB's.
+
+    FFmpeg makes RGB of grey and CMYK, whose profiles then mean nothing.
+    """
+    data = path.read_bytes()
+    profile = b""
+    if data.startswith(JPEG):  # in parts, behind a name, the part's number and that of all parts
+        segments = [data[start + 4 : end] for start, end in _jpeg_segments(data)]
+        parts = sorted(segment for segment in segments if segment.startswith(JPEG_PROFILE))
+        profile = b"".join(part[len(JPEG_PROFILE) + 2 :] for part in parts)
+    elif data.startswith(PNG):  # compressed, behind a name and the number of the method
+        head = data[: data.find(b"IDAT")]
+        _, _, packed = head.partition(b"iCCP")[2].partition(b"\0")
+        with contextlib.suppress(zlib.error):
+            profile = zlib.decompressobj().decompress(packed[1:], 1 << 24)
+    elif b"ICCP" in data:
+        place = data.find(b"ICCP") + 8
+        profile = data[place : place + int.from_bytes(data[place - 4 : place], "little")]
+    is_rgb = profile[16:20] == b"RGB " and profile[36:40] == b"acsp"
+    return profile if is_rgb else b""
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, int, int]:
@@ -860,6 +918,7 @@ class Reader:
             path=self.path,
             is_still=self.is_still,
             total=count if complete else max(contents.packets, count),
+            profile=_icc_profile(self.path) if self.is_still else b"",
         )
 
 
@@ -1274,7 +1333,37 @@ def _images(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         yield from block
 
 
-def _write_still(path: Path, image: Tensor) -> tuple[int, int]:
+def _jpeg_with_profile(data: bytes, profile: bytes) -> bytes:
+    """In parts that fit into segments, behind the first one, which must be JFIF's."""
+    most = 65_533 - len(JPEG_PROFILE) - 2
+    parts = [profile[i : i + most] for i in range(0, len(profile), most)]
+    _, place = _jpeg_segments(data)[0]
+    added = b""
+    for number, part in enumerate(parts, 1):
+        body = JPEG_PROFILE + bytes([number, len(parts)]) + part
+        added += b"\xff\xe2" + struct.pack(">H", 2 + len(body)) + body
+    return data[:place] + added + data[place:]
+
+
+def _png_with_profile(data: bytes, profile: bytes) -> bytes:
+    """In a chunk of its own behind the header: size, name, content and checksum."""
+    body = b"iCCP" + b"ICC profile\0\0" + zlib.compress(profile)
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    place = len(PNG) + 25
+    return data[:place] + chunk + data[place:]
+
+
+def _webp_with_profile(data: bytes, profile: bytes, height: int, width: int) -> bytes:
+    """Before the picture, and behind a chunk which says that there is one, and the size again."""
+    has_profile = 0x20
+    size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    body = b"WEBPVP8X" + struct.pack("<II", 10, has_profile) + size
+    body += b"ICCP" + struct.pack("<I", len(profile)) + profile + bytes(len(profile) % 2)
+    body += data[12:]
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def _write_still(path: Path, image: Tensor, profile: bytes) -> tuple[int, int]:
     """Write a uint8 (H, W, 3) image without loss, or in JPEG's best quality."""
     height, width = image.shape[:2]
     if path.suffix.lower() == ".png":
@@ -1299,7 +1388,14 @@ def _write_still(path: Path, image: Tensor) -> tuple[int, int]:
     frame.pts = 0
     with cli.replacing(path) as temporary:
         packets = [*context.encode(frame), *context.encode(None)]
-        temporary.write_bytes(b"".join(bytes(packet) for packet in packets))
+        data = b"".join(bytes(packet) for packet in packets)
+        if profile and codec == "png":
+            data = _png_with_profile(data, profile)
+        elif profile and codec == "libwebp":
+            data = _webp_with_profile(data, profile, height, width)
+        elif profile:
+            data = _jpeg_with_profile(data, profile)
+        temporary.write_bytes(data)
     return height, width
 
 
@@ -1329,7 +1425,7 @@ def write_video(
     if path.suffix.lower() in STILLS:
         if next(images, None) is not None:
             raise ValueError(_not_one_frame(path))
-        return _write_still(path, first)
+        return _write_still(path, first, like.profile if like else b"")
     images = itertools.chain([first], images)
     height, width = first.shape[0] // 2 * 2, first.shape[1] // 2 * 2
     sound = prepare_sound(like, path) if like else []

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from av.video.reformatter import ColorRange, Colorspace
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 import video
 
@@ -1193,15 +1193,26 @@ SDR_COLOURS = np.array(
 )
 
 
-def chromaticities(corners: list[tuple[float, float]]) -> np.ndarray:
-    """Linear RGB -> XYZ, from the chromaticities of red, green and blue, with the white of D65."""
-    xyz = np.array([(x / y, 1, (1 - x - y) / y) for x, y in corners]).T
-    white = np.array([0.3127 / 0.3290, 1, (1 - 0.3127 - 0.3290) / 0.3290])
+def xyz_of(x: float, y: float) -> np.ndarray:
+    return np.array([x / y, 1, (1 - x - y) / y])
+
+
+D65, DCI_WHITE = xyz_of(0.3127, 0.3290), xyz_of(0.314, 0.351)
+
+
+def chromaticities(corners: list[tuple[float, float]], white: np.ndarray = D65) -> np.ndarray:
+    """Linear RGB -> XYZ, from the chromaticities of red, green and blue."""
+    xyz = np.array([xyz_of(x, y) for x, y in corners]).T
     return xyz * np.linalg.solve(xyz, white)
 
 
 BT709 = chromaticities([(0.64, 0.33), (0.30, 0.60), (0.15, 0.06)])
 BT2020 = chromaticities([(0.708, 0.292), (0.170, 0.797), (0.131, 0.046)])
+P3 = [(0.680, 0.320), (0.265, 0.690), (0.150, 0.060)]
+# Bradford: XYZ -> the cones' responses, in which one white is scaled to the other.
+CONES = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+FROM_DCI_WHITE = np.linalg.inv(CONES) @ np.diag(CONES @ D65 / (CONES @ DCI_WHITE)) @ CONES
+DISPLAY_P3, DCI_P3 = chromaticities(P3), FROM_DCI_WHITE @ chromaticities(P3, DCI_WHITE)
 
 
 def naive_hdr(rgb: np.ndarray, transfer: str) -> np.ndarray:
@@ -1231,6 +1242,20 @@ def test_hdr_and_wide_colours_become_bt709(tmp_path: Path, transfer: str, tag: i
     clip = video.read_video(source)
     error = np.abs(clip.frames.numpy().astype(int) - SDR_COLOURS[:, None, None])
     assert error.max() <= 6
+
+
+@pytest.mark.parametrize("tag, primaries", [(11, DCI_P3), (12, DISPLAY_P3)])
+def test_p3_becomes_bt709(tmp_path: Path, tag: int, primaries: np.ndarray) -> None:
+    """Colours within BT.709 come back within 3 levels, with and without a tag of their matrix."""
+    light = (SDR_COLOURS / 255) ** 2.4 @ (np.linalg.inv(primaries) @ BT709).T
+    signals = 255 * np.maximum(light, 0) ** (1 / 2.4)
+    for matrix, used in ((1, 1), (2, 5)):
+        values = np.stack([naive_yuv(signal, used, bits=10) for signal in signals])
+        tags = dict(color_trc=1, color_primaries=tag)
+        source = encode_yuv(tmp_path / "in.mkv", values, 32, 48, 10, matrix, False, tags)
+        clip = video.read_video(source)
+        error = np.abs(clip.frames.numpy().astype(int) - SDR_COLOURS[:, None, None])
+        assert error.max() <= 3
 
 
 def test_highlights_keep_their_hue_and_order(tmp_path: Path) -> None:
@@ -1514,6 +1539,57 @@ def test_stills_are_written_without_loss_where_the_format_allows(
     again = np.array(Image.open(tmp_path / name).convert("RGB"))
     assert np.abs(again.astype(int) - picture()).max() <= worst
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in.png", name])
+
+
+def make_profile(size: int) -> bytes:
+    """The ICC profile of sRGB, followed by as many bytes that no reader looks at."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    length = len(profile) + size
+    return length.to_bytes(4, "big") + profile[4:] + np.random.default_rng(0).bytes(size)
+
+
+@pytest.mark.parametrize("size", [0, 1, 150_000])
+@pytest.mark.parametrize("name", ["in.png", "in.jpg", "in.webp"])
+def test_a_photo_keeps_its_colour_profile(tmp_path: Path, name: str, size: int) -> None:
+    """In every format of stills, beside EXIF and in parts where it is long; Pillow reads it."""
+    profile = make_profile(size)
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    options = dict(quality=97, subsampling=0, lossless=True, icc_profile=profile, exif=exif)
+    Image.fromarray(picture()).save(tmp_path / name, **options)
+    for written in ("a.png", "a.jpg", "a.webp"):
+        edited(tmp_path / name, tmp_path / written)
+        with Image.open(tmp_path / written) as again:
+            assert again.info["icc_profile"] == profile
+            error = np.abs(np.array(again.convert("RGB")).astype(int) - picture())
+        assert error.max() <= (9 if ".jpg" in name + written else 0)
+        assert video.read_video(tmp_path / written).profile == profile
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_a_profile_for_other_numbers_than_rgb_is_left_out(tmp_path: Path, mode: str) -> None:
+    """Grey and CMYK are read as RGB."""
+    space = {"L": b"GRAY", "CMYK": b"CMYK"}[mode]
+    profile = make_profile(0)
+    profile = profile[:16] + space + profile[20:]
+    Image.fromarray(picture()).convert(mode).save(tmp_path / "in.jpg", icc_profile=profile)
+    edited(tmp_path / "in.jpg", tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as again:
+        assert "icc_profile" not in again.info
+
+
+def test_fill_bytes_in_a_jpeg_are_passed_over(tmp_path: Path) -> None:
+    """Any number of FF may stand before a marker."""
+    shown = save_still(tmp_path / "in.jpg", "colour")
+    data = (tmp_path / "in.jpg").read_bytes()
+    size = int.from_bytes(data[4:6], "big")
+    filled = data[:2] + b"\xff" + data[2 : 4 + size] + b"\xff\xff\xff" + data[4 + size :]
+    (tmp_path / "in.jpg").write_bytes(filled)
+    clip = video.read_video(tmp_path / "in.jpg")
+    assert np.abs(clip.frames[0].numpy() - shown.astype(int)).max() <= 4
+    (tmp_path / "in.jpg").write_bytes(filled[:-2])
+    with pytest.raises(ValueError, match="cut short"):
+        video.read_video(tmp_path / "in.jpg")
 
 
 def test_a_clip_is_no_still_but_a_still_may_become_a_clip(tmp_path: Path) -> None:
