@@ -627,11 +627,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 def with_defaults(args: Namespace) -> Namespace:
     """Fill in the defaults of --out, --device and --dtype; those of the model: see `load_model`."""
     if args.out is None:
-        # A photo stays of its kind. A clip becomes an .mp4, whatever it was.
-        ending = args.video.suffix.lower()
-        if ending not in video.STILLS:
-            ending = ".mp4"
-        args.out = Path(f"{args.video.stem}_edited{ending}")
+        args.out = Path(f"{args.video.stem}_edited{video.default_ending(args.video)}")
     if args.device is None:
         args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if RANKS > 1 and args.device.type == "cuda":

@@ -1,6 +1,7 @@
 """Reading and writing video with PyAV: whatever FFmpeg decodes comes in as RGB, H.264 goes out.
 
-Stills (PNG, JPEG, WebP) are clips of one frame and are written as stills too.
+Stills (PNG, JPEG, WebP, and AVIF or HEIC without tiles) are clips of one frame. The first three
+are written, too.
 
 An edited clip has the length, resolution, timing and audio of its source (Eq. 1 of the paper).
 Beside the frames, `read_video` therefore keeps what `write_video` needs to put edited frames in
@@ -66,6 +67,7 @@ CONTAINERS = (
 # for a series of files.
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 JPEG_PROFILE = b"ICC_PROFILE\0"  # begins each segment of a JPEG that holds a part of one
+PICTURE_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # of AVIF and HEIC that is not animated
 STILLS = (".png", ".jpg", ".jpeg", ".webp")  # the endings of stills that are written
 
 # Audio codecs that players expect in a file with this ending. They are copied, others become AAC.
@@ -169,9 +171,8 @@ def _open(path: Path) -> InputContainer:
         raise ValueError(f"{path}: the file is empty")
     # The lists keep FFmpeg from opening anything else, whatever the file says.
     options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
-    still = _still_format(path)
     # "file:" keeps a name such as "a:b.mp4" from being taken for a protocol.
-    return av.open(f"file:{path}", format=still, options=options, **ANY_TAGS)
+    return av.open(f"file:{path}", format=_format(path), options=options, **ANY_TAGS)
 
 
 def _head(path: Path) -> bytes:
@@ -179,18 +180,35 @@ def _head(path: Path) -> bytes:
         return file.read(512)
 
 
-def _still_format(path: Path) -> str | None:
-    """FFmpeg's format of a still; None for clips, animated PNG and Motion JPEG among them."""
+def _format(path: Path) -> str | None:
+    """FFmpeg's format of a PNG, JPEG or WebP still, or of Motion JPEG; others it finds itself."""
     head = _head(path)
     if head.startswith(PNG) and b"acTL" not in head:
         return "png_pipe"
-    if head.startswith(JPEG) and path.suffix.lower() not in (".mjpeg", ".mjpg"):
-        return "jpeg_pipe"
+    if head.startswith(JPEG):
+        return "mjpeg" if path.suffix.lower() in (".mjpeg", ".mjpg") else "jpeg_pipe"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         if b"ANIM" in head:
             raise ValueError(f"{path}: is an animated WebP, which FFmpeg cannot decode; convert it")
         return "webp_pipe"
     return None
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file holds a picture and not a clip, by its first bytes."""
+    format_ = _format(path)
+    is_pipe = format_ is not None and format_.endswith("_pipe")
+    return is_pipe or _head(path)[8:12] in PICTURE_BRANDS
+
+
+def default_ending(path: Path) -> str:
+    """The ending of an edit: that of a still, .png for other pictures, and .mp4 for clips."""
+    if path.suffix.lower() in STILLS:
+        return path.suffix.lower()
+    with contextlib.suppress(OSError, ValueError):  # which reading the file will explain
+        if path.is_file() and _is_picture(path):
+            return ".png"
+    return ".mp4"
 
 
 def _why_unreadable(path: Path, error: av.FFmpegError) -> str:
@@ -205,7 +223,10 @@ def _why_unreadable(path: Path, error: av.FFmpegError) -> str:
 
 
 def _video_stream(container: InputContainer, path: Path) -> Stream:
-    """Choose the video: not a cover picture, marked as default if one is, and then the largest."""
+    """Choose the video: not a cover picture, marked as default if one is, and then the largest.
+
+    An animated AVIF also holds its first frame as a picture of the same size.
+    """
     not_the_video = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [s for s in container.streams.video if not s.disposition & not_the_video]
     if not streams:
@@ -214,7 +235,17 @@ def _video_stream(container: InputContainer, path: Path) -> Stream:
     decodable = [s for s in streams if s.codec_context is not None]
     if not decodable:
         raise ValueError(f"{path}: FFmpeg cannot decode its video; convert it first")
-    return max(decodable, key=lambda s: (bool(s.disposition & Disposition.default), _area(s)))
+    chosen = max(decodable, key=lambda s: (_is_default(s), _area(s), s.frames))
+    tiles = [s for s in streams if s.disposition & Disposition.dependent]
+    if len(tiles) > 1 and not _is_default(chosen):
+        raise ValueError(
+            f"{path}: is a picture in tiles (HEIC/AVIF); convert it to PNG or JPEG first"
+        )
+    return chosen
+
+
+def _is_default(stream: Stream) -> bool:
+    return bool(stream.disposition & Disposition.default)
 
 
 def _area(stream: Stream) -> int:
@@ -622,7 +653,8 @@ def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
 def _rgb(frame: VideoFrame, size: tuple[int, int], scaler: sws.VideoReformatter) -> np.ndarray:
     """One frame as it is stored -> uint8 (H, W, 3), BT.709."""
     wide = _wide_primaries(frame)
-    transparent = any(component.is_alpha for component in frame.format.components)
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    transparent = has_alpha or frame.format.name == "pal8"  # the palette may have it
     layout = "rgb48" if wide else "rgba" if transparent else "rgb24"
     image = scaler.reformat(
         frame,
@@ -672,7 +704,7 @@ def _exif_orientation(path: Path) -> int:
 
 
 def _icc_profile(path: Path) -> bytes:
-    """The ICC profile of a JPEG, PNG or WebP file; b"" if it has none, or one that is not RGB's.
+    """The ICC profile of a picture; b"" if it has none, or one that is not RGB's.
 
     FFmpeg makes RGB of grey and CMYK, whose profiles then mean nothing.
     """
@@ -687,9 +719,13 @@ def _icc_profile(path: Path) -> bytes:
         _, _, packed = head.partition(b"iCCP")[2].partition(b"\0")
         with contextlib.suppress(zlib.error):
             profile = zlib.decompressobj().decompress(packed[1:], 1 << 24)
-    elif b"ICCP" in data:
+    elif data.startswith(b"RIFF"):  # a WebP file: behind its size
         place = data.find(b"ICCP") + 8
         profile = data[place : place + int.from_bytes(data[place - 4 : place], "little")]
+    elif b"colrprof" in data:  # AVIF or HEIC: in a box whose size is in front
+        place = data.find(b"colrprof")
+        size = int.from_bytes(data[place - 4 : place], "big")
+        profile = data[place + 8 : place - 4 + size]
     is_rgb = profile[16:20] == b"RGB " and profile[36:40] == b"acsp"
     return profile if is_rgb else b""
 
@@ -868,8 +904,9 @@ class Reader:
         self.container = container
         self.path = path
         self.stream = _video_stream(container, path)
-        self.is_still = container.format.name.endswith("_pipe")
+        self.is_still = _is_picture(path)
         self.limit = 1 if self.is_still else limit
+        self.profile = b""
         self.pts: list[int | None] = []
         self.dts: list[int | None] = []
 
@@ -881,6 +918,8 @@ class Reader:
             if not self.pts:  # all frames are shown as the first one is
                 self.height, self.width = frame.height, frame.width  # as stored
                 self.swap, self.down, self.right = self._turn(frame)
+                if self.is_still and not _wide_primaries(frame):  # those are converted
+                    self.profile = _icc_profile(self.path)
             self.pts.append(item.pts)
             self.dts.append(item.dts)
             self.last_duration = frame.duration
@@ -889,7 +928,7 @@ class Reader:
             raise ValueError(f"{self.path}: damaged, not one frame can be decoded")
 
     def _turn(self, frame: VideoFrame) -> tuple[bool, int, int]:
-        if self.is_still:
+        if self.container.format.name.endswith("_pipe"):
             return EXIF_TURNS.get(_exif_orientation(self.path), EXIF_TURNS[1])
         return _orientation(frame)
 
@@ -918,7 +957,7 @@ class Reader:
             path=self.path,
             is_still=self.is_still,
             total=count if complete else max(contents.packets, count),
-            profile=_icc_profile(self.path) if self.is_still else b"",
+            profile=self.profile,
         )
 
 
@@ -941,7 +980,7 @@ def open_video(path: str | Path, max_frames: int | None = None) -> Video:
 def read_video(path: str | Path, max_frames: int | None = None) -> Video:
     """Read a clip of any container and codec that FFmpeg decodes, or only its first frames.
 
-    A still (PNG, JPEG, WebP) is a clip of one frame, upright as its EXIF says.
+    A still is a clip of one frame, upright as its EXIF says.
 
     Raises OSError or ValueError, in one line that names the file, if no video or not all of it is
     there, or if its frames do not fit into memory.

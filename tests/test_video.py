@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
 import os
@@ -1465,12 +1466,20 @@ def save_still(path: Path, kind: str) -> np.ndarray:
     image = Image.fromarray(rgb)
     shown = rgb
     options = dict(quality=97, subsampling=0) if path.suffix == ".jpg" else {}
+    if path.suffix == ".avif":
+        options = dict(quality=97, subsampling="4:4:4")
     if path.suffix == ".webp":
         options = dict(lossless=True)
     if kind == "alpha":
         image = Image.fromarray(np.dstack([rgb, alpha]))
         share = alpha[..., None] / 255
         shown = np.round(rgb * share + 255 * (1 - share))
+    elif kind == "palette with alpha":
+        image = Image.fromarray(np.dstack([rgb, alpha // 86 * 127])).quantize(64)
+        rgba = np.array(image.convert("RGBA")).astype(float)
+        share = rgba[..., 3:] / 255
+        shown = np.round(rgba[..., :3] * share + 255 * (1 - share))
+        assert len(np.unique(share)) == 3
     elif kind == "palette":
         image = image.quantize(64)
         shown = np.array(image.convert("RGB"))
@@ -1496,10 +1505,12 @@ def save_still(path: Path, kind: str) -> np.ndarray:
     "name, kind",
     [
         *[("in.png", kind) for kind in ("colour", "alpha", "palette", "grey", "16 bits")],
+        ("in.png", "palette with alpha"),
         *[("in.jpg", kind) for kind in ("colour", "grey", "CMYK")],
         *[("in.webp", kind) for kind in ("colour", "alpha")],
         *[("in.jpg", f"turned {i}") for i in range(1, 9)],
-        *[("in.png", "turned 6"), ("in.webp", "turned 6")],
+        *[("in.png", "turned 6"), ("in.webp", "turned 6"), ("in.avif", "colour")],
+        *[("in.avif", f"turned {i}") for i in range(1, 9)],
         *[("100%03d.png", "colour"), ("100%03d.jpg", "colour")],
     ],
 )
@@ -1510,7 +1521,61 @@ def test_stills_are_read_as_viewers_show_them(tmp_path: Path, name: str, kind: s
     assert clip.is_still and clip.total == 1 and clip.timestamps == [0]
     assert clip.frames.shape == (1, *shown.shape)
     error = np.abs(clip.frames[0].numpy() - shown.astype(float))
-    assert error.max() <= (4 if name.endswith(".jpg") else 1)
+    assert error.max() <= (4 if name.endswith((".jpg", ".avif")) else 1)
+
+
+# avifenc --grid 2x1: a red tile of 64x64 and a blue one.
+TILES = """
+AAAAIGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZk1BMUEAAAF/bWV0YQAAAAAAAAAoaGRscgAAAAAAAAAAcGljdAAAAAAAAAAA
+AAAAAGxpYmF2aWYAAAAADnBpdG0AAAAAAAEAAAA6aWxvYwAAAABEAAADAAEAAAABAAABpwAAAAgAAgAAAAEAAAGvAAAAIwAD
+AAAAAQAAAdIAAAAjAAAAXGlpbmYAAAAAAAMAAAAaaW5mZQIAAAAAAQAAZ3JpZENvbG9yAAAAABppbmZlAgAAAQACAABhdjAx
+Q29sb3IAAAAAGmluZmUCAAABAAMAAGF2MDFDb2xvcgAAAAAcaXJlZgAAAAAAAAAQZGltZwABAAIAAgADAAAAi2lwcnAAAABf
+aXBjbwAAABRpc3BlAAAAAAAAAIAAAABAAAAAEHBpeGkAAAAAAwgICAAAABNjb2xybmNseAABAA0ABoAAAAAUaXNwZQAAAAAA
+AABAAAAAQAAAAAxhdjFDgSAAAAAAACRpcG1hAAAAAAAAAAMAAQMBAgMAAgQEAoUDAAMEBAKFAwAAAFZtZGF0AAAAAQCAAEAS
+AAoJOBV//YQENBpAMhQbQBxxxwQAtNt7DJcrobsP3VI8ExIACgk4FX/9hAQ0GkAyFBtAHHHHBAC023q/uWjSp1aarXtw
+"""
+
+
+def test_a_picture_in_tiles_is_refused(tmp_path: Path) -> None:
+    """FFmpeg gives the tiles one by one, and the first one is not the picture."""
+    (tmp_path / "in.avif").write_bytes(base64.b64decode(TILES))
+    assert Image.open(tmp_path / "in.avif").size == (128, 64)
+    with pytest.raises(ValueError, match="in.avif: is a picture in tiles.*; convert it to PNG"):
+        video.read_video(tmp_path / "in.avif")
+
+
+def test_the_edit_of_a_picture_is_a_picture_whatever_its_name(tmp_path: Path) -> None:
+    """And that of a clip, or of what cannot be read, an MP4 file."""
+    expected = {"a.avif": ".png", "a.JPG": ".jpg", "a.webp": ".webp"}
+    for name in expected:
+        save_still(tmp_path / name, "colour")
+    (tmp_path / "a.jfif").write_bytes((tmp_path / "a.JPG").read_bytes())
+    encode(tmp_path / "a.mkv", grey_levels(2))
+    expected |= {"a.jfif": ".png", "a.mkv": ".mp4", "missing.avif": ".mp4"}
+    assert {name: video.default_ending(tmp_path / name) for name in expected} == expected
+
+
+def test_an_animated_avif_is_a_clip(tmp_path: Path) -> None:
+    """All its frames, and not the picture of its first one, which is also there."""
+    first, *rest = (Image.fromarray(image) for image in grey_levels(5))
+    first.save(tmp_path / "in.avif", save_all=True, append_images=rest, duration=100)
+    clip = video.read_video(tmp_path / "in.avif")
+    assert not clip.is_still and clip.rate == 10
+    assert (clip.frames.float().mean((1, 2, 3)) - 40 - 2 * torch.arange(5)).abs().max() < 2
+    assert video.default_ending(tmp_path / "in.avif") == ".mp4"
+
+
+@pytest.mark.parametrize("name", ["in.mjpeg", "in.MJPG"])
+def test_motion_jpeg_is_a_clip(tmp_path: Path, name: str) -> None:
+    """It begins as a photo does, and only its name tells that more follows."""
+    pictures = b""
+    for image in grey_levels(5):
+        Image.fromarray(image).save(tmp_path / "a.jpg", quality=97)
+        pictures += (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / name).write_bytes(pictures)
+    clip = video.read_video(tmp_path / name)
+    assert not clip.is_still and clip.timestamps == [0, 1, 2, 3, 4]
+    assert (clip.frames.float().mean((1, 2, 3)) - 40 - 2 * torch.arange(5)).abs().max() < 2
 
 
 @pytest.mark.parametrize("name", ["in.png", "in.jpg", "in.webp"])
@@ -1549,20 +1614,22 @@ def make_profile(size: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [0, 1, 150_000])
-@pytest.mark.parametrize("name", ["in.png", "in.jpg", "in.webp"])
+@pytest.mark.parametrize("name", ["in.png", "in.jpg", "in.webp", "in.avif"])
 def test_a_photo_keeps_its_colour_profile(tmp_path: Path, name: str, size: int) -> None:
     """In every format of stills, beside EXIF and in parts where it is long; Pillow reads it."""
     profile = make_profile(size)
     exif = Image.Exif()
     exif[0x0112] = 1
-    options = dict(quality=97, subsampling=0, lossless=True, icc_profile=profile, exif=exif)
+    subsampling = "4:4:4" if name == "in.avif" else 0
+    options = dict(quality=97, subsampling=subsampling, lossless=True)
+    options |= dict(icc_profile=profile, exif=exif)
     Image.fromarray(picture()).save(tmp_path / name, **options)
     for written in ("a.png", "a.jpg", "a.webp"):
         edited(tmp_path / name, tmp_path / written)
         with Image.open(tmp_path / written) as again:
             assert again.info["icc_profile"] == profile
             error = np.abs(np.array(again.convert("RGB")).astype(int) - picture())
-        assert error.max() <= (9 if ".jpg" in name + written else 0)
+        assert error.max() <= (0 if {name[-4:], written[-4:]} <= {".png", "webp"} else 9)
         assert video.read_video(tmp_path / written).profile == profile
 
 
