@@ -1012,12 +1012,14 @@ def read_video(path: str | Path, max_frames: int | None = None) -> Video:
 def _sound_packets(clip: Video, container: InputContainer, index: int) -> Iterator[Packet]:
     """Yield the packets of one track, and at the end the empty one that flushes its decoder.
 
-    Sound far behind the picture is a fault of the clock. It would become hours of silence.
+    Sound far behind both the picture and the sound before it is a fault of the clock. It would
+    become hours of silence.
     """
     end = (clip.timestamps[-1] + clip.last_duration) * clip.time_base + clip.start
     for packet in _demux(container):
         time = (packet.dts or 0) * packet.time_base
         if packet.stream.index == index and time < end + LONGEST_GAP:
+            end = max(end, time + (packet.duration or 0) * packet.time_base)
             yield packet
 
 

@@ -998,6 +998,24 @@ def test_sound_that_nothing_helps_is_left_out_with_a_note(
         assert packet_list(tmp_path / "out.mov", "audio") == []
 
 
+@pytest.mark.parametrize("audio", ["aac", "mp2"])
+def test_sound_goes_on_long_after_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, audio: str
+) -> None:
+    """A talk with one picture, which is shown for a second, is kept to its end."""
+    monkeypatch.setattr(video, "LONGEST_GAP", 2)  # instead of an hour
+
+    def one_picture(packet: av.Packet, number: int) -> bool:
+        return packet.stream.type == "audio" or number == 0
+
+    talk = remux(
+        flash_and_beep(tmp_path / "a.mkv", 9, audio=audio), tmp_path / "in.mp4", one_picture
+    )
+    clip = edited(talk, tmp_path / "out.mp4")
+    assert len(clip.frames) == 1
+    assert len(sound(tmp_path / "out.mp4")) == pytest.approx(9 * 48000, rel=0.01)
+
+
 def test_channels_in_an_order_of_their_own(tmp_path: Path) -> None:
     """PCM 7.1 whose sides come before its back: each channel comes out where it belongs."""
     names = ["FL", "FR", "FC", "LFE", "SL", "SR", "BL", "BR"]
