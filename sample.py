@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import sys
 import time
 from argparse import Namespace
@@ -27,6 +28,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import cli
 
 if __name__ == "__main__":
+    # Where stderr is closed (`2>&-`) it is None, which bars and notes cannot be written to.
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     cli.begin()
     OPTIONS = cli.edit_parser().parse_args()  # before PyTorch, so that mistakes are found at once
 
@@ -824,7 +827,16 @@ def edit(args: Namespace) -> None:
         cli.note(f"H.264 has no odd sides, {full_width}x{full_height} became {width}x{height}")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in times.items())
     frames = "1 frame" if num_frames == 1 else f"{num_frames} frames"
-    print(f"{args.out}: {frames} of {width}x{height} ({seconds})")
+    say_last(f"{args.out}: {frames} of {width}x{height} ({seconds})")
+
+
+def say_last(text: str) -> None:
+    """Print what was done. That nobody can read it makes no failure of it."""
+    try:
+        print(text, flush=True)
+    except OSError:  # a full disk, or a pipe whose reader has left
+        # Python tries once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -644,6 +644,24 @@ def test_the_command_runs_as_the_readme_says(checkpoint, tmp_path):
     assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "error: out.mp4: no such file\n")
 
 
+@pytest.mark.parametrize(
+    "where, unbuffered", [("> /dev/full", ""), ("> /dev/full", "1"), ("2>&-", "")]
+)
+def test_an_edit_is_done_though_nobody_can_be_told(where, unbuffered, checkpoint, tmp_path):
+    """Exit code 0 and not a word, where stdout is full or stderr is closed."""
+    encode(tmp_path / "in.mp4", images=images(5))
+    command = f'"$0" "$1" --checkpoint "$2" --video in.mp4 --prompt snow --steps 1 {where}'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, ROOT / "sample.py", checkpoint],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(video.read_video(tmp_path / "in_edited.mp4").frames) == 5
+
+
 def test_the_built_in_checkpoint_edits_the_sample_clip(tmp_path, monkeypatch):
     """The README's first command needs nothing but the repository."""
     monkeypatch.chdir(tmp_path)
