@@ -389,6 +389,47 @@ def _end_of_jpeg(path: Path) -> int:
     return 0 if data.find(b"\xff\xd9", end) > 0 else sys.maxsize
 
 
+def _end_of_gif(path: Path) -> int:
+    """A GIF file is a row of blocks with contents in small pieces, and ends with one byte."""
+    data = path.read_bytes()
+
+    def byte(place: int) -> int:
+        return int.from_bytes(data[place : place + 1], "big")
+
+    def colours(place: int) -> int:
+        """The length of the table of colours that the flags at this place announce."""
+        return 3 * 2 ** (byte(place) % 8 + 1) if byte(place) & 0x80 else 0
+
+    position = 13 + colours(10)
+    while position < len(data):
+        kind = byte(position)
+        if kind == 0x3B:
+            return position
+        if kind == 0:  # some writers leave these in between
+            position += 1
+            continue
+        if kind == 0x21:  # an extension
+            position += 2
+        elif kind == 0x2C:  # a frame
+            position += 11 + colours(position + 9)
+        else:
+            return 0
+        while byte(position):
+            position += 1 + byte(position)
+        position += 1
+    return sys.maxsize
+
+
+def _end_of_asf(path: Path) -> int:
+    """An ASF (WMV) file declares its size in its header's File Properties."""
+    with path.open("rb") as file:
+        head = file.read(65_536)
+    place = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
+    if place < 0 or int.from_bytes(head[place + 88 : place + 89], "big") & 1:  # a broadcast
+        return 0
+    return int.from_bytes(head[place + 40 : place + 48], "little")
+
+
 def _declared_end(path: Path, kind: str) -> int:
     if kind == "png_pipe":
         return _end_of_png(path)
@@ -400,7 +441,18 @@ def _declared_end(path: Path, kind: str) -> int:
         return _end_of_matroska(path)
     if kind.startswith("mov"):
         return _end_of_mp4(path)
+    if kind == "gif":
+        return _end_of_gif(path)
+    if kind == "asf":
+        return _end_of_asf(path)
     return 0
+
+
+def _ends_in_zeros(path: Path) -> bool:
+    """Whether the file was made as large as it should become, and then not filled."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1024))
+        return not any(file.read())
 
 
 @dataclass
@@ -414,6 +466,7 @@ class Contents:
 def _scan(path: Path) -> Contents:
     """Read the file once. Raises ValueError if its end is missing."""
     contents = Contents()
+    end = Fraction(0)  # seconds, of the last picture or sound
     with _open(path) as container:
         video = _video_stream(container, path)
         kind = container.format
@@ -430,8 +483,13 @@ def _scan(path: Path) -> Contents:
                 continue
             if time is not None:
                 seconds = time * packet.time_base
+                end = max(end, seconds + (packet.duration or 0) * packet.time_base)
                 if contents.start is None or seconds < contents.start:
                     contents.start = seconds
+        # Durations are often wrong by a little, and where a file has no end, FFmpeg guesses them.
+        missing = (container.duration or 0) / av.time_base - end
+        if missing > 0.5 and not kind.flags & BROADCAST and _ends_in_zeros(path):
+            partial = True
     if partial:
         raise ValueError(f"{path}: the file is cut short, its last part is missing; copy it again")
     return contents

@@ -732,6 +732,69 @@ def test_truncated_packet_is_refused(tmp_path: Path) -> None:
             video.read_video(tmp_path / "cut.flv")
 
 
+@pytest.mark.parametrize("how", ["by FFmpeg", "by Pillow", "with zeros between its blocks"])
+def test_a_gif_without_its_end_is_refused(tmp_path: Path, how: str) -> None:
+    """Cut anywhere, or never filled. What is appended to a whole one does no harm."""
+    images = np.random.default_rng(0).integers(0, 255, (6, 48, 64, 3), dtype=np.uint8)
+    source = tmp_path / "in.gif"
+    if how == "by FFmpeg":
+        encode(source, images, codec="gif", pix_fmt="rgb8")
+    else:
+        first, *rest = (Image.fromarray(image) for image in images)
+        first.save(source, save_all=True, append_images=rest, duration=40, comment=b"a" * 700)
+    data = source.read_bytes()
+    if how == "with zeros between its blocks":
+        data = data[:-1] + bytes(3) + data[-1:]
+    for whole in (data, data + b"text behind it", data + bytes(5000)):
+        source.write_bytes(whole)
+        assert len(video.read_video(source).frames) == 6
+    for length in (len(data) * percent // 100 for percent in range(20, 100, 7)):
+        for cut in (data[:length], data[:length] + bytes(len(data) - length)):
+            source.write_bytes(cut)
+            with pytest.raises(ValueError, match="in.gif: .*cut short"):
+                video.read_video(source)
+
+
+def test_a_wmv_shorter_than_it_says_is_refused(tmp_path: Path) -> None:
+    """Its header has the size; of a broadcast the size says nothing."""
+    source = flash_and_beep(tmp_path / "in.wmv", codec="wmv2", audio="wmav2", layout="stereo")
+    data = source.read_bytes()
+    assert len(video.read_video(source).frames) == 75
+    for percent in (30, 70, 99):
+        source.write_bytes(data[: len(data) * percent // 100])
+        with pytest.raises(ValueError, match="in.wmv: .*cut short"):
+            video.read_video(source)
+    flags = data.index(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")) + 88
+    assert data[flags] == 2  # it can be sought in
+    data = data[:flags] + b"\1" + data[flags + 1 :]
+    source.write_bytes(data[: len(data) * 70 // 100])
+    assert 20 < len(video.read_video(source).frames) < 75
+
+
+@pytest.mark.parametrize(
+    "name, codec, audio",
+    [
+        ("in.mkv", "libx264", "aac"),
+        ("in.webm", "libvpx-vp9", "libopus"),
+        ("in.avi", "mpeg4", "libmp3lame"),
+        ("in.flv", "libx264", "aac"),
+    ],
+)
+def test_a_download_that_stopped_is_refused(
+    tmp_path: Path, name: str, codec: str, audio: str
+) -> None:
+    """Some programs make a file as large as it will be, and zeros stay where nothing came."""
+    source = flash_and_beep(tmp_path / name, codec=codec, audio=audio)
+    data = source.read_bytes()
+    for whole in (data, data + bytes(5000)):
+        source.write_bytes(whole)
+        assert len(video.read_video(source).frames) == 75
+    for length in (len(data) * percent // 100 for percent in (40, 70)):
+        source.write_bytes(data[:length] + bytes(len(data) - length))
+        with pytest.raises(ValueError, match=f"{name}: .*(cut short|damaged)"):
+            video.read_video(source)
+
+
 def test_live_recordings_declare_no_length(tmp_path: Path) -> None:
     """A Matroska file written to a stream has no size to check against, and is read."""
     live = encode(tmp_path / "in.mkv", grey_levels(10), container={"live": "1"})
