@@ -486,7 +486,7 @@ def _scan(path: Path) -> Contents:
                 end = max(end, seconds + (packet.duration or 0) * packet.time_base)
                 if contents.start is None or seconds < contents.start:
                     contents.start = seconds
-        # Durations are often wrong by a little, and where a file has no end, FFmpeg guesses them.
+        # A duration alone proves nothing: many are wrong, and FFmpeg guesses those that are absent.
         missing = (container.duration or 0) / av.time_base - end
         if missing > 0.5 and not kind.flags & BROADCAST and _ends_in_zeros(path):
             partial = True
@@ -691,6 +691,17 @@ def _wide_primaries(frame: VideoFrame) -> sws.ColorPrimaries | None:
         return sws.ColorPrimaries(frame.color_primaries)
     hdr = frame.color_trc in (sws.ColorTrc.SMPTE2084, sws.ColorTrc.ARIB_STD_B67)
     return sws.ColorPrimaries.BT2020 if hdr else None
+
+
+# Matrices that FFmpeg cannot convert, by their tag in ITU-T H.273.
+NOT_CONVERTED = {
+    8: "YCgCo",
+    11: "YDzDx",
+    14: "ICtCp",
+    15: "IPT-PQ-C2",
+    16: "YCgCo-Re",
+    17: "YCgCo-Ro",
+}
 
 
 def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
@@ -974,6 +985,7 @@ class Reader:
         for item in shown:
             frame = item.frame
             if not self.pts:  # all frames are shown as the first one is
+                self._check_matrix(frame)
                 self.height, self.width = frame.height, frame.width  # as stored
                 self.swap, self.down, self.right = self._turn(frame)
                 if self.is_still and not _wide_primaries(frame):  # those are converted
@@ -984,6 +996,14 @@ class Reader:
             yield item
         if not self.pts:
             raise ValueError(f"{self.path}: damaged, not one frame can be decoded")
+
+    def _check_matrix(self, frame: VideoFrame) -> None:
+        name = NOT_CONVERTED.get(frame.colorspace)
+        if name and not frame.format.is_rgb:
+            raise ValueError(
+                f"{self.path}: FFmpeg cannot convert its colours from {name} to RGB; convert it to "
+                "BT.709 first"
+            )
 
     def _turn(self, frame: VideoFrame) -> tuple[bool, int, int]:
         if self.container.format.name.endswith("_pipe"):

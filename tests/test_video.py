@@ -543,6 +543,17 @@ def test_colours_are_read_by_their_tags(
     assert error.max() <= 2
 
 
+@pytest.mark.parametrize("tag, name", [(8, "YCgCo"), (14, "ICtCp")])
+def test_a_matrix_that_cannot_be_converted_is_named(tmp_path: Path, tag: int, name: str) -> None:
+    """Before the edit: the file is neither damaged nor something else than a video."""
+    source = encode_yuv(tmp_path / "in.mkv", np.full((2, 3), 128), 32, 48, 8, tag, False)
+    for read in (video.read_video, video.open_video):
+        with pytest.raises(
+            ValueError, match=f"in.mkv: FFmpeg cannot convert .* from {name} to RGB"
+        ):
+            read(source)
+
+
 def test_colours_are_written_as_bt709(tmp_path: Path) -> None:
     """The stored planes are the textbook's BT.709 in limited range, and the file says so."""
     for number, colour in enumerate(COLOURS):
