@@ -764,6 +764,15 @@ def share_out(args: Namespace, model: RVEDiT, vae: WanVAE, num_frames: int) -> S
     return sequence.Spread(model, vae, len(slices))
 
 
+def say_last(text: str) -> None:
+    """Print what was done. That nobody can read it makes no failure of it."""
+    try:
+        print(text, flush=True)
+    except OSError:  # a full disk, or a pipe whose reader has left
+        # Python tries once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @cli.guarded
 def edit(args: Namespace) -> None:
     """Run the command with its parsed options."""
@@ -828,15 +837,6 @@ def edit(args: Namespace) -> None:
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in times.items())
     frames = "1 frame" if num_frames == 1 else f"{num_frames} frames"
     say_last(f"{args.out}: {frames} of {width}x{height} ({seconds})")
-
-
-def say_last(text: str) -> None:
-    """Print what was done. That nobody can read it makes no failure of it."""
-    try:
-        print(text, flush=True)
-    except OSError:  # a full disk, or a pipe whose reader has left
-        # Python tries once more when it ends, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -66,9 +66,11 @@ CONTAINERS = (
 # Stills are told by their first bytes: FFmpeg would go by the name, and take one with a "%" in it
 # for a series of files.
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
-JPEG_PROFILE = b"ICC_PROFILE\0"  # begins each segment of a JPEG that holds a part of one
 PICTURE_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # of AVIF and HEIC that is not animated
 STILLS = (".png", ".jpg", ".jpeg", ".webp")  # the endings of stills that are written
+# A JPEG holds an ICC profile in at most 255 segments. Each begins with these letters.
+ICC_LETTERS = b"ICC_PROFILE\0"
+ICC_PART = 65_533 - len(ICC_LETTERS) - 2  # the most bytes of the profile in one of them
 
 # Audio codecs that players expect in a file with this ending. They are copied, others become AAC.
 COPIED_AUDIO = {
@@ -196,9 +198,8 @@ def _format(path: Path) -> str | None:
 
 def _is_picture(path: Path) -> bool:
     """Whether a file holds a picture and not a clip, by its first bytes."""
-    format_ = _format(path)
-    is_pipe = format_ is not None and format_.endswith("_pipe")
-    return is_pipe or _head(path)[8:12] in PICTURE_BRANDS
+    format_ = _format(path) or ""
+    return format_.endswith("_pipe") or _head(path)[8:12] in PICTURE_BRANDS
 
 
 def default_ending(path: Path) -> str:
@@ -613,8 +614,8 @@ KNEE = 0.9  # of SDR white: light above it is compressed, so that highlights kee
 # one from none, and BT.1886 would make up to 16 levels of that error.
 FLOOR = 0.0085
 LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], np.float32)
-# From linear RGB of wider primaries to that of BT.709. All but DCI P3 (SMPTE 431) have the white of
-# D65, and its white is adapted to it by Bradford's method.
+# From linear RGB of wider primaries to that of BT.709. The white of DCI P3 (SMPTE 431), which alone
+# is not D65, is adapted to it by Bradford's method.
 TO_709 = {
     sws.ColorPrimaries.BT2020: np.array(
         [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]],
@@ -773,16 +774,17 @@ def _exif_orientation(path: Path) -> int:
 
 
 def _icc_profile(path: Path) -> bytes:
-    """The ICC profile of a picture; b"" if it has none, or one that is not RGB's.
+    """The ICC profile of a picture; b"" if it has none that the edit can have.
 
-    FFmpeg makes RGB of grey and CMYK, whose profiles then mean nothing.
+    FFmpeg makes RGB of grey and CMYK, whose profiles then mean nothing. And what no JPEG can hold
+    must not be found out when the edit is written.
     """
     data = path.read_bytes()
     profile = b""
     if data.startswith(JPEG):  # in parts, behind a name, the part's number and that of all parts
         segments = [data[start + 4 : end] for start, end in _jpeg_segments(data)]
-        parts = sorted(segment for segment in segments if segment.startswith(JPEG_PROFILE))
-        profile = b"".join(part[len(JPEG_PROFILE) + 2 :] for part in parts)
+        parts = sorted(segment for segment in segments if segment.startswith(ICC_LETTERS))
+        profile = b"".join(part[len(ICC_LETTERS) + 2 :] for part in parts)
     elif data.startswith(PNG):  # compressed, behind a name and the number of the method
         head = data[: data.find(b"IDAT")]
         _, _, packed = head.partition(b"iCCP")[2].partition(b"\0")
@@ -796,7 +798,7 @@ def _icc_profile(path: Path) -> bytes:
         size = int.from_bytes(data[place - 4 : place], "big")
         profile = data[place + 8 : place - 4 + size]
     is_rgb = profile[16:20] == b"RGB " and profile[36:40] == b"acsp"
-    return profile if is_rgb else b""
+    return profile if is_rgb and len(profile) <= 255 * ICC_PART else b""
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, int, int]:
@@ -1454,12 +1456,11 @@ def _images(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
 
 def _jpeg_with_profile(data: bytes, profile: bytes) -> bytes:
     """In parts that fit into segments, behind the first one, which must be JFIF's."""
-    most = 65_533 - len(JPEG_PROFILE) - 2
-    parts = [profile[i : i + most] for i in range(0, len(profile), most)]
+    parts = [profile[i : i + ICC_PART] for i in range(0, len(profile), ICC_PART)]
     _, place = _jpeg_segments(data)[0]
     added = b""
     for number, part in enumerate(parts, 1):
-        body = JPEG_PROFILE + bytes([number, len(parts)]) + part
+        body = ICC_LETTERS + bytes([number, len(parts)]) + part
         added += b"\xff\xe2" + struct.pack(">H", 2 + len(body)) + body
     return data[:place] + added + data[place:]
 

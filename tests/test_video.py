@@ -1737,6 +1737,15 @@ def test_a_profile_for_other_numbers_than_rgb_is_left_out(tmp_path: Path, mode: 
         assert "icc_profile" not in again.info
 
 
+def test_a_profile_too_large_for_a_jpeg_is_left_out(tmp_path: Path) -> None:
+    """It would cost the edit."""
+    profile = make_profile(17_000_000)
+    Image.fromarray(picture()).save(tmp_path / "in.webp", lossless=True, icc_profile=profile)
+    edited(tmp_path / "in.webp", tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as again:
+        assert "icc_profile" not in again.info
+
+
 def test_fill_bytes_in_a_jpeg_are_passed_over(tmp_path: Path) -> None:
     """Any number of FF may stand before a marker."""
     shown = save_still(tmp_path / "in.jpg", "colour")
