@@ -687,7 +687,7 @@ def _on_white(image: np.ndarray) -> np.ndarray:
 
 
 def _wide_primaries(frame: VideoFrame) -> sws.ColorPrimaries | None:
-    """The primaries of a frame if they are wider than BT.709's. HDR has BT.2020's unless tagged."""
+    """The primaries of a frame if they are wider than BT.709's. HDR has BT.2020's if not P3's."""
     if frame.color_primaries in TO_709:
         return sws.ColorPrimaries(frame.color_primaries)
     hdr = frame.color_trc in (sws.ColorTrc.SMPTE2084, sws.ColorTrc.ARIB_STD_B67)
