@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import sys
 import time
 from argparse import Namespace
@@ -27,6 +28,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import cli
 
 if __name__ == "__main__":
+    # Where stderr is closed (`2>&-`) it is None, which bars and notes cannot be written to.
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     cli.begin()
     OPTIONS = cli.edit_parser().parse_args()  # before PyTorch, so that mistakes are found at once
 
@@ -627,11 +630,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 def with_defaults(args: Namespace) -> Namespace:
     """Fill in the defaults of --out, --device and --dtype; those of the model: see `load_model`."""
     if args.out is None:
-        # A photo stays of its kind. A clip becomes an .mp4, whatever it was.
-        ending = args.video.suffix.lower()
-        if ending not in video.STILLS:
-            ending = ".mp4"
-        args.out = Path(f"{args.video.stem}_edited{ending}")
+        args.out = Path(f"{args.video.stem}_edited{video.default_ending(args.video)}")
     if args.device is None:
         args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if RANKS > 1 and args.device.type == "cuda":
@@ -722,16 +721,22 @@ def note_unchanged() -> None:
     )
 
 
+def check_output(option: str, path: Path, source: Path) -> None:
+    """Raise ValueError or OSError if `path` cannot be written, or is the source."""
+    video.check_writable(path)
+    if path.exists() and source.exists() and path.samefile(source):
+        raise ValueError(
+            f"{option} would write {path}, the source itself, which would be lost: choose another "
+            "name for --out"
+        )
+
+
 def check_outputs(args: Namespace) -> Path:
     """Where --compare goes. Raises ValueError or OSError for outputs that could not be written."""
-    video.check_writable(args.out)
-    if args.out.exists() and args.video.exists() and args.out.samefile(args.video):
-        raise ValueError(
-            f"--out {args.out} is the source itself, which would be lost: choose another name"
-        )
+    check_output("--out", args.out, args.video)
     compare = args.out.with_stem(f"{args.out.stem}_compare")
     if args.compare:
-        video.check_writable(compare)
+        check_output("--compare", compare, args.video)
     return compare
 
 
@@ -757,6 +762,15 @@ def share_out(args: Namespace, model: RVEDiT, vae: WanVAE, num_frames: int) -> S
     sequence.start(args.device)
     _, slices = clip_windows(num_frames, model.config)  # which the edit computes again
     return sequence.Spread(model, vae, len(slices))
+
+
+def say_last(text: str) -> None:
+    """Print what was done. That nobody can read it makes no failure of it."""
+    try:
+        print(text, flush=True)
+    except OSError:  # a full disk, or a pipe whose reader has left
+        # Python tries once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @cli.guarded
@@ -822,7 +836,7 @@ def edit(args: Namespace) -> None:
         cli.note(f"H.264 has no odd sides, {full_width}x{full_height} became {width}x{height}")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in times.items())
     frames = "1 frame" if num_frames == 1 else f"{num_frames} frames"
-    print(f"{args.out}: {frames} of {width}x{height} ({seconds})")
+    say_last(f"{args.out}: {frames} of {width}x{height} ({seconds})")
 
 
 def main(argv: list[str] | None = None) -> None:

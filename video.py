@@ -1,6 +1,7 @@
 """Reading and writing video with PyAV: whatever FFmpeg decodes comes in as RGB, H.264 goes out.
 
-Stills (PNG, JPEG, WebP) are clips of one frame and are written as stills too.
+Stills (PNG, JPEG, WebP, and AVIF or HEIC without tiles) are clips of one frame. The first three
+are written, too.
 
 An edited clip has the length, resolution, timing and audio of its source (Eq. 1 of the paper).
 Beside the frames, `read_video` therefore keeps what `write_video` needs to put edited frames in
@@ -12,8 +13,9 @@ their place:
   file, or what cannot be copied, becomes AAC. A track that cannot be saved is left out, with a
   note: sound never costs the picture.
 - shape: rotation metadata is applied to the frames and not written. Pixel aspect is kept.
-- colour: read by the stream's own tags, written as BT.709 in limited range. HDR (HLG, PQ) and
-  BT.2020 become BT.709 with standard dynamic range.
+- colour: read by the stream's own tags, written as BT.709 in limited range. HDR (HLG, PQ), BT.2020
+  and DCI or Display P3 become BT.709 with standard dynamic range. A still keeps its numbers, and
+  its ICC profile, which says what colours they are.
 
 Frames are uint8 (T, H, W, 3) RGB: T frames, H height, W width. Interlaced frames are deinterlaced.
 Transparent pixels are shown on white. Subtitles, chapters and metadata are dropped.
@@ -30,6 +32,7 @@ import math
 import os
 import struct
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -63,7 +66,11 @@ CONTAINERS = (
 # Stills are told by their first bytes: FFmpeg would go by the name, and take one with a "%" in it
 # for a series of files.
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+PICTURE_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # of AVIF and HEIC that is not animated
 STILLS = (".png", ".jpg", ".jpeg", ".webp")  # the endings of stills that are written
+# A JPEG holds an ICC profile in at most 255 segments. Each begins with these letters.
+ICC_LETTERS = b"ICC_PROFILE\0"
+ICC_PART = 65_533 - len(ICC_LETTERS) - 2  # the most bytes of the profile in one of them
 
 # Audio codecs that players expect in a file with this ending. They are copied, others become AAC.
 COPIED_AUDIO = {
@@ -96,6 +103,12 @@ LONGEST_GAP = 3600
 # and chroma is not interpolated.
 FULL_CHROMA = sws.Interpolation.FULL_CHR_H_INT | sws.Interpolation.FULL_CHR_H_INP
 SCALING = sws.Interpolation.BICUBIC | sws.Interpolation.ACCURATE_RND | FULL_CHROMA
+# The same for FFmpeg's filter, and what is written. H.264 that does not say where its chroma is has
+# it at the left of each pair of pixels, and only the filter can put it there.
+TO_H264 = (
+    "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
+    ":out_color_matrix=bt709:out_range=limited:out_chroma_loc=left"
+)
 
 
 @dataclass
@@ -126,6 +139,7 @@ class Video:
     path: Path  # the file it came from, where the audio still is
     is_still: bool  # a picture, not a clip: one frame and no sound
     total: int  # number of frames in the file: more than T if only its first were read
+    profile: bytes = b""  # the ICC profile of a still
     sound: dict[str, list[SoundTrack]] = field(default_factory=dict)  # by ending: `prepare_sound`
 
     @property
@@ -159,9 +173,8 @@ def _open(path: Path) -> InputContainer:
         raise ValueError(f"{path}: the file is empty")
     # The lists keep FFmpeg from opening anything else, whatever the file says.
     options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
-    still = _still_format(path)
     # "file:" keeps a name such as "a:b.mp4" from being taken for a protocol.
-    return av.open(f"file:{path}", format=still, options=options, **ANY_TAGS)
+    return av.open(f"file:{path}", format=_format(path), options=options, **ANY_TAGS)
 
 
 def _head(path: Path) -> bytes:
@@ -169,18 +182,34 @@ def _head(path: Path) -> bytes:
         return file.read(512)
 
 
-def _still_format(path: Path) -> str | None:
-    """FFmpeg's format of a still; None for clips, animated PNG and Motion JPEG among them."""
+def _format(path: Path) -> str | None:
+    """FFmpeg's format of a PNG, JPEG or WebP still, or of Motion JPEG; others it finds itself."""
     head = _head(path)
     if head.startswith(PNG) and b"acTL" not in head:
         return "png_pipe"
-    if head.startswith(JPEG) and path.suffix.lower() not in (".mjpeg", ".mjpg"):
-        return "jpeg_pipe"
+    if head.startswith(JPEG):
+        return "mjpeg" if path.suffix.lower() in (".mjpeg", ".mjpg") else "jpeg_pipe"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         if b"ANIM" in head:
             raise ValueError(f"{path}: is an animated WebP, which FFmpeg cannot decode; convert it")
         return "webp_pipe"
     return None
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file holds a picture and not a clip, by its first bytes."""
+    format_ = _format(path) or ""
+    return format_.endswith("_pipe") or _head(path)[8:12] in PICTURE_BRANDS
+
+
+def default_ending(path: Path) -> str:
+    """The ending of an edit: that of a still, .png for other pictures, and .mp4 for clips."""
+    if path.suffix.lower() in STILLS:
+        return path.suffix.lower()
+    with contextlib.suppress(OSError, ValueError):  # which reading the file will explain
+        if path.is_file() and _is_picture(path):
+            return ".png"
+    return ".mp4"
 
 
 def _why_unreadable(path: Path, error: av.FFmpegError) -> str:
@@ -195,7 +224,10 @@ def _why_unreadable(path: Path, error: av.FFmpegError) -> str:
 
 
 def _video_stream(container: InputContainer, path: Path) -> Stream:
-    """Choose the video: not a cover picture, marked as default if one is, and then the largest."""
+    """Choose the video: not a cover picture, marked as default if one is, and then the largest.
+
+    An animated AVIF also holds its first frame as a picture of the same size.
+    """
     not_the_video = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [s for s in container.streams.video if not s.disposition & not_the_video]
     if not streams:
@@ -204,7 +236,17 @@ def _video_stream(container: InputContainer, path: Path) -> Stream:
     decodable = [s for s in streams if s.codec_context is not None]
     if not decodable:
         raise ValueError(f"{path}: FFmpeg cannot decode its video; convert it first")
-    return max(decodable, key=lambda s: (bool(s.disposition & Disposition.default), _area(s)))
+    chosen = max(decodable, key=lambda s: (_is_default(s), _area(s), s.frames))
+    tiles = [s for s in streams if s.disposition & Disposition.dependent]
+    if len(tiles) > 1 and not _is_default(chosen):
+        raise ValueError(
+            f"{path}: is a picture in tiles (HEIC/AVIF); convert it to PNG or JPEG first"
+        )
+    return chosen
+
+
+def _is_default(stream: Stream) -> bool:
+    return bool(stream.disposition & Disposition.default)
 
 
 def _area(stream: Stream) -> int:
@@ -215,7 +257,8 @@ def _demux(container: InputContainer) -> Iterator[Packet]:
     """Yield all packets, on a clock that goes on where recordings were joined.
 
     At a join the clock of every stream jumps. The first stream that jumps goes on without a gap.
-    The others are moved by the same offset, so that sound and picture stay together.
+    The others are moved by the same offset, so that sound and picture stay together. A stream that
+    jumps to where another one is already has only paused.
     """
     kind = container.format
     # A broadcast that is 10 s ahead was joined. In other files such a gap may be meant.
@@ -236,7 +279,9 @@ def _demux(container: InputContainer) -> Iterator[Packet]:
             time = packet.dts * packet.time_base
             expected = end.get(stream.index, time + moved)
             jump = time + moved - expected
-            if not -back <= jump <= ahead:
+            others = (e for index, e in end.items() if index != stream.index)
+            paused = jump > 0 and any(abs(e - expected) > abs(e - time - moved) for e in others)
+            if not (-back <= jump <= ahead or paused):
                 known = [o for o in offsets if o != moved and abs(time + o - expected) < 1]
                 moved = known[-1] if known else expected - time
                 offset[stream.index] = moved
@@ -318,16 +363,72 @@ def _end_of_png(path: Path) -> int:
     return 0 if b"IEND" in path.read_bytes() else sys.maxsize
 
 
+def _jpeg_segments(data: bytes) -> list[tuple[int, int]]:
+    """Where each segment of a JPEG file begins and ends, up to the header of the picture's data."""
+    segments = []
+    start = 2
+    while data[start : start + 1] == b"\xff":
+        marker = data[start + 1 : start + 2]
+        if marker == b"\xff":  # any number of these may fill the space before a marker
+            start += 1
+            continue
+        end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        segments.append((start, end))
+        if marker == b"\xda":
+            break
+        start = end
+    return segments
+
+
 def _end_of_jpeg(path: Path) -> int:
     """A JPEG file is a row of segments, the last of them followed by data up to a marker.
 
     Segments may hold a preview with markers of its own, so they are passed over.
     """
     data = path.read_bytes()
-    position = 2
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return 0 if data.find(b"\xff\xd9", position) > 0 else sys.maxsize
+    _, end = max(_jpeg_segments(data), default=(0, 2))
+    return 0 if data.find(b"\xff\xd9", end) > 0 else sys.maxsize
+
+
+def _end_of_gif(path: Path) -> int:
+    """A GIF file is a row of blocks with contents in small pieces, and ends with one byte."""
+    data = path.read_bytes()
+
+    def byte(place: int) -> int:
+        return int.from_bytes(data[place : place + 1], "big")
+
+    def colours(place: int) -> int:
+        """The length of the table of colours that the flags at this place announce."""
+        return 3 * 2 ** (byte(place) % 8 + 1) if byte(place) & 0x80 else 0
+
+    position = 13 + colours(10)
+    while position < len(data):
+        kind = byte(position)
+        if kind == 0x3B:
+            return position
+        if kind == 0:  # some writers leave these in between
+            position += 1
+            continue
+        if kind == 0x21:  # an extension
+            position += 2
+        elif kind == 0x2C:  # a frame
+            position += 11 + colours(position + 9)
+        else:
+            return 0
+        while byte(position):
+            position += 1 + byte(position)
+        position += 1
+    return sys.maxsize
+
+
+def _end_of_asf(path: Path) -> int:
+    """An ASF (WMV) file declares its size in its header's File Properties."""
+    with path.open("rb") as file:
+        head = file.read(65_536)
+    place = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
+    if place < 0 or int.from_bytes(head[place + 88 : place + 89], "big") & 1:  # a broadcast
+        return 0
+    return int.from_bytes(head[place + 40 : place + 48], "little")
 
 
 def _declared_end(path: Path, kind: str) -> int:
@@ -341,7 +442,18 @@ def _declared_end(path: Path, kind: str) -> int:
         return _end_of_matroska(path)
     if kind.startswith("mov"):
         return _end_of_mp4(path)
+    if kind == "gif":
+        return _end_of_gif(path)
+    if kind == "asf":
+        return _end_of_asf(path)
     return 0
+
+
+def _ends_in_zeros(path: Path) -> bool:
+    """Whether the file was made as large as it should become, and then not filled."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1024))
+        return not any(file.read())
 
 
 @dataclass
@@ -355,6 +467,7 @@ class Contents:
 def _scan(path: Path) -> Contents:
     """Read the file once. Raises ValueError if its end is missing."""
     contents = Contents()
+    end = Fraction(0)  # seconds, of the last picture or sound
     with _open(path) as container:
         video = _video_stream(container, path)
         kind = container.format
@@ -371,8 +484,13 @@ def _scan(path: Path) -> Contents:
                 continue
             if time is not None:
                 seconds = time * packet.time_base
+                end = max(end, seconds + (packet.duration or 0) * packet.time_base)
                 if contents.start is None or seconds < contents.start:
                     contents.start = seconds
+        # A duration alone proves nothing: many are wrong, and FFmpeg guesses those that are absent.
+        missing = (container.duration or 0) / av.time_base - end
+        if missing > 0.5 and not kind.flags & BROADCAST and _ends_in_zeros(path):
+            partial = True
     if partial:
         raise ValueError(f"{path}: the file is cut short, its last part is missing; copy it again")
     return contents
@@ -464,12 +582,17 @@ def _filtered(graph: Graph, waiting: list[Shown], frame: VideoFrame | None) -> I
 
 def _deinterlacer(frame: VideoFrame) -> Graph:
     """bwdif, one frame out for each frame in, that touches frames marked as interlaced only."""
+    return _graph(frame, ("bwdif", "mode=send_frame:deint=interlaced"))
+
+
+def _graph(frame: VideoFrame, *filters: tuple[str, str]) -> Graph:
+    """A row of filters, given by name and options, for frames like `frame`."""
     graph = Graph()
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25)
     )
-    filter_ = graph.add("bwdif", "mode=send_frame:deint=interlaced")
-    graph.link_nodes(source, filter_, graph.add("buffersink")).configure()
+    nodes = [graph.add(name, options) for name, options in filters]
+    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
     return graph
 
 
@@ -480,8 +603,8 @@ def _pull(graph: Graph) -> Iterator[VideoFrame | AudioFrame]:
 
 
 # --- Colour and shape -----------------------------------------------------------------------------
-# HDR and wide colour are converted as a display would show them: to light, from the primaries of
-# BT.2020 to those of BT.709, and back to a signal by BT.1886. White of SDR is at 203 cd/m²
+# HDR and wide colour are converted as a display would show them: to light, from their primaries
+# to those of BT.709, and back to a signal by BT.1886. White of SDR is at 203 cd/m²
 # (ITU-R BT.2408), so that colours within the range of SDR come out as if they had been SDR.
 
 GAMMA = 2.4  # BT.1886
@@ -491,9 +614,21 @@ KNEE = 0.9  # of SDR white: light above it is compressed, so that highlights kee
 # one from none, and BT.1886 would make up to 16 levels of that error.
 FLOOR = 0.0085
 LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], np.float32)
-TO_709 = np.array(
-    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
-)
+# From linear RGB of wider primaries to that of BT.709. The white of DCI P3 (SMPTE 431), which alone
+# is not D65, is adapted to it by Bradford's method.
+TO_709 = {
+    sws.ColorPrimaries.BT2020: np.array(
+        [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]],
+        np.float32,
+    ),
+    sws.ColorPrimaries.SMPTE431: np.array(
+        [[1.1575, -0.1550, -0.0026], [-0.0415, 1.0456, -0.0041], [-0.0181, -0.0786, 1.0966]],
+        np.float32,
+    ),
+    sws.ColorPrimaries.SMPTE432: np.array(
+        [[1.2249, -0.2249, 0], [-0.0421, 1.0421, 0], [-0.0196, -0.0786, 1.0983]], np.float32
+    ),
+}
 
 
 def _light_of_pq(signal: np.ndarray) -> np.ndarray:
@@ -521,8 +656,8 @@ def _light_table(transfer: int, white: int) -> np.ndarray:
     return (signal**GAMMA).astype(np.float32)
 
 
-def _to_bt709(image: np.ndarray, transfer: int, white: int) -> np.ndarray:
-    """BT.2020 with any transfer function, uint16 (H, W, 3) -> BT.709, uint8 (H, W, 3)."""
+def _to_bt709(image: np.ndarray, primaries: int, transfer: int, white: int) -> np.ndarray:
+    """Any primaries and transfer function, uint16 (H, W, 3) -> BT.709, uint8 (H, W, 3)."""
     table = _light_table(transfer, white)
     roots = np.arange(16_384) / 16_383  # of light: in these steps the dark ones are fine enough
     signals = np.rint(255 * roots ** (2 / GAMMA)).astype(np.uint8)
@@ -532,7 +667,7 @@ def _to_bt709(image: np.ndarray, transfer: int, white: int) -> np.ndarray:
         if transfer == sws.ColorTrc.ARIB_STD_B67:
             # The OOTF of a display of 1000 cd/m²: from light of the scene to light on the display.
             light *= 1000 / SDR_WHITE * (light @ LUMA_2020)[..., None] ** 0.2
-        light = np.maximum(light @ TO_709.T, 0)
+        light = np.maximum(light @ TO_709[primaries].T, 0)
         # Both ends are compressed relative to the brightest channel, which keeps the hue.
         red, green, blue = light[..., :1], light[..., 1:2], light[..., 2:]
         peak = np.maximum(np.maximum(red, green), blue)  # much faster than light.max(-1)
@@ -551,10 +686,23 @@ def _on_white(image: np.ndarray) -> np.ndarray:
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _is_wide(frame: VideoFrame) -> bool:
-    """Whether a frame has the colours of BT.2020, as all HDR has."""
+def _wide_primaries(frame: VideoFrame) -> sws.ColorPrimaries | None:
+    """The primaries of a frame if they are wider than BT.709's. HDR has BT.2020's if not P3's."""
+    if frame.color_primaries in TO_709:
+        return sws.ColorPrimaries(frame.color_primaries)
     hdr = frame.color_trc in (sws.ColorTrc.SMPTE2084, sws.ColorTrc.ARIB_STD_B67)
-    return hdr or frame.color_primaries == sws.ColorPrimaries.BT2020
+    return sws.ColorPrimaries.BT2020 if hdr else None
+
+
+# Matrices that FFmpeg cannot convert, by their tag in ITU-T H.273.
+NOT_CONVERTED = {
+    8: "YCgCo",
+    11: "YDzDx",
+    14: "ICtCp",
+    15: "IPT-PQ-C2",
+    16: "YCgCo-Re",
+    17: "YCgCo-Ro",
+}
 
 
 def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
@@ -564,7 +712,8 @@ def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
     unmarked, constant_luminance, derived = (0, 2, 3), 10, (12, 13)
     if frame.format.is_rgb or frame.colorspace not in (*unmarked, constant_luminance, *derived):
         return None
-    if frame.colorspace == constant_luminance or _is_wide(frame):
+    is_2020 = _wide_primaries(frame) == sws.ColorPrimaries.BT2020
+    if frame.colorspace == constant_luminance or is_2020:
         return sws.Colorspace.BT2020
     if frame.width >= 1280 or frame.height > 576:
         return sws.Colorspace.ITU709
@@ -573,8 +722,9 @@ def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
 
 def _rgb(frame: VideoFrame, size: tuple[int, int], scaler: sws.VideoReformatter) -> np.ndarray:
     """One frame as it is stored -> uint8 (H, W, 3), BT.709."""
-    wide = _is_wide(frame)
-    transparent = any(component.is_alpha for component in frame.format.components)
+    wide = _wide_primaries(frame)
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    transparent = has_alpha or frame.format.name == "pal8"  # the palette may have it
     layout = "rgb48" if wide else "rgba" if transparent else "rgb24"
     image = scaler.reformat(
         frame,
@@ -587,7 +737,8 @@ def _rgb(frame: VideoFrame, size: tuple[int, int], scaler: sws.VideoReformatter)
     ).to_ndarray()
     if wide:
         # swscale's 16 bits: from YCbCr, white comes out as 255 · 256.
-        return _to_bt709(image, frame.color_trc, 65_535 if frame.format.is_rgb else 65_280)
+        white = 65_535 if frame.format.is_rgb else 65_280
+        return _to_bt709(image, wide, frame.color_trc, white)
     return _on_white(image) if transparent else image
 
 
@@ -620,6 +771,34 @@ def _exif_orientation(path: Path) -> int:
             if int.from_bytes(tiff[entry : entry + 2], order) == 0x0112:
                 return int.from_bytes(tiff[entry + 8 : entry + 10], order)
     return 1
+
+
+def _icc_profile(path: Path) -> bytes:
+    """The ICC profile of a picture; b"" if it has none that the edit can have.
+
+    FFmpeg makes RGB of grey and CMYK, whose profiles then mean nothing. And what no JPEG can hold
+    must not be found out when the edit is written.
+    """
+    data = path.read_bytes()
+    profile = b""
+    if data.startswith(JPEG):  # in parts, behind a name, the part's number and that of all parts
+        segments = [data[start + 4 : end] for start, end in _jpeg_segments(data)]
+        parts = sorted(segment for segment in segments if segment.startswith(ICC_LETTERS))
+        profile = b"".join(part[len(ICC_LETTERS) + 2 :] for part in parts)
+    elif data.startswith(PNG):  # compressed, behind a name and the number of the method
+        head = data[: data.find(b"IDAT")]
+        _, _, packed = head.partition(b"iCCP")[2].partition(b"\0")
+        with contextlib.suppress(zlib.error):
+            profile = zlib.decompressobj().decompress(packed[1:], 1 << 24)
+    elif data.startswith(b"RIFF"):  # a WebP file: behind its size
+        place = data.find(b"ICCP") + 8
+        profile = data[place : place + int.from_bytes(data[place - 4 : place], "little")]
+    elif b"colrprof" in data:  # AVIF or HEIC: in a box whose size is in front
+        place = data.find(b"colrprof")
+        size = int.from_bytes(data[place - 4 : place], "big")
+        profile = data[place + 8 : place - 4 + size]
+    is_rgb = profile[16:20] == b"RGB " and profile[36:40] == b"acsp"
+    return profile if is_rgb and len(profile) <= 255 * ICC_PART else b""
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, int, int]:
@@ -796,8 +975,9 @@ class Reader:
         self.container = container
         self.path = path
         self.stream = _video_stream(container, path)
-        self.is_still = container.format.name.endswith("_pipe")
+        self.is_still = _is_picture(path)
         self.limit = 1 if self.is_still else limit
+        self.profile = b""
         self.pts: list[int | None] = []
         self.dts: list[int | None] = []
 
@@ -807,8 +987,11 @@ class Reader:
         for item in shown:
             frame = item.frame
             if not self.pts:  # all frames are shown as the first one is
+                self._check_matrix(frame)
                 self.height, self.width = frame.height, frame.width  # as stored
                 self.swap, self.down, self.right = self._turn(frame)
+                if self.is_still and not _wide_primaries(frame):  # those are converted
+                    self.profile = _icc_profile(self.path)
             self.pts.append(item.pts)
             self.dts.append(item.dts)
             self.last_duration = frame.duration
@@ -816,8 +999,16 @@ class Reader:
         if not self.pts:
             raise ValueError(f"{self.path}: damaged, not one frame can be decoded")
 
+    def _check_matrix(self, frame: VideoFrame) -> None:
+        name = NOT_CONVERTED.get(frame.colorspace)
+        if name and not frame.format.is_rgb:
+            raise ValueError(
+                f"{self.path}: FFmpeg cannot convert its colours from {name} to RGB; convert it to "
+                "BT.709 first"
+            )
+
     def _turn(self, frame: VideoFrame) -> tuple[bool, int, int]:
-        if self.is_still:
+        if self.container.format.name.endswith("_pipe"):
             return EXIF_TURNS.get(_exif_orientation(self.path), EXIF_TURNS[1])
         return _orientation(frame)
 
@@ -846,6 +1037,7 @@ class Reader:
             path=self.path,
             is_still=self.is_still,
             total=count if complete else max(contents.packets, count),
+            profile=self.profile,
         )
 
 
@@ -868,7 +1060,7 @@ def open_video(path: str | Path, max_frames: int | None = None) -> Video:
 def read_video(path: str | Path, max_frames: int | None = None) -> Video:
     """Read a clip of any container and codec that FFmpeg decodes, or only its first frames.
 
-    A still (PNG, JPEG, WebP) is a clip of one frame, upright as its EXIF says.
+    A still is a clip of one frame, upright as its EXIF says.
 
     Raises OSError or ValueError, in one line that names the file, if no video or not all of it is
     there, or if its frames do not fit into memory.
@@ -900,12 +1092,14 @@ def read_video(path: str | Path, max_frames: int | None = None) -> Video:
 def _sound_packets(clip: Video, container: InputContainer, index: int) -> Iterator[Packet]:
     """Yield the packets of one track, and at the end the empty one that flushes its decoder.
 
-    Sound far behind the picture is a fault of the clock. It would become hours of silence.
+    Sound far behind both the picture and the sound before it is a fault of the clock. It would
+    become hours of silence.
     """
     end = (clip.timestamps[-1] + clip.last_duration) * clip.time_base + clip.start
     for packet in _demux(container):
         time = (packet.dts or 0) * packet.time_base
         if packet.stream.index == index and time < end + LONGEST_GAP:
+            end = max(end, time + (packet.duration or 0) * packet.time_base)
             yield packet
 
 
@@ -1221,17 +1415,13 @@ def _add_video(
 def _video_packets(track: Stream, timed: Iterable[tuple[Tensor, int, int]]) -> Iterator[Packet]:
     """Encode triples of (H, W, 3) image, timestamp and duration, one after another."""
     context = track.codec_context
-    reformatter = sws.VideoReformatter()
+    graph = None
     for image, timestamp, duration in timed:
         image = image[: context.height, : context.width].contiguous().cpu()
-        # The encoder only passes the colour tags on. The conversion needs to be told them.
-        frame = reformatter.reformat(
-            VideoFrame.from_ndarray(image.numpy(), "rgb24"),
-            format="yuv420p",
-            interpolation=SCALING,
-            dst_colorspace=sws.Colorspace.ITU709,
-            dst_color_range=sws.ColorRange.MPEG,
-        )
+        frame = VideoFrame.from_ndarray(image.numpy(), "rgb24")
+        graph = graph or _graph(frame, ("scale", TO_H264), ("format", "yuv420p"))
+        graph.push(frame)
+        frame = graph.pull()
         frame.pts = timestamp
         frame.duration = duration
         frame.time_base = context.time_base
@@ -1264,7 +1454,36 @@ def _images(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         yield from block
 
 
-def _write_still(path: Path, image: Tensor) -> tuple[int, int]:
+def _jpeg_with_profile(data: bytes, profile: bytes) -> bytes:
+    """In parts that fit into segments, behind the first one, which must be JFIF's."""
+    parts = [profile[i : i + ICC_PART] for i in range(0, len(profile), ICC_PART)]
+    _, place = _jpeg_segments(data)[0]
+    added = b""
+    for number, part in enumerate(parts, 1):
+        body = ICC_LETTERS + bytes([number, len(parts)]) + part
+        added += b"\xff\xe2" + struct.pack(">H", 2 + len(body)) + body
+    return data[:place] + added + data[place:]
+
+
+def _png_with_profile(data: bytes, profile: bytes) -> bytes:
+    """In a chunk of its own behind the header: size, name, content and checksum."""
+    body = b"iCCP" + b"ICC profile\0\0" + zlib.compress(profile)
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    place = len(PNG) + 25
+    return data[:place] + chunk + data[place:]
+
+
+def _webp_with_profile(data: bytes, profile: bytes, height: int, width: int) -> bytes:
+    """Before the picture, and behind a chunk which says that there is one, and the size again."""
+    has_profile = 0x20
+    size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    body = b"WEBPVP8X" + struct.pack("<II", 10, has_profile) + size
+    body += b"ICCP" + struct.pack("<I", len(profile)) + profile + bytes(len(profile) % 2)
+    body += data[12:]
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def _write_still(path: Path, image: Tensor, profile: bytes) -> tuple[int, int]:
     """Write a uint8 (H, W, 3) image without loss, or in JPEG's best quality."""
     height, width = image.shape[:2]
     if path.suffix.lower() == ".png":
@@ -1289,7 +1508,14 @@ def _write_still(path: Path, image: Tensor) -> tuple[int, int]:
     frame.pts = 0
     with cli.replacing(path) as temporary:
         packets = [*context.encode(frame), *context.encode(None)]
-        temporary.write_bytes(b"".join(bytes(packet) for packet in packets))
+        data = b"".join(bytes(packet) for packet in packets)
+        if profile and codec == "png":
+            data = _png_with_profile(data, profile)
+        elif profile and codec == "libwebp":
+            data = _webp_with_profile(data, profile, height, width)
+        elif profile:
+            data = _jpeg_with_profile(data, profile)
+        temporary.write_bytes(data)
     return height, width
 
 
@@ -1319,7 +1545,7 @@ def write_video(
     if path.suffix.lower() in STILLS:
         if next(images, None) is not None:
             raise ValueError(_not_one_frame(path))
-        return _write_still(path, first)
+        return _write_still(path, first, like.profile if like else b"")
     images = itertools.chain([first], images)
     height, width = first.shape[0] // 2 * 2, first.shape[1] // 2 * 2
     sound = prepare_sound(like, path) if like else []

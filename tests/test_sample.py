@@ -389,6 +389,18 @@ def test_compare_puts_source_and_edit_side_by_side(checkpoint, tmp_path):
 NAMES = ("in.mp4", "out.mp4", "out_compare.mp4")
 
 
+def test_a_comparison_does_not_replace_the_source(checkpoint, tmp_path, capsys):
+    """A source of the very name that --compare writes stays as it is, also behind a link."""
+    clip = encode(tmp_path / "in_compare.mp4", images=images(2))
+    (tmp_path / "link.mp4").symlink_to(clip)
+    content = clip.read_bytes()
+    options = ["--prompt", "add snow", "--checkpoint", checkpoint, "--out", tmp_path / "in.mp4"]
+    for source in (clip, tmp_path / "link.mp4"):
+        error = expect_error(capsys, "--video", source, *options, "--compare")
+        assert f"--compare would write {clip}, the source itself" in error
+    assert clip.read_bytes() == content and not (tmp_path / "in.mp4").exists()
+
+
 def test_options_reach_the_model(checkpoint, tmp_path):
     """Each option that changes the frames does change them, and repeating one does not."""
     clip = encode(tmp_path / "in.mp4", images=images(5))
@@ -512,7 +524,7 @@ def test_bad_videos_are_named(how, message, checkpoint, tmp_path, capsys):
         (["--out", "nowhere/out.mp4"], "nowhere"),
         (["--out", "."], "is a folder"),
         (["--out", "out.avi"], "must end in .mp4 or .mov"),
-        (["--out", "in.mp4"], "--out in.mp4 is the source itself"),
+        (["--out", "in.mp4"], "--out would write in.mp4, the source itself"),
         (["--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
         (["--checkpoint", "."], "is neither a checkpoint of ours nor Kiwi-Edit's release"),
         (["--wan", "."], "leave out --wan and --qwen"),
@@ -631,6 +643,24 @@ def test_the_command_runs_as_the_readme_says(checkpoint, tmp_path):
         [*command, "--video", "out.mp4"], cwd=tmp_path, capture_output=True, text=True
     )
     assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "error: out.mp4: no such file\n")
+
+
+@pytest.mark.parametrize(
+    "where, unbuffered", [("> /dev/full", ""), ("> /dev/full", "1"), ("2>&-", "")]
+)
+def test_an_edit_is_done_though_nobody_can_be_told(where, unbuffered, checkpoint, tmp_path):
+    """Exit code 0 and not a word, where stdout is full or stderr is closed."""
+    encode(tmp_path / "in.mp4", images=images(5))
+    command = f'"$0" "$1" --checkpoint "$2" --video in.mp4 --prompt snow --steps 1 {where}'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, ROOT / "sample.py", checkpoint],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(video.read_video(tmp_path / "in_edited.mp4").frames) == 5
 
 
 def test_the_built_in_checkpoint_edits_the_sample_clip(tmp_path, monkeypatch):

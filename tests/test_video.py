@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from av.video.reformatter import ColorRange, Colorspace
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 import video
 
@@ -542,6 +543,17 @@ def test_colours_are_read_by_their_tags(
     assert error.max() <= 2
 
 
+@pytest.mark.parametrize("tag, name", [(8, "YCgCo"), (14, "ICtCp")])
+def test_a_matrix_that_cannot_be_converted_is_named(tmp_path: Path, tag: int, name: str) -> None:
+    """Before the edit: the file is neither damaged nor something else than a video."""
+    source = encode_yuv(tmp_path / "in.mkv", np.full((2, 3), 128), 32, 48, 8, tag, False)
+    for read in (video.read_video, video.open_video):
+        with pytest.raises(
+            ValueError, match=f"in.mkv: FFmpeg cannot convert .* from {name} to RGB"
+        ):
+            read(source)
+
+
 def test_colours_are_written_as_bt709(tmp_path: Path) -> None:
     """The stored planes are the textbook's BT.709 in limited range, and the file says so."""
     for number, colour in enumerate(COLOURS):
@@ -554,6 +566,23 @@ def test_colours_are_written_as_bt709(tmp_path: Path) -> None:
             frame = next(container.decode(video=0))
         assert (context.colorspace, context.color_primaries, context.color_trc) == (1, 1, 1)
         assert (frame.colorspace, frame.color_range) == (Colorspace.ITU709, ColorRange.MPEG)
+
+
+def test_colour_is_not_shifted_against_brightness(tmp_path: Path) -> None:
+    """A blue ramp in x: each chroma sample is that of the left of its two pixels, as players take
+    it, and it comes back in its place.
+    """
+    blue = 40 + 3 * np.arange(64)
+    image = np.full((32, 64, 3), (120, 100, 0), np.uint8)
+    image[..., 2] = blue
+    out = tmp_path / "out.mp4"
+    video.write_video(out, torch.from_numpy(image)[None])
+    textbook = np.array([naive_yuv(np.array([120, 100, level]))[1] for level in blue])
+    pixels = (planes(out)[1][:, 4:-4] - textbook[8:-8:2]) / (textbook[1] - textbook[0])
+    assert abs(pixels.mean()) < 0.2
+    again = video.read_video(out).frames[0].numpy().astype(float)
+    pixels = (again[..., 2] - again[..., 1] - (blue - 100)) / 3
+    assert abs(pixels[8:-8, 8:-8].mean()) < 0.2
 
 
 def test_output_opens_everywhere(tmp_path: Path) -> None:
@@ -712,6 +741,69 @@ def test_truncated_packet_is_refused(tmp_path: Path) -> None:
         (tmp_path / "cut.flv").write_bytes(whole.read_bytes()[:half])
         with pytest.raises(ValueError, match="cut short"):
             video.read_video(tmp_path / "cut.flv")
+
+
+@pytest.mark.parametrize("how", ["by FFmpeg", "by Pillow", "with zeros between its blocks"])
+def test_a_gif_without_its_end_is_refused(tmp_path: Path, how: str) -> None:
+    """Cut anywhere, or never filled. What is appended to a whole one does no harm."""
+    images = np.random.default_rng(0).integers(0, 255, (6, 48, 64, 3), dtype=np.uint8)
+    source = tmp_path / "in.gif"
+    if how == "by FFmpeg":
+        encode(source, images, codec="gif", pix_fmt="rgb8")
+    else:
+        first, *rest = (Image.fromarray(image) for image in images)
+        first.save(source, save_all=True, append_images=rest, duration=40, comment=b"a" * 700)
+    data = source.read_bytes()
+    if how == "with zeros between its blocks":
+        data = data[:-1] + bytes(3) + data[-1:]
+    for whole in (data, data + b"text behind it", data + bytes(5000)):
+        source.write_bytes(whole)
+        assert len(video.read_video(source).frames) == 6
+    for length in (len(data) * percent // 100 for percent in range(20, 100, 7)):
+        for cut in (data[:length], data[:length] + bytes(len(data) - length)):
+            source.write_bytes(cut)
+            with pytest.raises(ValueError, match="in.gif: .*cut short"):
+                video.read_video(source)
+
+
+def test_a_wmv_shorter_than_it_says_is_refused(tmp_path: Path) -> None:
+    """Its header has the size; of a broadcast the size says nothing."""
+    source = flash_and_beep(tmp_path / "in.wmv", codec="wmv2", audio="wmav2", layout="stereo")
+    data = source.read_bytes()
+    assert len(video.read_video(source).frames) == 75
+    for percent in (30, 70, 99):
+        source.write_bytes(data[: len(data) * percent // 100])
+        with pytest.raises(ValueError, match="in.wmv: .*cut short"):
+            video.read_video(source)
+    flags = data.index(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")) + 88
+    assert data[flags] == 2  # it can be sought in
+    data = data[:flags] + b"\1" + data[flags + 1 :]
+    source.write_bytes(data[: len(data) * 70 // 100])
+    assert 20 < len(video.read_video(source).frames) < 75
+
+
+@pytest.mark.parametrize(
+    "name, codec, audio",
+    [
+        ("in.mkv", "libx264", "aac"),
+        ("in.webm", "libvpx-vp9", "libopus"),
+        ("in.avi", "mpeg4", "libmp3lame"),
+        ("in.flv", "libx264", "aac"),
+    ],
+)
+def test_a_download_that_stopped_is_refused(
+    tmp_path: Path, name: str, codec: str, audio: str
+) -> None:
+    """Some programs make a file as large as it will be, and zeros stay where nothing came."""
+    source = flash_and_beep(tmp_path / name, codec=codec, audio=audio)
+    data = source.read_bytes()
+    for whole in (data, data + bytes(5000)):
+        source.write_bytes(whole)
+        assert len(video.read_video(source).frames) == 75
+    for length in (len(data) * percent // 100 for percent in (40, 70)):
+        source.write_bytes(data[:length] + bytes(len(data) - length))
+        with pytest.raises(ValueError, match=f"{name}: .*(cut short|damaged)"):
+            video.read_video(source)
 
 
 def test_live_recordings_declare_no_length(tmp_path: Path) -> None:
@@ -980,6 +1072,24 @@ def test_sound_that_nothing_helps_is_left_out_with_a_note(
         assert packet_list(tmp_path / "out.mov", "audio") == []
 
 
+@pytest.mark.parametrize("audio", ["aac", "mp2"])
+def test_sound_goes_on_long_after_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, audio: str
+) -> None:
+    """A talk with one picture, which is shown for a second, is kept to its end."""
+    monkeypatch.setattr(video, "LONGEST_GAP", 2)  # instead of an hour
+
+    def one_picture(packet: av.Packet, number: int) -> bool:
+        return packet.stream.type == "audio" or number == 0
+
+    talk = remux(
+        flash_and_beep(tmp_path / "a.mkv", 9, audio=audio), tmp_path / "in.mp4", one_picture
+    )
+    clip = edited(talk, tmp_path / "out.mp4")
+    assert len(clip.frames) == 1
+    assert len(sound(tmp_path / "out.mp4")) == pytest.approx(9 * 48000, rel=0.01)
+
+
 def test_channels_in_an_order_of_their_own(tmp_path: Path) -> None:
     """PCM 7.1 whose sides come before its back: each channel comes out where it belongs."""
     names = ["FL", "FR", "FC", "LFE", "SL", "SR", "BL", "BR"]
@@ -1114,6 +1224,23 @@ def test_joined_recordings_of_two_rates_stay_in_step(
     assert_in_step(tmp_path / "out.mp4", 6)
 
 
+@pytest.mark.parametrize("kind", ["audio", "video"])
+def test_a_pause_of_one_stream_is_no_join(tmp_path: Path, kind: str) -> None:
+    """A broadcast without sound, or without a new picture, for 12 s while the other runs on."""
+
+    def pause(packet: av.Packet, number: int) -> bool:
+        return packet.stream.type != kind or not 2 <= packet.pts * packet.time_base < 14
+
+    whole = flash_and_beep(tmp_path / "whole.mkv", 17, audio="mp2")
+    edited(remux(whole, tmp_path / "in.ts", pause), tmp_path / "out.mp4")
+    flashes, beeps = onsets(tmp_path / "out.mp4")
+    rest = [0.5, 1.5, 14.5, 15.5, 16.5]
+    every = [i + 0.5 for i in range(17)]
+    expected = (every, rest) if kind == "audio" else (rest, every)
+    assert flashes == pytest.approx(expected[0], abs=0.05)
+    assert beeps == pytest.approx(expected[1], abs=0.05)
+
+
 def test_dropped_frames_of_an_avi_keep_their_time(tmp_path: Path) -> None:
     """Screen recorders leave frames out: an empty chunk, or none at all."""
     source = flash_and_beep(tmp_path / "a.avi", codec="mpeg4", audio="libmp3lame")
@@ -1159,15 +1286,26 @@ SDR_COLOURS = np.array(
 )
 
 
-def chromaticities(corners: list[tuple[float, float]]) -> np.ndarray:
-    """Linear RGB -> XYZ, from the chromaticities of red, green and blue, with the white of D65."""
-    xyz = np.array([(x / y, 1, (1 - x - y) / y) for x, y in corners]).T
-    white = np.array([0.3127 / 0.3290, 1, (1 - 0.3127 - 0.3290) / 0.3290])
+def xyz_of(x: float, y: float) -> np.ndarray:
+    return np.array([x / y, 1, (1 - x - y) / y])
+
+
+D65, DCI_WHITE = xyz_of(0.3127, 0.3290), xyz_of(0.314, 0.351)
+
+
+def chromaticities(corners: list[tuple[float, float]], white: np.ndarray = D65) -> np.ndarray:
+    """Linear RGB -> XYZ, from the chromaticities of red, green and blue."""
+    xyz = np.array([xyz_of(x, y) for x, y in corners]).T
     return xyz * np.linalg.solve(xyz, white)
 
 
 BT709 = chromaticities([(0.64, 0.33), (0.30, 0.60), (0.15, 0.06)])
 BT2020 = chromaticities([(0.708, 0.292), (0.170, 0.797), (0.131, 0.046)])
+P3 = [(0.680, 0.320), (0.265, 0.690), (0.150, 0.060)]
+# Bradford: XYZ -> the cones' responses, in which one white is scaled to the other.
+CONES = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+FROM_DCI_WHITE = np.linalg.inv(CONES) @ np.diag(CONES @ D65 / (CONES @ DCI_WHITE)) @ CONES
+DISPLAY_P3, DCI_P3 = chromaticities(P3), FROM_DCI_WHITE @ chromaticities(P3, DCI_WHITE)
 
 
 def naive_hdr(rgb: np.ndarray, transfer: str) -> np.ndarray:
@@ -1197,6 +1335,20 @@ def test_hdr_and_wide_colours_become_bt709(tmp_path: Path, transfer: str, tag: i
     clip = video.read_video(source)
     error = np.abs(clip.frames.numpy().astype(int) - SDR_COLOURS[:, None, None])
     assert error.max() <= 6
+
+
+@pytest.mark.parametrize("tag, primaries", [(11, DCI_P3), (12, DISPLAY_P3)])
+def test_p3_becomes_bt709(tmp_path: Path, tag: int, primaries: np.ndarray) -> None:
+    """Colours within BT.709 come back within 3 levels, with and without a tag of their matrix."""
+    light = (SDR_COLOURS / 255) ** 2.4 @ (np.linalg.inv(primaries) @ BT709).T
+    signals = 255 * np.maximum(light, 0) ** (1 / 2.4)
+    for matrix, used in ((1, 1), (2, 5)):
+        values = np.stack([naive_yuv(signal, used, bits=10) for signal in signals])
+        tags = dict(color_trc=1, color_primaries=tag)
+        source = encode_yuv(tmp_path / "in.mkv", values, 32, 48, 10, matrix, False, tags)
+        clip = video.read_video(source)
+        error = np.abs(clip.frames.numpy().astype(int) - SDR_COLOURS[:, None, None])
+        assert error.max() <= 3
 
 
 def test_highlights_keep_their_hue_and_order(tmp_path: Path) -> None:
@@ -1406,12 +1558,20 @@ def save_still(path: Path, kind: str) -> np.ndarray:
     image = Image.fromarray(rgb)
     shown = rgb
     options = dict(quality=97, subsampling=0) if path.suffix == ".jpg" else {}
+    if path.suffix == ".avif":
+        options = dict(quality=97, subsampling="4:4:4")
     if path.suffix == ".webp":
         options = dict(lossless=True)
     if kind == "alpha":
         image = Image.fromarray(np.dstack([rgb, alpha]))
         share = alpha[..., None] / 255
         shown = np.round(rgb * share + 255 * (1 - share))
+    elif kind == "palette with alpha":
+        image = Image.fromarray(np.dstack([rgb, alpha // 86 * 127])).quantize(64)
+        rgba = np.array(image.convert("RGBA")).astype(float)
+        share = rgba[..., 3:] / 255
+        shown = np.round(rgba[..., :3] * share + 255 * (1 - share))
+        assert len(np.unique(share)) == 3
     elif kind == "palette":
         image = image.quantize(64)
         shown = np.array(image.convert("RGB"))
@@ -1437,10 +1597,12 @@ def save_still(path: Path, kind: str) -> np.ndarray:
     "name, kind",
     [
         *[("in.png", kind) for kind in ("colour", "alpha", "palette", "grey", "16 bits")],
+        ("in.png", "palette with alpha"),
         *[("in.jpg", kind) for kind in ("colour", "grey", "CMYK")],
         *[("in.webp", kind) for kind in ("colour", "alpha")],
         *[("in.jpg", f"turned {i}") for i in range(1, 9)],
-        *[("in.png", "turned 6"), ("in.webp", "turned 6")],
+        *[("in.png", "turned 6"), ("in.webp", "turned 6"), ("in.avif", "colour")],
+        *[("in.avif", f"turned {i}") for i in range(1, 9)],
         *[("100%03d.png", "colour"), ("100%03d.jpg", "colour")],
     ],
 )
@@ -1451,7 +1613,61 @@ def test_stills_are_read_as_viewers_show_them(tmp_path: Path, name: str, kind: s
     assert clip.is_still and clip.total == 1 and clip.timestamps == [0]
     assert clip.frames.shape == (1, *shown.shape)
     error = np.abs(clip.frames[0].numpy() - shown.astype(float))
-    assert error.max() <= (4 if name.endswith(".jpg") else 1)
+    assert error.max() <= (4 if name.endswith((".jpg", ".avif")) else 1)
+
+
+# avifenc --grid 2x1: a red tile of 64x64 and a blue one.
+TILES = """
+AAAAIGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZk1BMUEAAAF/bWV0YQAAAAAAAAAoaGRscgAAAAAAAAAAcGljdAAAAAAAAAAA
+AAAAAGxpYmF2aWYAAAAADnBpdG0AAAAAAAEAAAA6aWxvYwAAAABEAAADAAEAAAABAAABpwAAAAgAAgAAAAEAAAGvAAAAIwAD
+AAAAAQAAAdIAAAAjAAAAXGlpbmYAAAAAAAMAAAAaaW5mZQIAAAAAAQAAZ3JpZENvbG9yAAAAABppbmZlAgAAAQACAABhdjAx
+Q29sb3IAAAAAGmluZmUCAAABAAMAAGF2MDFDb2xvcgAAAAAcaXJlZgAAAAAAAAAQZGltZwABAAIAAgADAAAAi2lwcnAAAABf
+aXBjbwAAABRpc3BlAAAAAAAAAIAAAABAAAAAEHBpeGkAAAAAAwgICAAAABNjb2xybmNseAABAA0ABoAAAAAUaXNwZQAAAAAA
+AABAAAAAQAAAAAxhdjFDgSAAAAAAACRpcG1hAAAAAAAAAAMAAQMBAgMAAgQEAoUDAAMEBAKFAwAAAFZtZGF0AAAAAQCAAEAS
+AAoJOBV//YQENBpAMhQbQBxxxwQAtNt7DJcrobsP3VI8ExIACgk4FX/9hAQ0GkAyFBtAHHHHBAC023q/uWjSp1aarXtw
+"""
+
+
+def test_a_picture_in_tiles_is_refused(tmp_path: Path) -> None:
+    """FFmpeg gives the tiles one by one, and the first one is not the picture."""
+    (tmp_path / "in.avif").write_bytes(base64.b64decode(TILES))
+    assert Image.open(tmp_path / "in.avif").size == (128, 64)
+    with pytest.raises(ValueError, match="in.avif: is a picture in tiles.*; convert it to PNG"):
+        video.read_video(tmp_path / "in.avif")
+
+
+def test_the_edit_of_a_picture_is_a_picture_whatever_its_name(tmp_path: Path) -> None:
+    """And that of a clip, or of what cannot be read, an MP4 file."""
+    expected = {"a.avif": ".png", "a.JPG": ".jpg", "a.webp": ".webp"}
+    for name in expected:
+        save_still(tmp_path / name, "colour")
+    (tmp_path / "a.jfif").write_bytes((tmp_path / "a.JPG").read_bytes())
+    encode(tmp_path / "a.mkv", grey_levels(2))
+    expected |= {"a.jfif": ".png", "a.mkv": ".mp4", "missing.avif": ".mp4"}
+    assert {name: video.default_ending(tmp_path / name) for name in expected} == expected
+
+
+def test_an_animated_avif_is_a_clip(tmp_path: Path) -> None:
+    """All its frames, and not the picture of its first one, which is also there."""
+    first, *rest = (Image.fromarray(image) for image in grey_levels(5))
+    first.save(tmp_path / "in.avif", save_all=True, append_images=rest, duration=100)
+    clip = video.read_video(tmp_path / "in.avif")
+    assert not clip.is_still and clip.rate == 10
+    assert (clip.frames.float().mean((1, 2, 3)) - 40 - 2 * torch.arange(5)).abs().max() < 2
+    assert video.default_ending(tmp_path / "in.avif") == ".mp4"
+
+
+@pytest.mark.parametrize("name", ["in.mjpeg", "in.MJPG"])
+def test_motion_jpeg_is_a_clip(tmp_path: Path, name: str) -> None:
+    """It begins as a photo does, and only its name tells that more follows."""
+    pictures = b""
+    for image in grey_levels(5):
+        Image.fromarray(image).save(tmp_path / "a.jpg", quality=97)
+        pictures += (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / name).write_bytes(pictures)
+    clip = video.read_video(tmp_path / name)
+    assert not clip.is_still and clip.timestamps == [0, 1, 2, 3, 4]
+    assert (clip.frames.float().mean((1, 2, 3)) - 40 - 2 * torch.arange(5)).abs().max() < 2
 
 
 @pytest.mark.parametrize("name", ["in.png", "in.jpg", "in.webp"])
@@ -1480,6 +1696,68 @@ def test_stills_are_written_without_loss_where_the_format_allows(
     again = np.array(Image.open(tmp_path / name).convert("RGB"))
     assert np.abs(again.astype(int) - picture()).max() <= worst
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in.png", name])
+
+
+def make_profile(size: int) -> bytes:
+    """The ICC profile of sRGB, followed by as many bytes that no reader looks at."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    length = len(profile) + size
+    return length.to_bytes(4, "big") + profile[4:] + np.random.default_rng(0).bytes(size)
+
+
+@pytest.mark.parametrize("size", [0, 1, 150_000])
+@pytest.mark.parametrize("name", ["in.png", "in.jpg", "in.webp", "in.avif"])
+def test_a_photo_keeps_its_colour_profile(tmp_path: Path, name: str, size: int) -> None:
+    """In every format of stills, beside EXIF and in parts where it is long; Pillow reads it."""
+    profile = make_profile(size)
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    subsampling = "4:4:4" if name == "in.avif" else 0
+    options = dict(quality=97, subsampling=subsampling, lossless=True)
+    options |= dict(icc_profile=profile, exif=exif)
+    Image.fromarray(picture()).save(tmp_path / name, **options)
+    for written in ("a.png", "a.jpg", "a.webp"):
+        edited(tmp_path / name, tmp_path / written)
+        with Image.open(tmp_path / written) as again:
+            assert again.info["icc_profile"] == profile
+            error = np.abs(np.array(again.convert("RGB")).astype(int) - picture())
+        assert error.max() <= (0 if {name[-4:], written[-4:]} <= {".png", "webp"} else 9)
+        assert video.read_video(tmp_path / written).profile == profile
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_a_profile_for_other_numbers_than_rgb_is_left_out(tmp_path: Path, mode: str) -> None:
+    """Grey and CMYK are read as RGB."""
+    space = {"L": b"GRAY", "CMYK": b"CMYK"}[mode]
+    profile = make_profile(0)
+    profile = profile[:16] + space + profile[20:]
+    Image.fromarray(picture()).convert(mode).save(tmp_path / "in.jpg", icc_profile=profile)
+    edited(tmp_path / "in.jpg", tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as again:
+        assert "icc_profile" not in again.info
+
+
+def test_a_profile_too_large_for_a_jpeg_is_left_out(tmp_path: Path) -> None:
+    """It would cost the edit."""
+    profile = make_profile(17_000_000)
+    Image.fromarray(picture()).save(tmp_path / "in.webp", lossless=True, icc_profile=profile)
+    edited(tmp_path / "in.webp", tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as again:
+        assert "icc_profile" not in again.info
+
+
+def test_fill_bytes_in_a_jpeg_are_passed_over(tmp_path: Path) -> None:
+    """Any number of FF may stand before a marker."""
+    shown = save_still(tmp_path / "in.jpg", "colour")
+    data = (tmp_path / "in.jpg").read_bytes()
+    size = int.from_bytes(data[4:6], "big")
+    filled = data[:2] + b"\xff" + data[2 : 4 + size] + b"\xff\xff\xff" + data[4 + size :]
+    (tmp_path / "in.jpg").write_bytes(filled)
+    clip = video.read_video(tmp_path / "in.jpg")
+    assert np.abs(clip.frames[0].numpy() - shown.astype(int)).max() <= 4
+    (tmp_path / "in.jpg").write_bytes(filled[:-2])
+    with pytest.raises(ValueError, match="cut short"):
+        video.read_video(tmp_path / "in.jpg")
 
 
 def test_a_clip_is_no_still_but_a_still_may_become_a_clip(tmp_path: Path) -> None:
