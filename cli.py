@@ -43,14 +43,20 @@ def fail(message: object) -> NoReturn:
     if isinstance(message, OSError):
         message = plain_reason(message)
     lines = str(message).strip().splitlines() or ["unknown error"]
-    print(f"error: {lines[0]}", file=sys.stderr)
+    _say(f"error: {lines[0]}")
     raise SystemExit(2)
 
 
 def note(text: str) -> None:
     """Print a line on stderr, once for all processes of torchrun."""
     if RANK == 0:
-        print(f"note: {text}", file=sys.stderr)
+        _say(f"note: {text}")
+
+
+def _say(line: str) -> None:
+    """Print on stderr; that nobody can read it, or its disk is full, costs no work."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def plain_reason(error: Exception) -> str:
@@ -116,6 +122,8 @@ def begin() -> None:
         raise SystemExit(128 + number)
 
     sys.excepthook = report
+    # Where stderr is closed (`2>&-`) it is None, which bars and notes cannot be written to.
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     if not hasattr(signal, "SIGUSR1"):  # Windows
         return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -28,8 +28,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import cli
 
 if __name__ == "__main__":
-    # Where stderr is closed (`2>&-`) it is None, which bars and notes cannot be written to.
-    sys.stderr = sys.stderr or open(os.devnull, "w")
     cli.begin()
     OPTIONS = cli.edit_parser().parse_args()  # before PyTorch, so that mistakes are found at once
 

@@ -697,9 +697,9 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.plan:
-        bench = Path(__file__).parent / "experiments" / "bench.py"
+        plan = Path(__file__).parent / "experiments" / "plan.py"
         options = sys.argv[1:] if argv is None else argv
-        raise SystemExit(subprocess.run([sys.executable, bench, *options]).returncode)
+        raise SystemExit(subprocess.run([sys.executable, plan, *options]).returncode)
     with parallel.Signals() as signals, parallel.processes() as device:
         try:
             launch(args, device, signals)

@@ -9,7 +9,6 @@
     $B --preset wan2.2-ti2v-5b --parts edit --memory-limit 24      # offloaded, in 24 GB of a GPU
     $B --preset wan2.2-ti2v-5b --parts load                        # loading, beside a plain read
     $B --preset wan2.2-ti2v-5b --all                               # all of this, in 9 minutes
-    $B --plan 8 --preset wan2.2-ti2v-5b                            # memory only: see plan.py
 
 Weights and clips are random, which changes no amount of work. What is compared runs in turn, so
 that other load on the machine meets both sides, and ratios are taken round by round. The table has
@@ -51,7 +50,7 @@ from tqdm import tqdm
 
 import rvedit
 import train
-from experiments import plan, runbook, workloads
+from experiments import runbook, workloads
 from experiments.workloads import Job, Runs
 from rvedit import RVEDiTConfig
 from sample import matmul_rate
@@ -398,12 +397,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="MINUTES",
         help="measure everything in these minutes (9), the most important first; see runbook.py",
     )
-    add(
-        "--plan",
-        type=cli.number(int, 1),
-        metavar="RANKS",
-        help="print the memory that training on RANKS GPUs takes; other options are train.py's",
-    )
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     args.few_steps = None
@@ -417,20 +410,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def ranks_to_plan(argv: list[str]) -> int | None:
-    """The value of --plan, whose other options are not ours but train.py's."""
-    parser = cli.Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--plan", type=cli.number(int, 1))
-    known, _ = parser.parse_known_args(argv)
-    return known.plan
-
-
 @cli.guarded
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if ranks_to_plan(argv):
-        plan.main(train.parse_arguments(argv))
-        return
     args = parse_arguments(argv)
     command = shlex.join(["python", "-m", "experiments.bench", *argv])
     try:

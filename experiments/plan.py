@@ -1,6 +1,6 @@
 """How much of each GPU's memory a training run takes, counted before it starts.
 
-    python -m experiments.bench --plan 8 --preset wan2.2-ti2v-5b  # all other options: train.py's
+    python train.py --plan 8 --preset wan2.2-ti2v-5b  # with all options of the run
 
 What stays in memory from step to step is counted from the shapes of the parameters. What a step
 adds is found by running `train.training_step` itself on the meta device, whose tensors have shapes
@@ -15,9 +15,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+if not __package__:  # run by its path: imports start in the repository, not in this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import cli
+
+if __name__ == "__main__":
+    cli.begin()
 
 import torch
 import torch.distributed as dist
@@ -311,8 +321,14 @@ def report(plan: Plan, num_blocks: int) -> str:
     return "\n".join(lines)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Print the plan of a run with train.py's options, which by default computes in bfloat16."""
+@cli.guarded
+def main(argv: list[str] | None = None) -> None:
+    """Print the plan of a run with these options of train.py, --plan among them."""
+    args = train.parse_arguments(argv)
     config = train.with_options(rvedit.preset(args.preset), args)
     planned = plan(config, args, args.plan)
     print(report(planned, config.dit.num_blocks))
+
+
+if __name__ == "__main__":
+    main()

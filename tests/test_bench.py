@@ -486,8 +486,8 @@ def test_every_stage_of_the_offloaded_full_size_edit_fits_in_24_gb():
 
 
 def test_the_plan_is_printed_as_a_table(capsys):
-    """`bench --plan` takes the options of train.py, and ends with the total."""
-    bench.main(["--plan", "4", "--size", "1", "32", "32", "--batch", "1"])
+    """It takes the options of train.py, and ends with the total."""
+    plan.main(["--plan", "4", "--size", "1", "32", "32", "--batch", "1"])
     table = capsys.readouterr().out
     state, step = table.split("in a step, beside those")
     gigabytes = [float(line.split()[-2]) for line in state.splitlines() if line]
@@ -500,7 +500,7 @@ def test_ranks_that_share_clips_keep_a_share_of_the_activations(capsys):
     """By the plan, each of 2 ranks keeps half of what a block of the DiT does on one."""
     kept = []
     for ranks in ("1", "2"):
-        bench.main(["--plan", "4", "--size", "9", "64", "64", "--sequence-parallel", ranks])
+        plan.main(["--plan", "4", "--size", "9", "64", "64", "--sequence-parallel", ranks])
         (line,) = [line for line in capsys.readouterr().out.splitlines() if "of 6 blocks" in line]
         kept.append(float(line.split()[-2]))
     dist.destroy_process_group()
