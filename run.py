@@ -272,8 +272,6 @@ def finished(out: Path) -> list[Path]:
 def check_out(args: argparse.Namespace) -> None:
     """Find out whether OUT is what the options take it for, before anything is loaded."""
     out, model, log = args.out, args.out / "model", args.out / "log.jsonl"
-    if model.is_symlink():
-        raise ValueError(f"{model} is a symbolic link, which the export would replace: remove it")
     rvedit.check_replaceable(model)
     checkpoints = finished(out)
     steps = len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0

@@ -297,7 +297,7 @@ _REFUSAL = re.compile(  # below the scores, where "I cannot see any flicker" is 
 )
 
 
-def _without_thoughts(text: str) -> str:
+def without_thoughts(text: str) -> str:
     """What follows the last thought; nothing of a thought that was opened and never closed."""
     # Servers often cut the opening mark off: the last closing one decides.
     text = re.split(f"(?i){_CLOSES}", text)[-1]
@@ -372,7 +372,7 @@ def _is_doubtful(lines: list[str]) -> bool:
 
 def parse_scores(answer: str) -> list[int] | None:
     """Read IC, CF and VQ from an answer, or None if one is missing, doubtful or out of bounds."""
-    text = _without_thoughts(_normal(answer))
+    text = without_thoughts(_normal(answer))
     if len(text) > LONGEST:
         return None
     lines = _without_tables(_plain(_without_json(text)))

@@ -66,7 +66,7 @@ from data import (
     triplets,
 )
 from experiments import chat
-from experiments.answers import _without_thoughts
+from experiments.answers import without_thoughts
 from shapes import CATEGORIES
 from vae import WanVAE
 
@@ -513,7 +513,7 @@ def checked_caption(answer: chat.Answer) -> str:
     """The caption in an answer. ValueError if it holds none: it would be trained on as ℓ*."""
     if answer.is_cut_off:
         raise ValueError(f"the answer was cut off ({answer.finish_reason})")
-    text = checked_text("caption", _without_thoughts(answer))
+    text = checked_text("caption", without_thoughts(answer))
     if not text:
         raise ValueError("the answer is empty")
     if REFUSAL.match(text):

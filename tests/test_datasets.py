@@ -651,7 +651,7 @@ def test_what_gets_no_caption_is_asked_for_again_and_alone(tmp_path: Path, monke
         ("I watch.", "I watch."),
     ],
 )
-def test_a_caption_is_the_answer_without_thoughts(tmp_path: Path, answer: str, caption: str):
+def test_a_caption_is_the_answerwithout_thoughts(tmp_path: Path, answer: str, caption: str):
     file, out = write_targets(tmp_path, 1), tmp_path / "out.jsonl"
     server = Captioner(lambda level, times: answer)
     datasets.main(["caption", str(file), "--out", str(out), "--url", server.url])

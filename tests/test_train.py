@@ -1253,7 +1253,7 @@ def test_mistakes_get_one_line_and_exit_code_2(start, alone, tmp_path, capsys):
         "is of another model": options(other, tmp_path / "run", "--resume"),
         "holds no run": options(start, tmp_path / "empty", "--export"),
         "holds no run to resume": options(start, tmp_path / "empty", "--resume"),
-        "is a symbolic link": options(start, tmp_path / "link"),
+        "link/model would be replaced": options(start, tmp_path / "link"),
         "neither a checkpoint of ours": options(start, tmp_path / "foreign"),
         "does not exist": options(tmp_path / "nowhere", tmp_path / "empty"),
         "whole number at least 1": ["--batch", "0"],
