@@ -342,6 +342,7 @@ def options(**changes):
         "lr": 1e-3,
         "out": Path("/nowhere"),
         "sequence_parallel": 1,
+        "keep": 2,
         "routing_depth": None,
         "align_weight": None,
         "temperature": None,
