@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -418,7 +419,11 @@ def test_a_pass_over_2000_rows_keeps_memory_flat(tmp_path: Path):
     """With 2 workers, from H.264 clips: what all processes hold, in the first and last 200 rows."""
     for i in range(4):
         video.write_video(tmp_path / f"{i}.mp4", make_clip(9, 64, 64, i))
-    rows = [f"{i % 4}.mp4,{i // 4 % 4}.mp4,edit {i} {'x' * 200}" for i in range(2000)]
+    pairs = itertools.cycle(itertools.permutations(range(4), 2))
+    rows = []
+    for i in range(2000):
+        source, target = next(pairs)
+        rows.append(f"{source}.mp4,{target}.mp4,edit {i} {'x' * 200}")
     (tmp_path / "t.csv").write_text("\n".join(["src_video,tgt_video,prompt", *rows]))
 
     class Fitted(TripletDataset):
