@@ -43,17 +43,17 @@ def fail(message: object) -> NoReturn:
     if isinstance(message, OSError):
         message = plain_reason(message)
     lines = str(message).strip().splitlines() or ["unknown error"]
-    _say(f"error: {lines[0]}")
+    say(f"error: {lines[0]}")
     raise SystemExit(2)
 
 
 def note(text: str) -> None:
     """Print a line on stderr, once for all processes of torchrun."""
     if RANK == 0:
-        _say(f"note: {text}")
+        say(f"note: {text}")
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Print on stderr; that nobody can read it, or its disk is full, costs no work."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)

@@ -413,10 +413,9 @@ def announce(args: Namespace, plan: Forecast) -> None:
     minutes = args.steps * plan.step / rate / 60
     if minutes > 1:
         in_windows = "1 window" if plan.windows == 1 else f"{plan.windows} windows"
-        print(
+        cli.say(
             f"plan: {in_windows} and {args.steps} steps of {plan.step / 1e12:.3g} TFLOP, at least "
-            f"{minutes:,.0f} min of denoising; {plan.memory / 1e9:.1f} GB of memory",
-            file=sys.stderr,
+            f"{minutes:,.0f} min of denoising; {plan.memory / 1e9:.1f} GB of memory"
         )
 
 

@@ -1292,7 +1292,7 @@ def _prepare_track(clip: Video, stream: Stream, ending: str, is_empty: bool) -> 
     """Copy a track, or encode it, or give it up; what is lost is said on stderr."""
 
     def note(text: str) -> None:
-        print(f"note: {clip.path}: sound (stream {stream.index}) {text}", file=sys.stderr)
+        cli.say(f"note: {clip.path}: sound (stream {stream.index}) {text}")
 
     if is_empty:  # declared by a broadcast, say, but cut off or never sent
         note("was left out: it is empty")

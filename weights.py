@@ -33,6 +33,8 @@ import cli
 
 MAX_SHARD_BYTES = 5_000_000_000
 
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
+
 # The tokens of Qwen's chat text that stand for more than their letters.
 CHAT_TOKENS = (
     "<|endoftext|>",
@@ -649,7 +651,7 @@ def _what_it_is(path: Path) -> str | None:
             start = file.read(200).lower()
     except OSError:
         return None
-    if start.startswith(b"version https://git-lfs"):
+    if start.startswith(LFS_POINTER):
         return "it is a Git LFS pointer: run `git lfs pull`"
     if start.lstrip().startswith((b"<!doctype", b"<html")):
         return "it is a web page: download it again"

@@ -69,6 +69,7 @@ from experiments import chat
 from experiments.answers import without_thoughts
 from shapes import CATEGORIES
 from vae import WanVAE
+from weights import LFS_POINTER
 
 # --- The public sets as they lie on disk ----------------------------------------------------------
 
@@ -114,7 +115,6 @@ VERBS = {
     "Local Add": re.compile(r"\W*(please )?(add|insert|put|place)\b", re.IGNORECASE),
 }
 
-POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
 LONGEST_POINTER = 1024  # bytes
 TABLES = (".csv", ".tsv", ".json", ".jsonl")  # how the names of tables end
 
@@ -169,10 +169,10 @@ def has_content(clip: str) -> bool:
         if os.path.getsize(clip) > LONGEST_POINTER:
             return True
         with open(clip, "rb") as file:
-            start = file.read(len(POINTER))
+            start = file.read(len(LFS_POINTER))
     except OSError:
         return False
-    return start not in (b"", POINTER)
+    return start not in (b"", LFS_POINTER)
 
 
 class Folders:
