@@ -192,6 +192,10 @@ for _meaning, _text in TABLE.items():
         HELD_OUT[_meaning] = _split(_held_out)
 
 
+class CannotBeSaid(Exception):
+    """The scene does not allow the edit, or the words do not name its object."""
+
+
 class Talk:
     """A clip and what is said of it so far: chooses words, and objects that can be named.
 
@@ -233,8 +237,8 @@ class Talk:
             words = self.say("polite", it=words)
         return words
 
-    def choose(self) -> tuple[Shape, str] | None:
-        """An object that is not edited yet, and its name; None if none can be named."""
+    def choose(self) -> tuple[Shape, str]:
+        """An object that is not edited yet, and its name. CannotBeSaid if none can be named."""
         # What the first edit took away or brought must not be meant by the second.
         pool = list(dict.fromkeys(self.source.shapes + self.scene.shapes))
         named = []
@@ -243,7 +247,7 @@ class Talk:
             if shape in self.source.shapes and ways:
                 named.append((shape, ways))
         if not named:
-            return None
+            raise CannotBeSaid
         shape, ways = self.pick(named)
         attributes, side = self.pick(ways)
         return shape, noun(self, shape, attributes, side)
@@ -341,54 +345,42 @@ def references(shape: Shape, pool: Iterable[Shape], extent: Extent) -> list[tupl
 
 # --- Edits ----------------------------------------------------------------------------------------
 
-# Each returns the target and the words, or None if it does not fit the scene.
+# Each returns the target and the words, or raises CannotBeSaid.
 
 Edit = tuple[Scene, str]
 
 
-def remove_one(talk: Talk) -> Edit | None:
-    chosen = talk.choose()
-    if chosen is None:
-        return None
-    shape, name = chosen
+def remove_one(talk: Talk) -> Edit:
+    shape, name = talk.choose()
     words = talk.command("remove", it=f"the {name}", bare=name)
     return exchange(talk.scene, shape), words
 
 
-def recolor_one(talk: Talk) -> Edit | None:
-    chosen = talk.choose()
-    if chosen is None:
-        return None
-    shape, name = chosen
+def recolor_one(talk: Talk) -> Edit:
+    shape, name = talk.choose()
     colors = talk.scene.visible_colors
     color = talk.pick([color for color in colors if color != shape.color])
     words = talk.command("color", it=f"the {name}", color=talk.say(color))
     return exchange(talk.scene, shape, replace(shape, color=color)), words
 
 
-def reshape_one(talk: Talk) -> Edit | None:
+def reshape_one(talk: Talk) -> Edit:
     """Another form; the colour changes as well if the new form is said with one."""
-    chosen = talk.choose()
-    if chosen is None:
-        return None
-    shape, name = chosen
-    attributes = ["form"]
+    shape, name = talk.choose()
+    said = ["form"]
     forms = [form for form in talk.scene.world.forms if form != shape.form]
     new = replace(shape, form=talk.pick(forms))
     if talk.chance(0.4):
-        attributes.append("color")
+        said.append("color")
         new = replace(new, color=talk.pick(talk.scene.visible_colors))
-    thing = _with_article(noun(talk, new, attributes))
+    thing = _with_article(noun(talk, new, said))
     words = talk.command("form", it=f"the {name}", new=thing)
     return exchange(talk.scene, shape, new), words
 
 
-def resize_one(talk: Talk) -> Edit | None:
+def resize_one(talk: Talk) -> Edit:
     """A named size, or one step up or down."""
-    chosen = talk.choose()
-    if chosen is None:
-        return None
-    shape, name = chosen
+    shape, name = talk.choose()
     sizes = talk.scene.world.sizes
     size = talk.pick([size for size in sizes if size != shape.size])
     step = sizes.index(size) - sizes.index(shape.size)
@@ -399,7 +391,7 @@ def resize_one(talk: Talk) -> Edit | None:
     return exchange(talk.scene, shape, replace(shape, size=size)), words
 
 
-def recolor_background(talk: Talk) -> Edit | None:
+def recolor_background(talk: Talk) -> Edit:
     """A background of one tone, in which every object can still be seen."""
     tones = []
     for tone in scenes.PLAIN_TONES:
@@ -407,19 +399,19 @@ def recolor_background(talk: Talk) -> Edit | None:
         if all(shape.color in visible for shape in talk.scene.shapes):
             tones.append(tone)
     if not tones:
-        return None
+        raise CannotBeSaid
     tone = talk.pick(tones)
     words = talk.command("background", color=talk.say(tone))
     return replace(talk.scene, tone=tone, pattern="plain"), words
 
 
-def remove_all(talk: Talk) -> Edit | None:
+def remove_all(talk: Talk) -> Edit:
     members, name = talk.choose_group()
     rest = tuple(shape for shape in talk.scene.shapes if shape not in members)
     return replace(talk.scene, shapes=rest), talk.say("remove", it=name)
 
 
-def recolor_all(talk: Talk) -> Edit | None:
+def recolor_all(talk: Talk) -> Edit:
     members, name = talk.choose_group()
     color = talk.pick(talk.scene.visible_colors)
     shapes = []
@@ -429,38 +421,36 @@ def recolor_all(talk: Talk) -> Edit | None:
     return replace(talk.scene, shapes=tuple(shapes)), words
 
 
-def add_one(talk: Talk) -> Edit | None:
+def add_one(talk: Talk) -> Edit:
     """A new object; what is not said of it has its default."""
     says_place = talk.chance(0.7)
     place = talk.pick(scenes.PLACES) if says_place else "in the center"
     shape = new_shape(talk.rng, talk.scene, place, talk.extent)
-    defaults = {
-        "color": talk.scene.visible_colors[0],
-        "size": "medium",
-        "motion": "still",
-    }
-    said = ["form"]
-    for attribute, share in (("color", 0.9), ("size", 0.5), ("motion", 0.5)):
+    said = {"form"}
+    for attribute, share, default in (
+        ("color", 0.9, talk.scene.visible_colors[0]),
+        ("size", 0.5, "medium"),
+        ("motion", 0.5, "still"),
+    ):
         if talk.chance(share):
-            said.append(attribute)
+            said.add(attribute)
         else:
-            shape = replace(shape, **{attribute: defaults[attribute]})
-    says_motion = "motion" in said
-    thing = _with_article(noun(talk, shape, [name for name in said if name != "motion"]))
+            shape = replace(shape, **{attribute: default})
+    thing = _with_article(noun(talk, shape, said - {"motion"}))
     if says_place:
         thing = f"{thing} {_place(talk, place)}"
-    if says_motion:
+    if "motion" in said:
         thing = f"{thing} {_way(talk, shape.motion)}"
     target = replace(talk.scene, shapes=(*talk.scene.shapes, shape))
     return target, talk.command("add", it=thing)
 
 
-def restyle(talk: Talk) -> Edit | None:
+def restyle(talk: Talk) -> Edit:
     style = talk.pick(talk.scene.world.styles)
     return replace(talk.scene, style=style), talk.command(f"{style} style")
 
 
-def ask_for_absent(talk: Talk) -> Edit | None:
+def ask_for_absent(talk: Talk) -> Edit:
     """An edit of an object whose colour and form no object has together: nothing changes."""
     there = [(shape.color, shape.form) for shape in talk.scene.shapes]
     world = talk.scene.world
@@ -544,14 +534,14 @@ def throw(
     sentences = []
     for part in parts:
         rules = [rule for rule in EDITS[part] if talk.alone or rule not in OF_GROUPS]
-        edit = talk.pick(rules)(talk)
-        if edit is None:
+        try:
+            talk.scene, words = talk.pick(rules)(talk)
+        except CannotBeSaid:
             return source, source, ""
-        talk.scene, words = edit
         sentences.append(words)
     request = sentences[0]
     if not talk.alone:
         request = talk.say("join", a=sentences[0], b=sentences[1])
     if held_out and not talk.said_held_out:
-        request = ""
-    return source, talk.scene, request and typed(rng, request, slips=not held_out)
+        return source, source, ""
+    return source, talk.scene, typed(rng, request, slips=not held_out)

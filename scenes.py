@@ -52,6 +52,7 @@ BACKGROUNDS = {  # the two tones of a pattern
     "charcoal": ((66, 68, 74), (44, 45, 50)), "forest": ((48, 82, 70), (31, 58, 50)),
 }
 PLAIN_TONES = {"white": (255, 255, 255), "black": (0, 0, 0), **COLORS}  # what people ask for
+TONES = BACKGROUNDS | {tone: (color, color) for tone, color in PLAIN_TONES.items()}
 STYLES = {  # what a clip in that style is called
     "gray": ("a black and white film", "a gray film without any color"),
     "sepia": ("an old sepia film", "a faded brown sepia photograph"),
@@ -78,97 +79,63 @@ HUELESS = ("gray", "sepia", "green", "negative")  # the caption of such a clip n
 MIN_CONTRAST = 100  # RGB distance of a shape from the background
 MIN_GAP = 0.15  # "on the left" is further left by at least this much
 
-# Each form is a signed distance, exact near the outline, from a form of radius 1, negative inside.
-# All forms are symmetric, so x is given as |x|. y points down.
+# --- Forms and patterns ---------------------------------------------------------------------------
+
+FORMS = ("circle", "ring", "square", "diamond", "triangle", "cross", "heart", "star")
+PATTERNS = ("plain", "gradient", "striped", "checkered", "cloudy")
 
 
-def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.hypot(x, y) - 0.95
+def signed_distance(form: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How far points are outside a form of radius 1; negative inside, exact near the outline.
 
-
-def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.abs(np.hypot(x, y) - 0.72) - 0.28
-
-
-def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(x, np.abs(y)) - 0.86
-
-
-def _diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return 0.8 * x + 0.6 * np.abs(y) - 0.72
-
-
-def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    below_base = y - 0.2
-    beyond_side = 0.866 * x - 0.5 * (y - 0.2)
-    return np.maximum(below_base, beyond_side) - 0.62
-
-
-def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    y = np.abs(y)
-    beyond_ends = np.maximum(x, y) - 1
-    beyond_arms = np.minimum(x, y) - 0.36
-    return np.maximum(beyond_ends, beyond_arms)
-
-
-def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    square_on_its_corner = 0.7071 * (x + np.abs(y))
-    half_disc = np.hypot(x - 0.4243, y + 0.4243)
-    return np.minimum(square_on_its_corner, half_disc) - 0.6
-
-
-def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # The plane is folded onto one of the ten edges, from a tip at radius 1.2 to a notch at 0.6,
-    # 36 degrees (0.628) away. 1.1125 is the direction of that edge's normal, 0.531 its distance.
+    All forms are symmetric, so x is given as |x|. y points down.
+    """
+    if form == "circle":
+        return np.hypot(x, y) - 0.95
+    if form == "ring":
+        return np.abs(np.hypot(x, y) - 0.72) - 0.28
+    if form == "square":
+        return np.maximum(x, np.abs(y)) - 0.86
+    if form == "diamond":
+        return 0.8 * x + 0.6 * np.abs(y) - 0.72
+    if form == "triangle":
+        below_base = y - 0.2
+        beyond_side = 0.866 * x - 0.5 * (y - 0.2)
+        return np.maximum(below_base, beyond_side) - 0.62
+    if form == "cross":
+        y = np.abs(y)
+        beyond_ends = np.maximum(x, y) - 1
+        beyond_arms = np.minimum(x, y) - 0.36
+        return np.maximum(beyond_ends, beyond_arms)
+    if form == "heart":
+        square_on_its_corner = 0.7071 * (x + np.abs(y))
+        half_disc = np.hypot(x - 0.4243, y + 0.4243)
+        return np.minimum(square_on_its_corner, half_disc) - 0.6
+    # A star. The plane is folded onto one of its ten edges, from a tip at radius 1.2 to a notch at
+    # 0.6, 36 degrees (0.628) away. 1.1125 is the direction of that edge's normal, 0.531 its
+    # distance.
     folded = np.abs((np.arctan2(x, -y) + 0.628) % 1.257 - 0.628)
     return np.hypot(x, y) * np.cos(folded - 1.1125) - 0.531
 
 
-FORMS = {
-    "circle": _circle,
-    "ring": _ring,
-    "square": _square,
-    "diamond": _diamond,
-    "triangle": _triangle,
-    "cross": _cross,
-    "heart": _heart,
-    "star": _star,
-}
+def second_tone(pattern: str, u: np.ndarray, v: np.ndarray, k: float, unit: int) -> np.ndarray:
+    """The share of the background's second tone at (u, v); what is beyond [0, 1] gets clipped.
 
-# Each pattern gives the share of the background's second tone; it is clipped to [0, 1].
-# u and v: rotated coordinates. ramp: u, from 0 to 1 over the frame. k: wave number.
-# edge: turns the zeros of a wave into edges of one pixel.
+    k: the pattern's wave number. unit: pixels to a length of 1.
+    """
+    edge = unit / k  # turns the zeros of a wave into edges of one pixel
+    if pattern == "gradient":
+        return (u - u.min()) / (u.max() - u.min())
+    if pattern == "striped":
+        return 0.5 + edge * np.sin(k * u)
+    if pattern == "checkered":
+        return 0.5 + edge * np.sin(k * u) * np.sin(k * v)
+    if pattern == "cloudy":
+        wide = np.sin(k / 2 * u + 2 * np.sin(k / 3 * v))
+        fine = np.sin(k / 1.5 * v + np.sin(k * u))
+        return 0.5 + 0.25 * (wide + fine)
+    return np.zeros_like(u)  # plain
 
-
-def _plain(u, v, ramp, k, edge):
-    return 0 * u
-
-
-def _gradient(u, v, ramp, k, edge):
-    return ramp
-
-
-def _striped(u, v, ramp, k, edge):
-    return 0.5 + edge * np.sin(k * u)
-
-
-def _checkered(u, v, ramp, k, edge):
-    return 0.5 + edge * np.sin(k * u) * np.sin(k * v)
-
-
-def _cloudy(u, v, ramp, k, edge):
-    wide = np.sin(k / 2 * u + 2 * np.sin(k / 3 * v))
-    fine = np.sin(k / 1.5 * v + np.sin(k * u))
-    return 0.5 + 0.25 * (wide + fine)
-
-
-PATTERNS = {
-    "plain": _plain,
-    "gradient": _gradient,
-    "striped": _striped,
-    "checkered": _checkered,
-    "cloudy": _cloudy,
-}
 
 # --- Scenes ---------------------------------------------------------------------------------------
 
@@ -190,12 +157,12 @@ class World(NamedTuple):
 
 WORLDS = {
     "all": World(
-        forms=tuple(FORMS),
+        forms=FORMS,
         colors=tuple(COLORS),
         sizes=tuple(SIZES),
         motions=tuple(MOTIONS),
         tones=tuple(BACKGROUNDS),
-        patterns=tuple(PATTERNS),
+        patterns=PATTERNS,
         styles=tuple(STYLES),
         most=4,
     ),
@@ -281,18 +248,11 @@ def _raster(shape: Shape, extent: Extent) -> _Raster:
     columns, x = _reach(centers[:, 0], radius, W, unit)
     y = y[:, :, None]  # (T, h, 1)
     x = x[:, None, :]  # (T, 1, w)
-    distance = FORMS[shape.form](np.abs(x), y) * (radius * unit)  # (T, h, w), in pixels
+    distance = signed_distance(shape.form, np.abs(x), y) * (radius * unit)  # (T, h, w), in pixels
     light = 1.02 - 0.08 * y[..., None]  # a little brighter at the top
     color = np.array(COLORS[shape.color], np.float32) * light
     coverage = np.clip(0.5 - distance, 0, 1)  # from 1 to 0 within a pixel of the outline
     return _Raster((slice(None), rows, columns), coverage, color)
-
-
-def tones(tone: str) -> np.ndarray:
-    """The two tones of a background, (2, 3); they are the same if it is one of PLAIN_TONES."""
-    if tone in PLAIN_TONES:
-        return np.array([PLAIN_TONES[tone]] * 2, np.float32)
-    return np.array(BACKGROUNDS[tone], np.float32)
 
 
 def _background(scene: Scene, extent: Extent) -> np.ndarray:
@@ -303,12 +263,9 @@ def _background(scene: Scene, extent: Extent) -> np.ndarray:
     x = (np.arange(W, dtype=np.float32) + 0.5) / unit
     u = x * math.cos(scene.angle) + y * math.sin(scene.angle)  # (H, W)
     v = y * math.cos(scene.angle) - x * math.sin(scene.angle)
-    ramp = (u - u.min()) / (u.max() - u.min())
-    k = 2 * math.pi / scene.period
-    edge = unit / k
-    mix = PATTERNS[scene.pattern](u, v, ramp, k, edge)  # (H, W)
-    share = np.clip(mix, 0, 1)[..., None]  # of the second tone
-    first, second = tones(scene.tone)
+    share = second_tone(scene.pattern, u, v, 2 * math.pi / scene.period, unit)  # (H, W)
+    share = np.clip(share, 0, 1)[..., None]
+    first, second = np.array(TONES[scene.tone], np.float32)
     return first + share * (second - first)
 
 
@@ -369,8 +326,8 @@ def visible_colors(tone: str, world: World) -> list[str]:
     """The colours of a world that stand out from both tones of a background."""
     visible = []
     for color in world.colors:
-        distances = np.linalg.norm(tones(tone) - COLORS[color], axis=1)
-        if distances.min() > MIN_CONTRAST:
+        difference = np.array(TONES[tone], np.float32) - COLORS[color]  # (2, 3)
+        if np.linalg.norm(difference, axis=1).min() > MIN_CONTRAST:
             visible.append(color)
     return visible
 

@@ -113,19 +113,18 @@ def caption(scene: Scene) -> str:
 
 def refer(rng: np.random.Generator, shape: Shape, pool: Sequence[Shape], extent: Extent) -> str:
     """Words that name one shape of a pool and no other; "" if there are none."""
-    names = []
-    if not twins_of(shape, pool, "form"):
-        names.append(f"the {shape.form}")
+    name = f"{shape.color} {shape.form}"
+    ways = {  # attributes, and the words that say them
+        ("form",): f"the {shape.form}",
+        ("color", "form"): f"the {name}",
+        ("size", "color", "form"): f"the {shape.size} {name}",
+        ("motion", "color", "form"): f"the {name} {_moving(shape)}",
+    }
+    names = [words for attributes, words in ways.items() if not twins_of(shape, pool, *attributes)]
     twins = twins_of(shape, pool, "color", "form")
-    if not twins:
-        names.append(f"the {shape.color} {shape.form}")
-    if not twins_of(shape, pool, "size", "color", "form"):
-        names.append(f"the {shape.size} {shape.color} {shape.form}")
-    if not twins_of(shape, pool, "motion", "color", "form"):
-        names.append(f"the {shape.color} {shape.form} {_moving(shape)}")
     for side in SIDES:
         if twins and is_furthest(shape, twins, side, extent):
-            names.append(f"the {shape.color} {shape.form} {side}")
+            names.append(f"the {name} {side}")
     return pick(rng, names or [""])
 
 
@@ -228,18 +227,16 @@ def draw_edit(
     """
     looked_at = looked_at or extent
     while True:
-        if words == "plain" or (words == "people" and category in EVERYTHING and _is_plain(rng)):
+        plain = words == "plain"
+        if words == "people" and category in EVERYTHING:
+            plain = rng.random() < 1 / 3  # so that a model learns both
+        if plain:
             source, target, instruction = _throw(rng, category, extent, world)
         else:
             held_out = words == "held-out"
             source, target, instruction = people.throw(rng, category, extent, world, held_out)
         if instruction and is_clear(source, looked_at) and is_clear(target, looked_at):
             return source, target, instruction
-
-
-def _is_plain(rng: np.random.Generator) -> bool:
-    """Of the instructions "people" a third are plain ones, so that a model learns both."""
-    return rng.random() < 1 / 3
 
 
 # --- The data set ---------------------------------------------------------------------------------
@@ -328,25 +325,19 @@ class ShapesDataset(Dataset):
         """Draw scenes, words and clips until the edit is large and strong enough to be seen."""
         if not 0 <= index < self.size:
             raise IndexError(f"clip {index} of {self.size}")
+        category = self._category(index)
         rng = np.random.default_rng((self.seed, index))
         while True:
             source, target, instruction = draw_edit(
-                rng,
-                self._category(index),
-                self.extent,
-                self.looked_at,
-                self.words,
-                WORLDS[self.world],
+                rng, category, self.extent, self.looked_at, self.words, WORLDS[self.world]
             )
             before, after = render(source, self.extent), render(target, self.extent)
             mask = _differs(before, after)
             if target.style is not None:
                 mask[:] = True
-            if target == source:  # a request for what is not there
-                return Sample(source, target, instruction, (before, after), mask)
-            # Too small or too faint an edit teaches nothing, so another one is drawn.
-            change = np.square(before[mask].astype(np.float32) - after[mask])  # (pixels, 3)
-            if mask.mean() >= MIN_AREA and change.mean() >= MIN_CHANGE**2:
+            # Too small or too faint an edit teaches nothing, so another one is drawn. A request for
+            # what is not there has none.
+            if target == source or _is_visible(before, after, mask):
                 return Sample(source, target, instruction, (before, after), mask)
 
 
@@ -354,6 +345,12 @@ def _differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The pixels in which two clips differ in any channel, (T, H, W)."""
     differs = a != b  # (T, H, W, 3)
     return differs[..., 0] | differs[..., 1] | differs[..., 2]  # any(-1) takes four times as long
+
+
+def _is_visible(before: np.ndarray, after: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether an edit is large and strong enough to be seen."""
+    change = np.square(before[mask].astype(np.float32) - after[mask])  # (pixels, 3)
+    return mask.mean() >= MIN_AREA and change.mean() >= MIN_CHANGE**2
 
 
 def categories_of(world: str) -> tuple[str, ...]:

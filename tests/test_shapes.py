@@ -66,14 +66,18 @@ def test_sample_is_a_function_of_seed_and_index():
     assert output.strip() == first[9]
 
 
-def test_the_default_draws_stay_what_they_were():
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("plain", "d1b9940455ef385a"), ("people", "ab3aab273337f515"), ("held-out", "361f17e5b95ad913")],
+)
+def test_the_draws_stay_what_they_were(words: str, expected: str):
     """The README's numbers are of these clips: a change of words or scenes would void them."""
-    dataset = ShapesDataset(2026, 100, 9, 128, 128, ALL)
+    dataset = ShapesDataset(2026, 100, 9, 128, 128, ALL, words=words)
     digest = hashlib.sha256()
     for index in range(100):
         source, target, instruction, *_ = dataset.sample(index)
         digest.update(repr((source, target, instruction)).encode())
-    assert digest.hexdigest() == "d1b9940455ef385ad9fbb5dae258f823179cf96954f127d8331c427d3a856c88"
+    assert digest.hexdigest()[:16] == expected
 
 
 def test_the_coarse_check_draws_clips_that_are_clear_at_full_size():
