@@ -312,12 +312,7 @@ def lengths_differ(rows: Sequence[Tensor]) -> bool:
 
 def connector(in_dim: int, dim: int) -> nn.Sequential:
     """Map hidden states of the MLLM to the width of the DiT."""
-    first = nn.Linear(in_dim, dim)
-    last = nn.Linear(dim, dim)
-    # Zero at first, as in Kiwi-Edit: training starts from a DiT that has no condition.
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(first, nn.GELU(approximate="tanh"), last)
+    return nn.Sequential(nn.Linear(in_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
 
 
 class EditEncoder(nn.Module):
@@ -329,13 +324,11 @@ class EditEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.config = config
         in_dim, dim = qwen.config.hidden_size, config.dit.dim
-        queries = torch.empty(config.num_editing_tokens, in_dim)
-        self.queries = nn.Parameter(nn.init.trunc_normal_(queries, std=0.02))
+        self.queries = nn.Parameter(torch.zeros(config.num_editing_tokens, in_dim))
         # Kiwi-Edit reads a still with queries of its own. Without them it is read as a short clip.
         self.image_queries = None
         if config.num_image_tokens:
-            queries = torch.empty(config.num_image_tokens, in_dim)
-            self.image_queries = nn.Parameter(nn.init.trunc_normal_(queries, std=0.02))
+            self.image_queries = nn.Parameter(torch.zeros(config.num_image_tokens, in_dim))
         self.editing_connector = connector(in_dim, dim)
         self.visual_connector = connector(in_dim, dim)
         self.textual_connector = connector(in_dim, dim)

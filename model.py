@@ -206,8 +206,7 @@ class Block(nn.Module):
             nn.GELU(approximate="tanh"),
             nn.Linear(config.ffn_dim, config.dim),
         )
-        modulation = torch.empty(1, 6, config.dim)
-        self.modulation = nn.Parameter(nn.init.trunc_normal_(modulation, std=config.dim**-0.5))
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
     def forward(
         self,
@@ -245,8 +244,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.head = Float32Linear(config.dim, config.out_channels * math.prod(config.patch_size))
-        modulation = torch.empty(1, 2, config.dim)
-        self.modulation = nn.Parameter(nn.init.trunc_normal_(modulation, std=config.dim**-0.5))
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, S, d), time (B, d) float32 -> (B, S, pt · ph · pw · C) float32."""
@@ -270,9 +268,6 @@ class WanDiT(nn.Module):
         dim, patch = config.dim, config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch, stride=patch)
         self.source_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch, stride=patch)
-        # Training starts from a backbone that knows no source clip, so at first it changes nothing.
-        nn.init.zeros_(self.source_embedding.weight)
-        nn.init.zeros_(self.source_embedding.bias)
         self.time_embedding = nn.Sequential(
             Float32Linear(config.freq_dim, dim), nn.SiLU(), Float32Linear(dim, dim)
         )

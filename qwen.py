@@ -10,7 +10,6 @@ a clip, where t counts pairs of frames.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -474,10 +473,8 @@ class LoRALinear(nn.Linear):
         super().__init__(base.in_features, base.out_features, bias=has_bias, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.scale = scale
-        self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
-        self.lora_B = nn.Parameter(base.weight.new_empty(base.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)  # the layer starts as its base
+        self.lora_A = nn.Parameter(base.weight.new_zeros(rank, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         update = F.linear(F.linear(x, self.lora_A), self.lora_B)

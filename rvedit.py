@@ -231,8 +231,8 @@ def preset(name: str) -> RVEDiTConfig:
 def initialise(module: nn.Module, seed: int = 0, names: Iterable[str] | None = None) -> None:
     """Draw parameters from (seed, parameter name), whatever the device and the sharding.
 
-    Networks are built on the meta device, so what their constructors set is never seen: the values
-    that a training starts from are these. names: which parameters; None draws all of them.
+    No training starts from other values: networks are built on the meta device, where constructors
+    set none. names: which parameters; None draws all of them.
     """
     parameters = dict(module.named_parameters())
     names = list(parameters if names is None else names)
@@ -254,7 +254,7 @@ def _noise(seed: int, name: str, shape: torch.Size) -> Tensor:
 
 def _initial_value(name: str, noise: Tensor, from_scratch: bool) -> Tensor:
     """A parameter's initial value by its name. from_scratch: no part of the model was trained."""
-    if name.endswith((".bias", "lora_B")) or _starts_silent(name, from_scratch):
+    if name.endswith(".bias") or _starts_silent(name, from_scratch):
         return torch.zeros_like(noise)
     if re.search(r"gamma$|(norm\w*|ln_q)\.weight$", name):  # the scale of a norm
         return torch.ones_like(noise)
@@ -274,11 +274,15 @@ def _initial_value(name: str, noise: Tensor, from_scratch: bool) -> Tensor:
 
 def _starts_silent(name: str, from_scratch: bool) -> bool:
     """Whether a layer is zero at first, so that it changes nothing until it is trained."""
+    if name.endswith("lora_B"):
+        return True  # each layer starts as it was before its LoRA
     if "head.head." in name:
-        return True  # the last layer of the DiT: a new model predicts no motion
+        return True  # the last layer of the DiT: a new model's velocity is zero
     if from_scratch:
         return False  # nothing can be disturbed, and it learns sooner to keep the source
-    return "connector.2." in name or "source_embedding." in name  # Kiwi-Edit's choice
+    # Kiwi-Edit's choice: the DiT starts as Wan's, which knows no source clip, and its context is
+    # zero. The last layer of each connector sees to that.
+    return "connector.2." in name or "source_embedding." in name
 
 
 # --- Loading and saving ---------------------------------------------------------------------------

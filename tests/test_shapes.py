@@ -68,7 +68,11 @@ def test_sample_is_a_function_of_seed_and_index():
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("plain", "d1b9940455ef385a"), ("people", "ab3aab273337f515"), ("held-out", "361f17e5b95ad913")],
+    [
+        ("plain", "d1b9940455ef385a"),
+        ("people", "ab3aab273337f515"),
+        ("held-out", "361f17e5b95ad913"),
+    ],
 )
 def test_the_draws_stay_what_they_were(words: str, expected: str):
     """The README's numbers are of these clips: a change of words or scenes would void them."""
