@@ -117,11 +117,11 @@ def resize_as_pillow(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_as_torchvision(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """torchvision's antialiased bicubic `resize` of uint8 frames (T, 3, H, W): float32, rounded."""
+    """torchvision's antialiased bicubic `resize` of uint8 frames (T, 3, H, W), in float32."""
     if size == frames.shape[2:]:
         return frames
     resized = F.interpolate(frames.float(), size=size, mode="bicubic", antialias=True)
-    return resized.clamp(0, 255).round().to(torch.uint8)
+    return resized.clamp(0, 255).round().to(torch.uint8)  # as torchvision rounds
 
 
 def normalise(frames: Tensor) -> Tensor:

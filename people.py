@@ -9,8 +9,8 @@ The rules are those of shapes.py, and these, for what people say and shapes.py d
 - A new background has one tone of that colour and no pattern.
 - A request for an object that is not there changes nothing.
 
-A part of the words is held out of training (behind a bar in the tables below): a held-out
-request has at least one of them, and no other request has any.
+A part of the words is held out of training: a held-out request has at least one of them, and no
+other request has any.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from scenes import (
 
 # --- Words ----------------------------------------------------------------------------------------
 
-# A held-out word can be understood from its spelling or from the rest of the sentence: nothing
-# else could be asked of a model that never met any other text.
+# What is meant, and the ways to say it. Behind a bar are those that are held out. Each of them can
+# be understood from its spelling or from the rest of the sentence: nothing else could be asked of a
+# model that never met any other text.
 # fmt: off
 TABLE = {
     "circle": "circle, ball, disc, dot, sphere | disk",

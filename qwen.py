@@ -78,7 +78,7 @@ class QwenConfig:
         text = defaults | config_json | _object(config_json, "text_config")
         rope = _object(text, "rope_parameters") or _object(text, "rope_scaling")
         text |= rope
-        # transformers 4.49 leaves out what is as in its defaults, which are not the 3B model's.
+        # transformers 4.49 leaves out what is its own default, and these two are the 7B model's.
         vision = asdict(VisionConfig(hidden_size=3584, tokens_per_second=4))
         vision |= _object(config_json, "vision_config")
         for where, name, supported in (
@@ -482,7 +482,7 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(qwen: Qwen2_5_VL, rank: int, alpha: float) -> None:
-    """Give q, k, v, o of each language layer a LoRA, which at first has no effect. In place."""
+    """Give q, k, v, o of each language layer a LoRA, in place. It is zero until weights come."""
     for layer in qwen.model.layers:
         attention = layer.self_attn
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):

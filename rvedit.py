@@ -93,7 +93,7 @@ class RVEDiT(nn.Module):
 
 @dataclass(frozen=True)
 class RVEDiTConfig:
-    """All sizes of the system. Default values are those of the paper's run."""
+    """All sizes of the system. The defaults are the paper's, or Kiwi-Edit's where it has none."""
 
     dit: DiTConfig
     vae: VAEConfig
@@ -105,7 +105,8 @@ class RVEDiTConfig:
     num_image_tokens: int = 512
     align_weight: float = 0.75  # λ_align of Eq. 6
     temperature: float = 0.07  # τ of Eq. 5
-    # LoRA on q, k, v, o of the language tower (§5). Its alpha is the rank, so that its scale is 1.
+    # LoRA of the language tower (§5), on q, k, v, o as in Kiwi-Edit. Its alpha is the rank, so that
+    # its scale is 1.
     lora_rank: int = 64
     # The MLLM sees at most this many frames of a clip, evenly spaced, each resized to these limits.
     max_mllm_frames: int = 16
