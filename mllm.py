@@ -62,70 +62,22 @@ def smart_resize(
     return new_height, new_width
 
 
-def pillow_weights(length: int, new_length: int) -> tuple[Tensor, Tensor]:
-    """Pillow's antialiased bicubic filter for one axis: indices and weights, (new_length, taps).
-
-    A new pixel is the sum of weights * old pixels at the indices. Weights are whole, in units of
-    2^-22.
-    """
-    scale = length / new_length
-    stretch = max(scale, 1.0)  # the filter is 4 new pixels wide when shrinking, else 4 old ones
-    new_pixels = torch.arange(new_length, dtype=torch.float64)[:, None]  # (new_length, 1)
-    center = (new_pixels + 0.5) * scale  # in old pixels
-    first = (center - 2 * stretch + 0.5).trunc().clamp(min=0)
-    end = (center + 2 * stretch + 0.5).trunc().clamp(max=length)
-    taps = 2 * math.ceil(2 * stretch) + 1
-    index = first + torch.arange(taps)  # (new_length, taps)
-
-    distance = ((index - center + 0.5) * (1 / stretch)).abs()
-    near = (1.5 * distance - 2.5) * distance * distance + 1
-    far = (((distance - 5) * distance + 8) * distance - 4) * -0.5
-    # Near and far: the two polynomials of the cubic filter with a = -0.5, which is 0 from 2 on.
-    beyond_center = torch.where(distance < 2, far, 0.0)
-    weights = torch.where(distance < 1, near, beyond_center)
-    weights = weights * (index < end)  # nothing is outside of the frame
-    total = weights.sum(dim=1, keepdim=True)
-    weights = weights / total * 2**22
-    weights = (weights + 0.5 * weights.sign()).trunc().int()  # halves are rounded away from zero
-    return index.clamp(max=length - 1).long(), weights
-
-
-def resize_axis(x: Tensor, dim: int, new_length: int) -> Tensor:
-    """Resize one axis of uint8 frames (T, 3, H, W) as Pillow does, bit for bit."""
-    index, weights = pillow_weights(x.shape[dim], new_length)
-    x = x.movedim(dim, 0).contiguous()  # (length, ...)
-    half = 2**21  # in units of 2^-22, so that the shift below rounds
-    total = torch.full((new_length, *x.shape[1:]), half, dtype=torch.int32)
-    for tap in range(weights.shape[1]):
-        weight = weights[:, tap].view(-1, 1, 1, 1)  # (new_length, 1, 1, 1)
-        total += x[index[:, tap]] * weight
-    levels = (total >> 22).clamp(0, 255)  # the filter overshoots at edges
-    return levels.to(torch.uint8).movedim(0, dim)
-
-
 def resize_as_pillow(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """`PIL.Image.resize`, bicubic, of uint8 frames (T, 3, H, W), bit for bit.
+    """`PIL.Image.resize`, bicubic, of uint8 frames (T, 3, H, W), as PyTorch computes it for uint8.
 
-    Width first, with a rounding in between. Pillow 13 takes the height first for a few sizes.
+    At most a few percent of the values differ from Pillow's, and those by one level of 255 or two.
     """
-    height, width = size
-    if width != frames.shape[3]:
-        frames = resize_axis(frames, 3, width)
-    if height != frames.shape[2]:
-        frames = resize_axis(frames, 2, height)
-    return frames
+    return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
 
 
 def resize_as_torchvision(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """torchvision's antialiased bicubic `resize` of uint8 frames (T, 3, H, W), in float32."""
-    if size == frames.shape[2:]:
-        return frames
     resized = F.interpolate(frames.float(), size=size, mode="bicubic", antialias=True)
-    return resized.clamp(0, 255).round().to(torch.uint8)  # as torchvision rounds
+    return resized.clamp(0, 255).round()
 
 
 def normalise(frames: Tensor) -> Tensor:
-    """uint8 frames (T, 3, H, W) -> float32, as Qwen takes them."""
+    """Frames (T, 3, H, W) from 0 to 255 -> float32, as Qwen takes them."""
     mean = torch.tensor(PIXEL_MEAN).view(3, 1, 1)
     std = torch.tensor(PIXEL_STD).view(3, 1, 1)
     return (frames / 255 - mean) / std
@@ -176,8 +128,8 @@ def preprocess_frames(
     """
     x = frames[evenly_spaced(len(frames), max_frames)].permute(0, 3, 1, 2)  # (T, 3, H, W)
 
-    # Kiwi-Edit resizes twice: each frame, by Pillow, to multiples of two visual tokens, with a
-    # small lower bound, and then all of them, by torchvision, to multiples of one.
+    # Kiwi-Edit resizes twice. By Pillow, the sides become multiples of two visual tokens, and only
+    # tiny frames are enlarged. Then, by torchvision, they become multiples of one.
     token = config.token_side
     unit = 2 * token
     size = smart_resize(*x.shape[2:], unit, 4 * unit**2, max_pixels)
