@@ -65,8 +65,8 @@ def rope_table(
     Both channels of a pair have the same numbers, but for the sign of the sine, as `apply_rope`
     needs them.
     home_grid: (h, w), over which the rows and columns of any grid are spread (position
-    interpolation, arXiv 2306.15595). So a model that has seen one size only finds the places of a
-    frame again at others: its middle is where it always was. Wan's is (): tokens count 0, 1, 2, ...
+    interpolation, arXiv 2306.15595). A model that was trained on one size then finds the middle and
+    the borders of every frame at the positions that it knows. Wan's is (): tokens count 0, 1, 2 ...
     """
     size_h = size_w = 2 * (head_dim // 6)
     size_t = head_dim - size_h - size_w
@@ -218,7 +218,7 @@ class Block(nn.Module):
         """x (B, S, d) and time (B, 6, d), float32 -> the residual stream, float32, and A^(l).
 
         With a stream in bf16 the error of 30 blocks would be 2.5 to 3 times as large. In float32 it
-        costs 114 MB more a block that is kept for the backward pass (S = 18,480, d = 3072).
+        takes 114 MB more for each block whose input is kept for the backward pass (S = 18,480).
         """
         tokens, mask = context if isinstance(context, tuple) else (context, None)
         dtype = self.ffn[0].weight.dtype  # of all products

@@ -201,7 +201,8 @@ class Talk:
     """A clip and what is said of it so far: chooses words, and objects that can be named.
 
     source: the scene before the request. scene: as the request has edited it so far. alone: whether
-    the request is one edit only. held_out: half of the words that can be are held-out ones.
+    the request is one edit only. held_out: whether held-out words are said, half of the time that
+    there are some.
     """
 
     def __init__(

@@ -117,7 +117,7 @@ def _list_to_tuple(config: Any, name: str) -> None:
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm of the residual stream, which is float32, for products in the weights' dtype.
+    """RMSNorm of the float32 residual stream. The result has the weights' dtype, for the products.
 
     In a bf16 model a stream rounded after each sub-layer would double the error of 36 layers.
     """
@@ -312,8 +312,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, key-value heads, N, D)
         v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # Repeating the few key-value heads is cheap and, unlike enable_gqa, works with every
-        # kernel.
+        # Not by enable_gqa, which some kernels lack; and repeating few heads is cheap.
         k = k.repeat_interleave(self.group_size, dim=1)
         v = v.repeat_interleave(self.group_size, dim=1)
         out = self.attend(q, k, v, mask)
@@ -439,7 +438,7 @@ class Qwen2_5_VL(nn.Module):
         head_dim = config.hidden_size // config.num_attention_heads
         frequencies = rotary_frequencies(head_dim, config.rope_theta, x.device)  # (D/2,)
         # M-RoPE: the first frequencies turn with time, the next with the row, the last with the
-        # column.
+        # column of a token.
         sections = frequencies.split(config.mrope_section)
         angles = []
         for axis, part in zip(positions, sections, strict=True):
