@@ -267,6 +267,7 @@ class WanDiT(nn.Module):
         self.config = config
         dim, patch = config.dim, config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch, stride=patch)
+        # Zero at first beside Wan's weights, which know no source clip: see `rvedit.initialise`.
         self.source_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch, stride=patch)
         self.time_embedding = nn.Sequential(
             Float32Linear(config.freq_dim, dim), nn.SiLU(), Float32Linear(dim, dim)

@@ -40,9 +40,9 @@ from scenes import (
 
 # --- Words ----------------------------------------------------------------------------------------
 
-# What is meant, and the ways to say it. Behind a bar are those that are held out. Each of them can
-# be understood from its spelling or from the rest of the sentence: nothing else could be asked of a
-# model that never met any other text.
+# What is meant, and the ways to say it; what stands there twice is said twice as often. Behind a
+# bar are those that are held out. Each of them can be understood from its spelling or from the rest
+# of the sentence: nothing else could be asked of a model that never met any other text.
 # fmt: off
 TABLE = {
     "circle": "circle, ball, disc, dot, sphere | disk",
@@ -67,8 +67,7 @@ TABLE = {
     "still": "standing still, not moving, that stands still, that does not move, static "
              "| motionless",
     "moves": "moving {way}, going {way}, that moves {way}, flying {way}, heading {way}, "
-             "that goes {way} | drifting {way}, "
-             "that travels {way}",
+             "that goes {way} | drifting {way}, that travels {way}",
     "left": "left, to the left | leftwards", "right": "right, to the right | rightwards",
     "up": "up, upwards", "down": "down, downwards",
     "diagonally": "diagonally {v} and {h}, diagonally {v} {h}, {v} and {h}, {v} {h}",
