@@ -263,7 +263,7 @@ def lengths_differ(rows: Sequence[Tensor]) -> bool:
 
 
 def connector(in_dim: int, dim: int) -> nn.Sequential:
-    """Map hidden states of the MLLM to the DiT's width. Beside a trained DiT it gives 0 at first."""
+    """Map hidden states of the MLLM to the DiT's width; beside a trained DiT, to 0 at first."""
     return nn.Sequential(nn.Linear(in_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
 
 
