@@ -1,7 +1,7 @@
 """Reading and writing video with PyAV: whatever FFmpeg decodes comes in as RGB, H.264 goes out.
 
-Stills (PNG, JPEG, WebP, and AVIF or HEIC without tiles) are clips of one frame. The first three
-are written, too.
+Stills are clips of one frame. Those that Pillow reads and writes, and animated WebP, are left to
+`stills.py`; HDR and HEIC without tiles are read here.
 
 An edited clip has the length, resolution, timing and audio of its source (Eq. 1 of the paper).
 Beside the frames, `read_video` therefore keeps what `write_video` needs to put edited frames in
@@ -14,8 +14,8 @@ their place:
   note: sound never costs the picture.
 - shape: rotation metadata is applied to the frames and not written. Pixel aspect is kept.
 - colour: read by the stream's own tags, written as BT.709 in limited range. HDR (HLG, PQ), BT.2020
-  and DCI or Display P3 become BT.709 with standard dynamic range. A still keeps its numbers, and
-  its ICC profile, which says what colours they are.
+  and DCI or Display P3 become BT.709 with standard dynamic range. A still keeps its numbers and its
+  ICC profile.
 
 Frames are uint8 (T, H, W, 3) RGB: T frames, H height, W width. Interlaced frames are deinterlaced.
 Transparent pixels are shown on white. Subtitles, chapters and metadata are dropped.
@@ -32,7 +32,6 @@ import math
 import os
 import struct
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -52,6 +51,7 @@ from av.video import reformatter as sws
 from torch import Tensor
 
 import cli
+import stills
 
 # Only these containers are read, by the names of FFmpeg's demuxers. Playlists (HLS, DASH), concat
 # scripts and image sequences are not among them: they open other files or addresses and may never
@@ -59,18 +59,11 @@ import cli
 CONTAINERS = (
     "mov matroska avi mpegts mpeg mpegvideo flv asf ogg gif apng mxf nut rm dv wtv ivf obu "
     "h264 hevc vvc m4v mjpeg vc1 yuv4mpegpipe dhav "
-    "png_pipe jpeg_pipe webp_pipe "
+    "png_pipe "
     "mp3 wav flac aac"
 ).split()
 
-# Stills are told by their first bytes: FFmpeg would go by the name, and take one with a "%" in it
-# for a series of files.
-PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 PICTURE_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # of AVIF and HEIC that is not animated
-STILLS = (".png", ".jpg", ".jpeg", ".webp")  # the endings of stills that are written
-# A JPEG holds an ICC profile in at most 255 segments. Each begins with these letters.
-ICC_LETTERS = b"ICC_PROFILE\0"
-ICC_PART = 65_533 - len(ICC_LETTERS) - 2  # the most bytes of the profile in one of them
 
 # Audio codecs that players expect in a file with this ending. They are copied, others become AAC.
 COPIED_AUDIO = {
@@ -137,7 +130,6 @@ class Video:
     start: Fraction  # seconds on the file's own clock that are time 0 here
     pixel_aspect: Fraction  # width : height of one pixel
     path: Path  # the file it came from, where the audio still is
-    is_still: bool  # a picture, not a clip: one frame and no sound
     total: int  # number of frames in the file: more than T if only its first were read
     profile: bytes = b""  # the ICC profile of a still
     sound: dict[str, list[SoundTrack]] = field(default_factory=dict)  # by ending: `prepare_sound`
@@ -162,7 +154,8 @@ class Video:
 # --- Opening a file -------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> InputContainer:
+def _check_file(path: Path) -> None:
+    """Raise OSError or ValueError, in one line, for what cannot be a clip whatever it holds."""
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, not a video file")
     if not path.exists():
@@ -171,10 +164,15 @@ def _open(path: Path) -> InputContainer:
         raise ValueError(f"{path}: is a pipe or a device; save the clip as a file first")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
+
+
+def _open(path: Path) -> InputContainer:
     # The lists keep FFmpeg from opening anything else, whatever the file says.
     options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+    # By its name, FFmpeg would take a PNG with a "%" in it for a series of files.
+    format_ = "png_pipe" if _is_png(path) else None
     # "file:" keeps a name such as "a:b.mp4" from being taken for a protocol.
-    return av.open(f"file:{path}", format=_format(path), options=options, **ANY_TAGS)
+    return av.open(f"file:{path}", format=format_, options=options, **ANY_TAGS)
 
 
 def _head(path: Path) -> bytes:
@@ -182,33 +180,26 @@ def _head(path: Path) -> bytes:
         return file.read(512)
 
 
-def _format(path: Path) -> str | None:
-    """FFmpeg's format of a PNG, JPEG or WebP still, or of Motion JPEG; others it finds itself."""
+def _is_png(path: Path) -> bool:
+    """Whether a file is a PNG picture that does not move."""
     head = _head(path)
-    if head.startswith(PNG) and b"acTL" not in head:
-        return "png_pipe"
-    if head.startswith(JPEG):
-        return "mjpeg" if path.suffix.lower() in (".mjpeg", ".mjpg") else "jpeg_pipe"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        if b"ANIM" in head:
-            raise ValueError(f"{path}: is an animated WebP, which FFmpeg cannot decode; convert it")
-        return "webp_pipe"
-    return None
+    return head.startswith(b"\x89PNG\r\n\x1a\n") and b"acTL" not in head
 
 
 def _is_picture(path: Path) -> bool:
-    """Whether a file holds a picture and not a clip, by its first bytes."""
-    format_ = _format(path) or ""
-    return format_.endswith("_pipe") or _head(path)[8:12] in PICTURE_BRANDS
+    """Whether a file holds a picture and not a clip."""
+    shape = stills.shape_of(path)
+    if shape:
+        return shape[0] == 1
+    return _is_png(path) or _head(path)[8:12] in PICTURE_BRANDS
 
 
 def default_ending(path: Path) -> str:
     """The ending of an edit: that of a still, .png for other pictures, and .mp4 for clips."""
-    if path.suffix.lower() in STILLS:
-        return path.suffix.lower()
     with contextlib.suppress(OSError, ValueError):  # which reading the file will explain
         if path.is_file() and _is_picture(path):
-            return ".png"
+            ending = path.suffix.lower()
+            return ending if ending in stills.WRITTEN else ".png"
     return ".mp4"
 
 
@@ -320,7 +311,7 @@ def _is_shown(packet: Packet) -> bool:
 
 
 def _end_of_riff(path: Path) -> int:
-    """An AVI or WebP file is one chunk: "RIFF", then the size of the rest."""
+    """An AVI file is one chunk: "RIFF", then the size of the rest."""
     with path.open("rb") as file:
         header = file.read(8)
     size = int.from_bytes(header[4:], "little")
@@ -356,38 +347,6 @@ def _end_of_mp4(path: Path) -> int:
                 end = position
             file.seek(position)
     return end
-
-
-def _end_of_png(path: Path) -> int:
-    """A PNG file ends with an empty chunk of this name."""
-    return 0 if b"IEND" in path.read_bytes() else sys.maxsize
-
-
-def _jpeg_segments(data: bytes) -> list[tuple[int, int]]:
-    """Where each segment of a JPEG file begins and ends, up to the header of the picture's data."""
-    segments = []
-    start = 2
-    while data[start : start + 1] == b"\xff":
-        marker = data[start + 1 : start + 2]
-        if marker == b"\xff":  # any number of these may fill the space before a marker
-            start += 1
-            continue
-        end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-        segments.append((start, end))
-        if marker == b"\xda":
-            break
-        start = end
-    return segments
-
-
-def _end_of_jpeg(path: Path) -> int:
-    """A JPEG file is a row of segments, the last of them followed by data up to a marker.
-
-    Segments may hold a preview with markers of its own, so they are passed over.
-    """
-    data = path.read_bytes()
-    _, end = max(_jpeg_segments(data), default=(0, 2))
-    return 0 if data.find(b"\xff\xd9", end) > 0 else sys.maxsize
 
 
 def _end_of_gif(path: Path) -> int:
@@ -432,11 +391,7 @@ def _end_of_asf(path: Path) -> int:
 
 
 def _declared_end(path: Path, kind: str) -> int:
-    if kind == "png_pipe":
-        return _end_of_png(path)
-    if kind == "jpeg_pipe":
-        return _end_of_jpeg(path)
-    if kind in ("avi", "webp_pipe"):
+    if kind == "avi":
         return _end_of_riff(path)
     if kind.startswith("matroska"):
         return _end_of_matroska(path)
@@ -742,75 +697,20 @@ def _rgb(frame: VideoFrame, size: tuple[int, int], scaler: sws.VideoReformatter)
     return _on_white(image) if transparent else image
 
 
-# How to turn an image upright, by its orientation in EXIF: swap its axes?, then the steps (-1:
-# flip) along H and W.
-EXIF_TURNS = {
-    1: (False, 1, 1),
-    2: (False, 1, -1),
-    3: (False, -1, -1),
-    4: (False, -1, 1),
-    5: (True, 1, 1),
-    6: (True, 1, -1),
-    7: (True, -1, -1),
-    8: (True, -1, 1),
-}
-
-
-def _exif_orientation(path: Path) -> int:
-    """The orientation that a camera stored in a JPEG, PNG or WebP file, 1 to 8."""
-    data = path.read_bytes()
-    for name, length in ((b"Exif\0\0", 6), (b"eXIf", 4), (b"EXIF", 8)):
-        # EXIF is a small TIFF file: byte order, the place of its table, entries of 12 bytes.
-        tiff = data[data.find(name) + length :] if name in data else b""
-        if tiff[:4] not in (b"II*\0", b"MM\0*"):
-            continue
-        order = "little" if tiff[:1] == b"I" else "big"
-        table = int.from_bytes(tiff[4:8], order)
-        count = int.from_bytes(tiff[table : table + 2], order)
-        for entry in range(table + 2, table + 2 + 12 * count, 12):
-            if int.from_bytes(tiff[entry : entry + 2], order) == 0x0112:
-                return int.from_bytes(tiff[entry + 8 : entry + 10], order)
-    return 1
-
-
-def _icc_profile(path: Path) -> bytes:
-    """The ICC profile of a picture; b"" if it has none that the edit can have.
-
-    FFmpeg makes RGB of grey and CMYK, whose profiles then mean nothing. And what no JPEG can hold
-    must not be found out when the edit is written.
-    """
-    data = path.read_bytes()
-    profile = b""
-    if data.startswith(JPEG):  # in parts, behind a name, the part's number and that of all parts
-        segments = [data[start + 4 : end] for start, end in _jpeg_segments(data)]
-        parts = sorted(segment for segment in segments if segment.startswith(ICC_LETTERS))
-        profile = b"".join(part[len(ICC_LETTERS) + 2 :] for part in parts)
-    elif data.startswith(PNG):  # compressed, behind a name and the number of the method
-        head = data[: data.find(b"IDAT")]
-        _, _, packed = head.partition(b"iCCP")[2].partition(b"\0")
-        with contextlib.suppress(zlib.error):
-            profile = zlib.decompressobj().decompress(packed[1:], 1 << 24)
-    elif data.startswith(b"RIFF"):  # a WebP file: behind its size
-        place = data.find(b"ICCP") + 8
-        profile = data[place : place + int.from_bytes(data[place - 4 : place], "little")]
-    elif b"colrprof" in data:  # AVIF or HEIC: in a box whose size is in front
-        place = data.find(b"colrprof")
-        size = int.from_bytes(data[place - 4 : place], "big")
-        profile = data[place + 8 : place - 4 + size]
-    is_rgb = profile[16:20] == b"RGB " and profile[36:40] == b"acsp"
-    return profile if is_rgb and len(profile) <= 255 * ICC_PART else b""
+def _side_data(frame: VideoFrame, name: str) -> bytes:
+    try:
+        return bytes(frame.side_data.get(name) or b"")
+    except ValueError:  # PyAV 18.1 does not know the EXIF that FFmpeg finds in Motion JPEG
+        return b""
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, int, int]:
-    """How to turn a frame of a clip upright, in the form of `EXIF_TURNS`."""
-    try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV 18.1 does not know the EXIF that FFmpeg finds in Motion JPEG
-        matrix = None
-    if matrix is None:
+    """How to turn a frame upright: swap its axes?, then the steps (-1: flip) along H and W."""
+    matrix = _side_data(frame, "DISPLAYMATRIX")
+    if not matrix:
         return False, 1, 1
     # Nine int32. The first two rows, (a b .) and (c d .), take (x, y) to (a·x + c·y, b·x + d·y).
-    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+    a, b, _, c, d = struct.unpack_from("=5i", matrix)
     swap = abs(b) > abs(a)  # displayed x comes from stored y
     x, y = (c, b) if swap else (a, d)
     return swap, -1 if y < 0 else 1, -1 if x < 0 else 1
@@ -975,8 +875,7 @@ class Reader:
         self.container = container
         self.path = path
         self.stream = _video_stream(container, path)
-        self.is_still = _is_picture(path)
-        self.limit = 1 if self.is_still else limit
+        self.limit = limit
         self.profile = b""
         self.pts: list[int | None] = []
         self.dts: list[int | None] = []
@@ -989,9 +888,9 @@ class Reader:
             if not self.pts:  # all frames are shown as the first one is
                 self._check_matrix(frame)
                 self.height, self.width = frame.height, frame.width  # as stored
-                self.swap, self.down, self.right = self._turn(frame)
-                if self.is_still and not _wide_primaries(frame):  # those are converted
-                    self.profile = _icc_profile(self.path)
+                self.swap, self.down, self.right = _orientation(frame)
+                if not _wide_primaries(frame):  # those are converted
+                    self.profile = _side_data(frame, "ICC_PROFILE")
             self.pts.append(item.pts)
             self.dts.append(item.dts)
             self.last_duration = frame.duration
@@ -1006,11 +905,6 @@ class Reader:
                 f"{self.path}: FFmpeg cannot convert its colours from {name} to RGB; convert it to "
                 "BT.709 first"
             )
-
-    def _turn(self, frame: VideoFrame) -> tuple[bool, int, int]:
-        if self.container.format.name.endswith("_pipe"):
-            return EXIF_TURNS.get(_exif_orientation(self.path), EXIF_TURNS[1])
-        return _orientation(frame)
 
     def images(self) -> Iterator[np.ndarray]:
         """Decode at most `limit` frames to upright uint8 (H, W, 3)."""
@@ -1027,7 +921,7 @@ class Reader:
         clock = _clock(self.pts, self.dts, self.stream, self.last_duration, first)
         aspect = self.stream.sample_aspect_ratio or Fraction(1)
         count = len(self.pts)
-        complete = self.is_still or self.limit is None or count < self.limit
+        complete = self.limit is None or count < self.limit
         return Video(
             frames=None,
             height=self.width if self.swap else self.height,
@@ -1035,10 +929,37 @@ class Reader:
             **vars(clock),
             pixel_aspect=1 / aspect if self.swap else aspect,
             path=self.path,
-            is_still=self.is_still,
             total=count if complete else max(contents.packets, count),
             profile=self.profile,
         )
+
+
+def _read_pictures(path: Path, max_frames: int | None) -> Video | None:
+    """Read a still or an animated WebP; None if that is not for Pillow to do."""
+    _check_file(path)
+    shape = stills.shape_of(path)
+    if shape is None:
+        return None
+    total, height, width = shape
+    count = min(total, max_frames or total)
+    _check_memory(path, count, height, width)
+    frames, durations, profile = stills.read(path, count)
+    ends = list(itertools.accumulate(durations))  # in ms
+    unit = math.gcd(*durations)
+    return Video(
+        frames=torch.from_numpy(frames),
+        height=frames.shape[1],
+        width=frames.shape[2],
+        timestamps=[end // unit for end in [0, *ends[:-1]]],
+        last_duration=durations[-1] // unit,
+        time_base=Fraction(unit, 1000),
+        start=Fraction(0),
+        pixel_aspect=Fraction(1),
+        path=path,
+        total=total,
+        profile=profile,
+        sound={ending: [] for ending in COPIED_AUDIO},
+    )
 
 
 def open_video(path: str | Path, max_frames: int | None = None) -> Video:
@@ -1048,6 +969,8 @@ def open_video(path: str | Path, max_frames: int | None = None) -> Video:
     times are exact and damage is found. Arguments and errors are those of `read_video`.
     """
     path = Path(path)
+    if pictures := _read_pictures(path, max_frames):
+        return pictures
     with _explained(path):
         contents = _scan(path)
         with _open(path) as container:
@@ -1066,6 +989,8 @@ def read_video(path: str | Path, max_frames: int | None = None) -> Video:
     there, or if its frames do not fit into memory.
     """
     path = Path(path)
+    if pictures := _read_pictures(path, max_frames):
+        return pictures
     with _explained(path):
         contents = _scan(path)
         with _open(path) as container:
@@ -1346,8 +1271,8 @@ def check_writable(path: str | Path) -> None:
     if path.is_dir():
         example = path / "edited.mp4"
         raise IsADirectoryError(f"{path}: is a folder; name a file in it, such as {example}")
-    if path.suffix.lower() not in (*COPIED_AUDIO, *STILLS):
-        endings = f"{' or '.join(COPIED_AUDIO)}, that of a still in {', '.join(STILLS)}"
+    if path.suffix.lower() not in (*COPIED_AUDIO, *stills.WRITTEN):
+        endings = f"{' or '.join(COPIED_AUDIO)}, that of a still in {', '.join(stills.WRITTEN)}"
         raise ValueError(f"{path}: the name of a video to write must end in {endings}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first")
@@ -1362,12 +1287,12 @@ def check_size(path: str | Path, height: int, width: int) -> None:
     ending = Path(path).suffix.lower()
     limit = MAX_SIDE[ending]
     if max(height, width) > limit:
-        format_ = ending[1:].upper() if ending in STILLS else "H.264"
+        format_ = ending[1:].upper() if ending in stills.WRITTEN else "H.264"
         raise ValueError(
             f"{path}: frames of {width}x{height} cannot be written, {format_} allows {limit} "
             f"pixels a side; scale the clip down first"
         )
-    if min(height, width) < 2 and ending not in STILLS:
+    if min(height, width) < 2 and ending not in stills.WRITTEN:
         raise ValueError(f"{path}: a video needs two pixels a side, not {width}x{height}")
 
 
@@ -1378,7 +1303,7 @@ def prepare_edit(clip: Video, path: str | Path) -> None:
     """
     check_writable(path)
     check_size(path, clip.height, clip.width)
-    if Path(path).suffix.lower() not in STILLS:
+    if Path(path).suffix.lower() not in stills.WRITTEN:
         prepare_sound(clip, path)
     elif len(clip.timestamps) > 1:
         raise ValueError(_not_one_frame(path))
@@ -1454,71 +1379,6 @@ def _images(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         yield from block
 
 
-def _jpeg_with_profile(data: bytes, profile: bytes) -> bytes:
-    """In parts that fit into segments, behind the first one, which must be JFIF's."""
-    parts = [profile[i : i + ICC_PART] for i in range(0, len(profile), ICC_PART)]
-    _, place = _jpeg_segments(data)[0]
-    added = b""
-    for number, part in enumerate(parts, 1):
-        body = ICC_LETTERS + bytes([number, len(parts)]) + part
-        added += b"\xff\xe2" + struct.pack(">H", 2 + len(body)) + body
-    return data[:place] + added + data[place:]
-
-
-def _png_with_profile(data: bytes, profile: bytes) -> bytes:
-    """In a chunk of its own behind the header: size, name, content and checksum."""
-    body = b"iCCP" + b"ICC profile\0\0" + zlib.compress(profile)
-    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    place = len(PNG) + 25
-    return data[:place] + chunk + data[place:]
-
-
-def _webp_with_profile(data: bytes, profile: bytes, height: int, width: int) -> bytes:
-    """Before the picture, and behind a chunk which says that there is one, and the size again."""
-    has_profile = 0x20
-    size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
-    body = b"WEBPVP8X" + struct.pack("<II", 10, has_profile) + size
-    body += b"ICCP" + struct.pack("<I", len(profile)) + profile + bytes(len(profile) % 2)
-    body += data[12:]
-    return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-def _write_still(path: Path, image: Tensor, profile: bytes) -> tuple[int, int]:
-    """Write a uint8 (H, W, 3) image without loss, or in JPEG's best quality."""
-    height, width = image.shape[:2]
-    if path.suffix.lower() == ".png":
-        codec, form, options = "png", "rgb24", {}
-    elif path.suffix.lower() == ".webp":
-        codec, form, options = "libwebp", "bgra", {"lossless": "1"}
-    else:
-        codec, form, options = "mjpeg", "yuvj444p", {"qmin": "1", "qmax": "1"}
-    context = CodecContext.create(codec, "w")
-    context.width = width
-    context.height = height
-    context.pix_fmt = form
-    context.time_base = Fraction(1)
-    context.options = options
-    frame = sws.VideoReformatter().reformat(
-        VideoFrame.from_ndarray(image.contiguous().cpu().numpy(), "rgb24"),
-        format=form,
-        interpolation=SCALING,
-        dst_colorspace=sws.Colorspace.ITU601,  # JPEG's
-        dst_color_range=sws.ColorRange.JPEG,
-    )
-    frame.pts = 0
-    with cli.replacing(path) as temporary:
-        packets = [*context.encode(frame), *context.encode(None)]
-        data = b"".join(bytes(packet) for packet in packets)
-        if profile and codec == "png":
-            data = _png_with_profile(data, profile)
-        elif profile and codec == "libwebp":
-            data = _webp_with_profile(data, profile, height, width)
-        elif profile:
-            data = _jpeg_with_profile(data, profile)
-        temporary.write_bytes(data)
-    return height, width
-
-
 def write_video(
     path: str | Path,
     frames: Tensor | Iterable[Tensor],
@@ -1542,10 +1402,12 @@ def write_video(
     if first is None:
         raise ValueError(f"{path}: nothing to write, a video needs at least one frame")
     check_size(path, *first.shape[:2])
-    if path.suffix.lower() in STILLS:
+    if path.suffix.lower() in stills.WRITTEN:
         if next(images, None) is not None:
             raise ValueError(_not_one_frame(path))
-        return _write_still(path, first, like.profile if like else b"")
+        with cli.replacing(path) as temporary:
+            stills.write(temporary, first.cpu().numpy(), like.profile if like else b"")
+        return first.shape[0], first.shape[1]
     images = itertools.chain([first], images)
     height, width = first.shape[0] // 2 * 2, first.shape[1] // 2 * 2
     sound = prepare_sound(like, path) if like else []
