@@ -117,7 +117,7 @@ def read(path: Path, count: int) -> Pictures:
             image.seek(index)
             frame, profile = _rgb(ImageOps.exif_transpose(image))
             frames.append(np.asarray(frame))
-            durations.append(image.info.get("duration") or 40)
+            durations.append(image.info.get("duration") or 40)  # as FFmpeg: 25 stills a second
     return Pictures(np.stack(frames), durations, profile)
 
 

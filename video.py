@@ -58,8 +58,7 @@ import stills
 # end. Nor are text formats, such as ANSI art. The last row is sound: it gets its own error.
 CONTAINERS = (
     "mov matroska avi mpegts mpeg mpegvideo flv asf ogg gif apng mxf nut rm dv wtv ivf obu "
-    "h264 hevc vvc m4v mjpeg vc1 yuv4mpegpipe dhav "
-    "png_pipe "
+    "h264 hevc vvc m4v mjpeg vc1 yuv4mpegpipe dhav png_pipe "
     "mp3 wav flac aac"
 ).split()
 
@@ -867,13 +866,13 @@ def _read_pictures(path: Path, max_frames: int | None) -> Video | None:
     count = min(total, max_frames or total)
     _check_memory(path, count, height, width)
     frames, durations, profile = stills.read(path, count)
-    ends = list(itertools.accumulate(durations))  # in ms
+    starts = list(itertools.accumulate(durations, initial=0))[:-1]  # in ms
     unit = math.gcd(*durations)
     return Video(
         frames=torch.from_numpy(frames),
         height=frames.shape[1],
         width=frames.shape[2],
-        timestamps=[end // unit for end in [0, *ends[:-1]]],
+        timestamps=[start // unit for start in starts],
         last_duration=durations[-1] // unit,
         time_base=Fraction(unit, 1000),
         start=Fraction(0),
@@ -889,7 +888,8 @@ def open_video(path: str | Path, max_frames: int | None = None) -> Video:
     """Read all about a clip but its frames, which `Video.blocks` then decodes as often as needed.
 
     For clips that do not fit into memory. All frames are decoded once, so that their number and
-    times are exact and damage is found. Arguments and errors are those of `read_video`.
+    times are exact and damage is found. Stills and animated WebP come with their frames. Arguments
+    and errors are those of `read_video`.
     """
     path = Path(path)
     if pictures := _read_pictures(path, max_frames):
