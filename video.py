@@ -1133,15 +1133,12 @@ def _write_track(
     return SoundTrack(buffer.getvalue(), stream.language, stream.disposition), dropped
 
 
-def _prepare_track(clip: Video, stream: Stream, ending: str, is_empty: bool) -> SoundTrack | None:
+def _prepare_track(clip: Video, stream: Stream, ending: str) -> SoundTrack | None:
     """Copy a track, or encode it, or give it up; what is lost is said on stderr."""
 
     def note(text: str) -> None:
         cli.say(f"note: {clip.path}: sound (stream {stream.index}) {text}")
 
-    if is_empty:  # declared by a broadcast, say, but cut off or never sent
-        note("was left out: it is empty")
-        return None
     if stream.codec_context is None:
         note("was left out: FFmpeg does not know its codec")
         return None
@@ -1172,9 +1169,7 @@ def prepare_sound(clip: Video, path: str | Path) -> list[SoundTrack]:
     ending = Path(path).suffix.lower()
     if ending not in clip.sound:
         with _open(clip.path) as source:
-            used = {packet.stream.index for packet in _demux(source) if _is_shown(packet)}
-            streams = source.streams.audio
-            tracks = [_prepare_track(clip, s, ending, s.index not in used) for s in streams]
+            tracks = [_prepare_track(clip, s, ending) for s in source.streams.audio]
         clip.sound[ending] = [track for track in tracks if track]
     return clip.sound[ending]
 
