@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 # Packages of requirements.txt, by the names under which they are imported.
-REQUIRED = ("torch", "safetensors", "numpy", "av", "tokenizers", "tqdm")
+REQUIRED = ("torch", "safetensors", "numpy", "av", "PIL", "tokenizers", "tqdm")
 
 # Which of torchrun's processes this is, of how many, and which on its node. Without RANK it is the
 # only one, whatever WORLD_SIZE says: batch scripts set that for purposes of their own.

@@ -1,7 +1,7 @@
 """Reading and writing video with PyAV: whatever FFmpeg decodes comes in as RGB, H.264 goes out.
 
-Stills (PNG, JPEG, WebP, and AVIF or HEIC without tiles) are clips of one frame. The first three
-are written, too.
+Stills are clips of one frame. Those that Pillow reads and writes, and animated WebP, are left to
+`stills.py`; HDR and HEIC without tiles are read here.
 
 An edited clip has the length, resolution, timing and audio of its source (Eq. 1 of the paper).
 Beside the frames, `read_video` therefore keeps what `write_video` needs to put edited frames in
@@ -14,8 +14,8 @@ their place:
   note: sound never costs the picture.
 - shape: rotation metadata is applied to the frames and not written. Pixel aspect is kept.
 - colour: read by the stream's own tags, written as BT.709 in limited range. HDR (HLG, PQ), BT.2020
-  and DCI or Display P3 become BT.709 with standard dynamic range. A still keeps its numbers, and
-  its ICC profile, which says what colours they are.
+  and DCI or Display P3 become BT.709 with standard dynamic range. A still keeps its numbers and its
+  ICC profile.
 
 Frames are uint8 (T, H, W, 3) RGB: T frames, H height, W width. Interlaced frames are deinterlaced.
 Transparent pixels are shown on white. Subtitles, chapters and metadata are dropped.
@@ -32,7 +32,6 @@ import math
 import os
 import struct
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -52,38 +51,24 @@ from av.video import reformatter as sws
 from torch import Tensor
 
 import cli
+import stills
 
 # Only these containers are read, by the names of FFmpeg's demuxers. Playlists (HLS, DASH), concat
 # scripts and image sequences are not among them: they open other files or addresses and may never
 # end. Nor are text formats, such as ANSI art. The last row is sound: it gets its own error.
 CONTAINERS = (
     "mov matroska avi mpegts mpeg mpegvideo flv asf ogg gif apng mxf nut rm dv wtv ivf obu "
-    "h264 hevc vvc m4v mjpeg vc1 yuv4mpegpipe dhav "
-    "png_pipe jpeg_pipe webp_pipe "
+    "h264 hevc vvc m4v mjpeg vc1 yuv4mpegpipe dhav png_pipe "
     "mp3 wav flac aac"
 ).split()
 
-# Stills are told by their first bytes: FFmpeg would go by the name, and take one with a "%" in it
-# for a series of files.
-PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 PICTURE_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # of AVIF and HEIC that is not animated
-STILLS = (".png", ".jpg", ".jpeg", ".webp")  # the endings of stills that are written
-# A JPEG holds an ICC profile in at most 255 segments. Each begins with these letters.
-ICC_LETTERS = b"ICC_PROFILE\0"
-ICC_PART = 65_533 - len(ICC_LETTERS) - 2  # the most bytes of the profile in one of them
 
 # Audio codecs that players expect in a file with this ending. They are copied, others become AAC.
 COPIED_AUDIO = {
     ".mp4": "aac mp3 ac3 eac3 alac flac opus".split(),
     ".mov": "aac mp3 ac3 eac3 alac pcm_s16le pcm_s16be pcm_s24le pcm_s24be".split(),
 }
-
-# QuickTime files (.mov) know some languages by their other ISO 639-2 code.
-QUICKTIME_LANGUAGES = dict(
-    deu="ger", nld="dut", ell="gre", isl="ice", zho="chi", sqi="alb", hye="arm", kat="geo",
-    mya="bur", msa="may", bod="tib", cym="wel", eus="baq", mkd="mac", fre="fra", rum="ron",
-    cze="ces", slo="slk",
-)  # fmt: skip
 
 # The largest side in pixels: of H.264 as x264 writes it, and of stills.
 MAX_SIDE = {".mp4": 16_384, ".mov": 16_384, ".webp": 16_383}
@@ -137,7 +122,6 @@ class Video:
     start: Fraction  # seconds on the file's own clock that are time 0 here
     pixel_aspect: Fraction  # width : height of one pixel
     path: Path  # the file it came from, where the audio still is
-    is_still: bool  # a picture, not a clip: one frame and no sound
     total: int  # number of frames in the file: more than T if only its first were read
     profile: bytes = b""  # the ICC profile of a still
     sound: dict[str, list[SoundTrack]] = field(default_factory=dict)  # by ending: `prepare_sound`
@@ -162,7 +146,8 @@ class Video:
 # --- Opening a file -------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> InputContainer:
+def _check_file(path: Path) -> None:
+    """Raise OSError or ValueError, in one line, for what cannot be a clip whatever it holds."""
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, not a video file")
     if not path.exists():
@@ -171,10 +156,15 @@ def _open(path: Path) -> InputContainer:
         raise ValueError(f"{path}: is a pipe or a device; save the clip as a file first")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
+
+
+def _open(path: Path) -> InputContainer:
     # The lists keep FFmpeg from opening anything else, whatever the file says.
     options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+    # By its name, FFmpeg would take a PNG with a "%" in it for a series of files.
+    format_ = "png_pipe" if _is_png(path) else None
     # "file:" keeps a name such as "a:b.mp4" from being taken for a protocol.
-    return av.open(f"file:{path}", format=_format(path), options=options, **ANY_TAGS)
+    return av.open(f"file:{path}", format=format_, options=options, **ANY_TAGS)
 
 
 def _head(path: Path) -> bytes:
@@ -182,33 +172,26 @@ def _head(path: Path) -> bytes:
         return file.read(512)
 
 
-def _format(path: Path) -> str | None:
-    """FFmpeg's format of a PNG, JPEG or WebP still, or of Motion JPEG; others it finds itself."""
+def _is_png(path: Path) -> bool:
+    """Whether a file is a PNG picture that does not move."""
     head = _head(path)
-    if head.startswith(PNG) and b"acTL" not in head:
-        return "png_pipe"
-    if head.startswith(JPEG):
-        return "mjpeg" if path.suffix.lower() in (".mjpeg", ".mjpg") else "jpeg_pipe"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        if b"ANIM" in head:
-            raise ValueError(f"{path}: is an animated WebP, which FFmpeg cannot decode; convert it")
-        return "webp_pipe"
-    return None
+    return head.startswith(b"\x89PNG\r\n\x1a\n") and b"acTL" not in head
 
 
 def _is_picture(path: Path) -> bool:
-    """Whether a file holds a picture and not a clip, by its first bytes."""
-    format_ = _format(path) or ""
-    return format_.endswith("_pipe") or _head(path)[8:12] in PICTURE_BRANDS
+    """Whether a file holds a picture and not a clip."""
+    shape = stills.shape_of(path)
+    if shape:
+        return shape[0] == 1
+    return _is_png(path) or _head(path)[8:12] in PICTURE_BRANDS
 
 
 def default_ending(path: Path) -> str:
     """The ending of an edit: that of a still, .png for other pictures, and .mp4 for clips."""
-    if path.suffix.lower() in STILLS:
-        return path.suffix.lower()
     with contextlib.suppress(OSError, ValueError):  # which reading the file will explain
         if path.is_file() and _is_picture(path):
-            return ".png"
+            ending = path.suffix.lower()
+            return ending if ending in stills.WRITTEN else ".png"
     return ".mp4"
 
 
@@ -320,7 +303,7 @@ def _is_shown(packet: Packet) -> bool:
 
 
 def _end_of_riff(path: Path) -> int:
-    """An AVI or WebP file is one chunk: "RIFF", then the size of the rest."""
+    """An AVI file is one chunk: "RIFF", then the size of the rest."""
     with path.open("rb") as file:
         header = file.read(8)
     size = int.from_bytes(header[4:], "little")
@@ -358,85 +341,13 @@ def _end_of_mp4(path: Path) -> int:
     return end
 
 
-def _end_of_png(path: Path) -> int:
-    """A PNG file ends with an empty chunk of this name."""
-    return 0 if b"IEND" in path.read_bytes() else sys.maxsize
-
-
-def _jpeg_segments(data: bytes) -> list[tuple[int, int]]:
-    """Where each segment of a JPEG file begins and ends, up to the header of the picture's data."""
-    segments = []
-    start = 2
-    while data[start : start + 1] == b"\xff":
-        marker = data[start + 1 : start + 2]
-        if marker == b"\xff":  # any number of these may fill the space before a marker
-            start += 1
-            continue
-        end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-        segments.append((start, end))
-        if marker == b"\xda":
-            break
-        start = end
-    return segments
-
-
-def _end_of_jpeg(path: Path) -> int:
-    """A JPEG file is a row of segments, the last of them followed by data up to a marker.
-
-    Segments may hold a preview with markers of its own, so they are passed over.
-    """
-    data = path.read_bytes()
-    _, end = max(_jpeg_segments(data), default=(0, 2))
-    return 0 if data.find(b"\xff\xd9", end) > 0 else sys.maxsize
-
-
 def _end_of_gif(path: Path) -> int:
-    """A GIF file is a row of blocks with contents in small pieces, and ends with one byte."""
-    data = path.read_bytes()
-
-    def byte(place: int) -> int:
-        return int.from_bytes(data[place : place + 1], "big")
-
-    def colours(place: int) -> int:
-        """The length of the table of colours that the flags at this place announce."""
-        return 3 * 2 ** (byte(place) % 8 + 1) if byte(place) & 0x80 else 0
-
-    position = 13 + colours(10)
-    while position < len(data):
-        kind = byte(position)
-        if kind == 0x3B:
-            return position
-        if kind == 0:  # some writers leave these in between
-            position += 1
-            continue
-        if kind == 0x21:  # an extension
-            position += 2
-        elif kind == 0x2C:  # a frame
-            position += 11 + colours(position + 9)
-        else:
-            return 0
-        while byte(position):
-            position += 1 + byte(position)
-        position += 1
-    return sys.maxsize
-
-
-def _end_of_asf(path: Path) -> int:
-    """An ASF (WMV) file declares its size in its header's File Properties."""
-    with path.open("rb") as file:
-        head = file.read(65_536)
-    place = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
-    if place < 0 or int.from_bytes(head[place + 88 : place + 89], "big") & 1:  # a broadcast
-        return 0
-    return int.from_bytes(head[place + 40 : place + 48], "little")
+    """A GIF file ends with an empty block and a semicolon. A little may be appended."""
+    return 0 if b"\0;" in path.read_bytes().rstrip(b"\0")[-256:] else sys.maxsize
 
 
 def _declared_end(path: Path, kind: str) -> int:
-    if kind == "png_pipe":
-        return _end_of_png(path)
-    if kind == "jpeg_pipe":
-        return _end_of_jpeg(path)
-    if kind in ("avi", "webp_pipe"):
+    if kind == "avi":
         return _end_of_riff(path)
     if kind.startswith("matroska"):
         return _end_of_matroska(path)
@@ -444,8 +355,6 @@ def _declared_end(path: Path, kind: str) -> int:
         return _end_of_mp4(path)
     if kind == "gif":
         return _end_of_gif(path)
-    if kind == "asf":
-        return _end_of_asf(path)
     return 0
 
 
@@ -532,23 +441,9 @@ def _decode(container: InputContainer, stream: Stream) -> Iterator[Shown]:
             if last is None:
                 continue
             raise
-    is_theora = stream.codec_context.name == "theora"
-    if last and is_theora and container.duration:
-        repeats += _unwritten_repeats(container, stream, repeats[-1] if repeats else last.pts)
     for time in repeats:
         if last:
             yield Shown(last.frame, time, time)
-
-
-def _unwritten_repeats(container: InputContainer, stream: Stream, last: int) -> range:
-    """Times of the frames that Theora's encoder leaves away at the end, when nothing changes.
-
-    They last as long as the file does, but a second at most: sound may be longer than the picture.
-    """
-    step = round(1 / ((stream.average_rate or 25) * stream.time_base))
-    end = Fraction((container.start_time or 0) + container.duration, av.time_base)
-    second = round(1 / stream.time_base)
-    return range(last + step, min(math.floor(end / stream.time_base), last + second), step)
 
 
 def _deinterlace(shown: Iterable[Shown]) -> Iterator[Shown]:
@@ -694,15 +589,8 @@ def _wide_primaries(frame: VideoFrame) -> sws.ColorPrimaries | None:
     return sws.ColorPrimaries.BT2020 if hdr else None
 
 
-# Matrices that FFmpeg cannot convert, by their tag in ITU-T H.273.
-NOT_CONVERTED = {
-    8: "YCgCo",
-    11: "YDzDx",
-    14: "ICtCp",
-    15: "IPT-PQ-C2",
-    16: "YCgCo-Re",
-    17: "YCgCo-Ro",
-}
+# Matrices that FFmpeg cannot convert (ITU-T H.273): YCgCo, YDzDx, ICtCp, IPT-PQ-C2, YCgCo-R.
+NOT_CONVERTED = (8, 11, 14, 15, 16, 17)
 
 
 def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
@@ -742,75 +630,20 @@ def _rgb(frame: VideoFrame, size: tuple[int, int], scaler: sws.VideoReformatter)
     return _on_white(image) if transparent else image
 
 
-# How to turn an image upright, by its orientation in EXIF: swap its axes?, then the steps (-1:
-# flip) along H and W.
-EXIF_TURNS = {
-    1: (False, 1, 1),
-    2: (False, 1, -1),
-    3: (False, -1, -1),
-    4: (False, -1, 1),
-    5: (True, 1, 1),
-    6: (True, 1, -1),
-    7: (True, -1, -1),
-    8: (True, -1, 1),
-}
-
-
-def _exif_orientation(path: Path) -> int:
-    """The orientation that a camera stored in a JPEG, PNG or WebP file, 1 to 8."""
-    data = path.read_bytes()
-    for name, length in ((b"Exif\0\0", 6), (b"eXIf", 4), (b"EXIF", 8)):
-        # EXIF is a small TIFF file: byte order, the place of its table, entries of 12 bytes.
-        tiff = data[data.find(name) + length :] if name in data else b""
-        if tiff[:4] not in (b"II*\0", b"MM\0*"):
-            continue
-        order = "little" if tiff[:1] == b"I" else "big"
-        table = int.from_bytes(tiff[4:8], order)
-        count = int.from_bytes(tiff[table : table + 2], order)
-        for entry in range(table + 2, table + 2 + 12 * count, 12):
-            if int.from_bytes(tiff[entry : entry + 2], order) == 0x0112:
-                return int.from_bytes(tiff[entry + 8 : entry + 10], order)
-    return 1
-
-
-def _icc_profile(path: Path) -> bytes:
-    """The ICC profile of a picture; b"" if it has none that the edit can have.
-
-    FFmpeg makes RGB of grey and CMYK, whose profiles then mean nothing. And what no JPEG can hold
-    must not be found out when the edit is written.
-    """
-    data = path.read_bytes()
-    profile = b""
-    if data.startswith(JPEG):  # in parts, behind a name, the part's number and that of all parts
-        segments = [data[start + 4 : end] for start, end in _jpeg_segments(data)]
-        parts = sorted(segment for segment in segments if segment.startswith(ICC_LETTERS))
-        profile = b"".join(part[len(ICC_LETTERS) + 2 :] for part in parts)
-    elif data.startswith(PNG):  # compressed, behind a name and the number of the method
-        head = data[: data.find(b"IDAT")]
-        _, _, packed = head.partition(b"iCCP")[2].partition(b"\0")
-        with contextlib.suppress(zlib.error):
-            profile = zlib.decompressobj().decompress(packed[1:], 1 << 24)
-    elif data.startswith(b"RIFF"):  # a WebP file: behind its size
-        place = data.find(b"ICCP") + 8
-        profile = data[place : place + int.from_bytes(data[place - 4 : place], "little")]
-    elif b"colrprof" in data:  # AVIF or HEIC: in a box whose size is in front
-        place = data.find(b"colrprof")
-        size = int.from_bytes(data[place - 4 : place], "big")
-        profile = data[place + 8 : place - 4 + size]
-    is_rgb = profile[16:20] == b"RGB " and profile[36:40] == b"acsp"
-    return profile if is_rgb and len(profile) <= 255 * ICC_PART else b""
+def _side_data(frame: VideoFrame, name: str) -> bytes:
+    try:
+        return bytes(frame.side_data.get(name) or b"")
+    except ValueError:  # PyAV 18.1 does not know the EXIF that FFmpeg finds in Motion JPEG
+        return b""
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, int, int]:
-    """How to turn a frame of a clip upright, in the form of `EXIF_TURNS`."""
-    try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV 18.1 does not know the EXIF that FFmpeg finds in Motion JPEG
-        matrix = None
-    if matrix is None:
+    """How to turn a frame upright: swap its axes?, then the steps (-1: flip) along H and W."""
+    matrix = _side_data(frame, "DISPLAYMATRIX")
+    if not matrix:
         return False, 1, 1
     # Nine int32. The first two rows, (a b .) and (c d .), take (x, y) to (a·x + c·y, b·x + d·y).
-    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+    a, b, _, c, d = struct.unpack_from("=5i", matrix)
     swap = abs(b) > abs(a)  # displayed x comes from stored y
     x, y = (c, b) if swap else (a, d)
     return swap, -1 if y < 0 else 1, -1 if x < 0 else 1
@@ -851,24 +684,14 @@ def _good_times(times: list[int | None]) -> list[int]:
     return good[::-1]
 
 
-def _longest_run(times: list[int | None], good: list[int], gap: float) -> list[int]:
-    """The longest part of the indices `good` without a jump of more than `gap`."""
-    runs = [[]]
-    for i in good:
-        if runs[-1] and times[i] - times[runs[-1][-1]] > gap:
-            runs.append([])
-        runs[-1].append(i)
-    return max(runs, key=len)
-
-
-def _mended(times: list[int | None], step: int, gap: float = math.inf) -> tuple[list[int], int]:
-    """Replace times that are missing, out of order or more than `gap` ahead; keep all others.
+def _mended(times: list[int | None], step: int) -> tuple[list[int], int]:
+    """Replace times that are missing or out of order; keep all others.
 
     step: the usual duration of a frame. Times between two good ones are spread evenly.
     Returns strictly increasing times and the factor by which their unit became finer, so that new
     times fit between old ones.
     """
-    good = _longest_run(times, _good_times(times), gap)
+    good = _good_times(times)
     if not good:  # a raw stream, or an AVI file
         return [i * step for i in range(len(times))], 1
     gaps = [b - a for a, b in itertools.pairwise(good)]
@@ -911,7 +734,7 @@ def _clock(
     if not 0 < last <= longest:
         last = max(1, round(1 / (rate * base)))
     times = pts if _faults(pts) <= _faults(dts) else dts
-    times, finer = _mended(times, last, longest)
+    times, finer = _mended(times, last)
     if base.denominator * finer >= 2**31:  # MP4 counts no finer
         times, finer = [i * last for i in range(len(times))], 1
     base, last = base / finer, last * finer
@@ -975,8 +798,7 @@ class Reader:
         self.container = container
         self.path = path
         self.stream = _video_stream(container, path)
-        self.is_still = _is_picture(path)
-        self.limit = 1 if self.is_still else limit
+        self.limit = limit
         self.profile = b""
         self.pts: list[int | None] = []
         self.dts: list[int | None] = []
@@ -989,9 +811,9 @@ class Reader:
             if not self.pts:  # all frames are shown as the first one is
                 self._check_matrix(frame)
                 self.height, self.width = frame.height, frame.width  # as stored
-                self.swap, self.down, self.right = self._turn(frame)
-                if self.is_still and not _wide_primaries(frame):  # those are converted
-                    self.profile = _icc_profile(self.path)
+                self.swap, self.down, self.right = _orientation(frame)
+                if not _wide_primaries(frame):  # those are converted
+                    self.profile = _side_data(frame, "ICC_PROFILE")
             self.pts.append(item.pts)
             self.dts.append(item.dts)
             self.last_duration = frame.duration
@@ -1000,17 +822,11 @@ class Reader:
             raise ValueError(f"{self.path}: damaged, not one frame can be decoded")
 
     def _check_matrix(self, frame: VideoFrame) -> None:
-        name = NOT_CONVERTED.get(frame.colorspace)
-        if name and not frame.format.is_rgb:
+        if frame.colorspace in NOT_CONVERTED and not frame.format.is_rgb:
             raise ValueError(
-                f"{self.path}: FFmpeg cannot convert its colours from {name} to RGB; convert it to "
-                "BT.709 first"
+                f"{self.path}: FFmpeg cannot convert its colours (YCgCo, ICtCp, ...) to RGB; "
+                "convert it to BT.709 first"
             )
-
-    def _turn(self, frame: VideoFrame) -> tuple[bool, int, int]:
-        if self.container.format.name.endswith("_pipe"):
-            return EXIF_TURNS.get(_exif_orientation(self.path), EXIF_TURNS[1])
-        return _orientation(frame)
 
     def images(self) -> Iterator[np.ndarray]:
         """Decode at most `limit` frames to upright uint8 (H, W, 3)."""
@@ -1027,7 +843,7 @@ class Reader:
         clock = _clock(self.pts, self.dts, self.stream, self.last_duration, first)
         aspect = self.stream.sample_aspect_ratio or Fraction(1)
         count = len(self.pts)
-        complete = self.is_still or self.limit is None or count < self.limit
+        complete = self.limit is None or count < self.limit
         return Video(
             frames=None,
             height=self.width if self.swap else self.height,
@@ -1035,19 +851,49 @@ class Reader:
             **vars(clock),
             pixel_aspect=1 / aspect if self.swap else aspect,
             path=self.path,
-            is_still=self.is_still,
             total=count if complete else max(contents.packets, count),
             profile=self.profile,
         )
+
+
+def _read_pictures(path: Path, max_frames: int | None) -> Video | None:
+    """Read a still or an animated WebP; None if that is not for Pillow to do."""
+    _check_file(path)
+    shape = stills.shape_of(path)
+    if shape is None:
+        return None
+    total, height, width = shape
+    count = min(total, max_frames or total)
+    _check_memory(path, count, height, width)
+    frames, durations, profile = stills.read(path, count)
+    starts = list(itertools.accumulate(durations, initial=0))[:-1]  # in ms
+    unit = math.gcd(*durations)
+    return Video(
+        frames=torch.from_numpy(frames),
+        height=frames.shape[1],
+        width=frames.shape[2],
+        timestamps=[start // unit for start in starts],
+        last_duration=durations[-1] // unit,
+        time_base=Fraction(unit, 1000),
+        start=Fraction(0),
+        pixel_aspect=Fraction(1),
+        path=path,
+        total=total,
+        profile=profile,
+        sound={ending: [] for ending in COPIED_AUDIO},
+    )
 
 
 def open_video(path: str | Path, max_frames: int | None = None) -> Video:
     """Read all about a clip but its frames, which `Video.blocks` then decodes as often as needed.
 
     For clips that do not fit into memory. All frames are decoded once, so that their number and
-    times are exact and damage is found. Arguments and errors are those of `read_video`.
+    times are exact and damage is found. Stills and animated WebP come with their frames. Arguments
+    and errors are those of `read_video`.
     """
     path = Path(path)
+    if pictures := _read_pictures(path, max_frames):
+        return pictures
     with _explained(path):
         contents = _scan(path)
         with _open(path) as container:
@@ -1066,6 +912,8 @@ def read_video(path: str | Path, max_frames: int | None = None) -> Video:
     there, or if its frames do not fit into memory.
     """
     path = Path(path)
+    if pictures := _read_pictures(path, max_frames):
+        return pictures
     with _explained(path):
         contents = _scan(path)
         with _open(path) as container:
@@ -1282,21 +1130,15 @@ def _write_track(
     with av.open(io.BytesIO(buffer.getvalue())) as written:
         if not any(packet.size for packet in written.demux(audio=0)):
             raise ValueError("nothing of it could be written")
-    language = stream.language
-    if ending == ".mov":
-        language = QUICKTIME_LANGUAGES.get(language, language)
-    return SoundTrack(buffer.getvalue(), language, stream.disposition), dropped
+    return SoundTrack(buffer.getvalue(), stream.language, stream.disposition), dropped
 
 
-def _prepare_track(clip: Video, stream: Stream, ending: str, is_empty: bool) -> SoundTrack | None:
+def _prepare_track(clip: Video, stream: Stream, ending: str) -> SoundTrack | None:
     """Copy a track, or encode it, or give it up; what is lost is said on stderr."""
 
     def note(text: str) -> None:
         cli.say(f"note: {clip.path}: sound (stream {stream.index}) {text}")
 
-    if is_empty:  # declared by a broadcast, say, but cut off or never sent
-        note("was left out: it is empty")
-        return None
     if stream.codec_context is None:
         note("was left out: FFmpeg does not know its codec")
         return None
@@ -1327,9 +1169,7 @@ def prepare_sound(clip: Video, path: str | Path) -> list[SoundTrack]:
     ending = Path(path).suffix.lower()
     if ending not in clip.sound:
         with _open(clip.path) as source:
-            used = {packet.stream.index for packet in _demux(source) if _is_shown(packet)}
-            streams = source.streams.audio
-            tracks = [_prepare_track(clip, s, ending, s.index not in used) for s in streams]
+            tracks = [_prepare_track(clip, s, ending) for s in source.streams.audio]
         clip.sound[ending] = [track for track in tracks if track]
     return clip.sound[ending]
 
@@ -1346,8 +1186,8 @@ def check_writable(path: str | Path) -> None:
     if path.is_dir():
         example = path / "edited.mp4"
         raise IsADirectoryError(f"{path}: is a folder; name a file in it, such as {example}")
-    if path.suffix.lower() not in (*COPIED_AUDIO, *STILLS):
-        endings = f"{' or '.join(COPIED_AUDIO)}, that of a still in {', '.join(STILLS)}"
+    if path.suffix.lower() not in (*COPIED_AUDIO, *stills.WRITTEN):
+        endings = f"{' or '.join(COPIED_AUDIO)}, that of a still in {', '.join(stills.WRITTEN)}"
         raise ValueError(f"{path}: the name of a video to write must end in {endings}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first")
@@ -1362,12 +1202,12 @@ def check_size(path: str | Path, height: int, width: int) -> None:
     ending = Path(path).suffix.lower()
     limit = MAX_SIDE[ending]
     if max(height, width) > limit:
-        format_ = ending[1:].upper() if ending in STILLS else "H.264"
+        format_ = ending[1:].upper() if ending in stills.WRITTEN else "H.264"
         raise ValueError(
             f"{path}: frames of {width}x{height} cannot be written, {format_} allows {limit} "
             f"pixels a side; scale the clip down first"
         )
-    if min(height, width) < 2 and ending not in STILLS:
+    if min(height, width) < 2 and ending not in stills.WRITTEN:
         raise ValueError(f"{path}: a video needs two pixels a side, not {width}x{height}")
 
 
@@ -1378,7 +1218,7 @@ def prepare_edit(clip: Video, path: str | Path) -> None:
     """
     check_writable(path)
     check_size(path, clip.height, clip.width)
-    if Path(path).suffix.lower() not in STILLS:
+    if Path(path).suffix.lower() not in stills.WRITTEN:
         prepare_sound(clip, path)
     elif len(clip.timestamps) > 1:
         raise ValueError(_not_one_frame(path))
@@ -1454,71 +1294,6 @@ def _images(frames: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         yield from block
 
 
-def _jpeg_with_profile(data: bytes, profile: bytes) -> bytes:
-    """In parts that fit into segments, behind the first one, which must be JFIF's."""
-    parts = [profile[i : i + ICC_PART] for i in range(0, len(profile), ICC_PART)]
-    _, place = _jpeg_segments(data)[0]
-    added = b""
-    for number, part in enumerate(parts, 1):
-        body = ICC_LETTERS + bytes([number, len(parts)]) + part
-        added += b"\xff\xe2" + struct.pack(">H", 2 + len(body)) + body
-    return data[:place] + added + data[place:]
-
-
-def _png_with_profile(data: bytes, profile: bytes) -> bytes:
-    """In a chunk of its own behind the header: size, name, content and checksum."""
-    body = b"iCCP" + b"ICC profile\0\0" + zlib.compress(profile)
-    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    place = len(PNG) + 25
-    return data[:place] + chunk + data[place:]
-
-
-def _webp_with_profile(data: bytes, profile: bytes, height: int, width: int) -> bytes:
-    """Before the picture, and behind a chunk which says that there is one, and the size again."""
-    has_profile = 0x20
-    size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
-    body = b"WEBPVP8X" + struct.pack("<II", 10, has_profile) + size
-    body += b"ICCP" + struct.pack("<I", len(profile)) + profile + bytes(len(profile) % 2)
-    body += data[12:]
-    return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-def _write_still(path: Path, image: Tensor, profile: bytes) -> tuple[int, int]:
-    """Write a uint8 (H, W, 3) image without loss, or in JPEG's best quality."""
-    height, width = image.shape[:2]
-    if path.suffix.lower() == ".png":
-        codec, form, options = "png", "rgb24", {}
-    elif path.suffix.lower() == ".webp":
-        codec, form, options = "libwebp", "bgra", {"lossless": "1"}
-    else:
-        codec, form, options = "mjpeg", "yuvj444p", {"qmin": "1", "qmax": "1"}
-    context = CodecContext.create(codec, "w")
-    context.width = width
-    context.height = height
-    context.pix_fmt = form
-    context.time_base = Fraction(1)
-    context.options = options
-    frame = sws.VideoReformatter().reformat(
-        VideoFrame.from_ndarray(image.contiguous().cpu().numpy(), "rgb24"),
-        format=form,
-        interpolation=SCALING,
-        dst_colorspace=sws.Colorspace.ITU601,  # JPEG's
-        dst_color_range=sws.ColorRange.JPEG,
-    )
-    frame.pts = 0
-    with cli.replacing(path) as temporary:
-        packets = [*context.encode(frame), *context.encode(None)]
-        data = b"".join(bytes(packet) for packet in packets)
-        if profile and codec == "png":
-            data = _png_with_profile(data, profile)
-        elif profile and codec == "libwebp":
-            data = _webp_with_profile(data, profile, height, width)
-        elif profile:
-            data = _jpeg_with_profile(data, profile)
-        temporary.write_bytes(data)
-    return height, width
-
-
 def write_video(
     path: str | Path,
     frames: Tensor | Iterable[Tensor],
@@ -1542,10 +1317,12 @@ def write_video(
     if first is None:
         raise ValueError(f"{path}: nothing to write, a video needs at least one frame")
     check_size(path, *first.shape[:2])
-    if path.suffix.lower() in STILLS:
+    if path.suffix.lower() in stills.WRITTEN:
         if next(images, None) is not None:
             raise ValueError(_not_one_frame(path))
-        return _write_still(path, first, like.profile if like else b"")
+        with cli.replacing(path) as temporary:
+            stills.write(temporary, first.cpu().numpy(), like.profile if like else b"")
+        return first.shape[0], first.shape[1]
     images = itertools.chain([first], images)
     height, width = first.shape[0] // 2 * 2, first.shape[1] // 2 * 2
     sound = prepare_sound(like, path) if like else []
