@@ -70,6 +70,13 @@ COPIED_AUDIO = {
     ".mov": "aac mp3 ac3 eac3 alac pcm_s16le pcm_s16be pcm_s24le pcm_s24be".split(),
 }
 
+# QuickTime files (.mov) know some languages by their other ISO 639-2 code.
+QUICKTIME_LANGUAGES = dict(
+    deu="ger", nld="dut", ell="gre", isl="ice", zho="chi", sqi="alb", hye="arm", kat="geo",
+    mya="bur", msa="may", bod="tib", cym="wel", eus="baq", mkd="mac", fre="fra", rum="ron",
+    cze="ces", slo="slk",
+)  # fmt: skip
+
 # The largest side in pixels: of H.264 as x264 writes it, and of stills.
 MAX_SIDE = {".mp4": 16_384, ".mov": 16_384, ".webp": 16_383}
 MAX_SIDE |= {".png": 65_500, ".jpg": 65_500, ".jpeg": 65_500}
@@ -342,8 +349,44 @@ def _end_of_mp4(path: Path) -> int:
 
 
 def _end_of_gif(path: Path) -> int:
-    """A GIF file ends with an empty block and a semicolon. A little may be appended."""
-    return 0 if b"\0;" in path.read_bytes().rstrip(b"\0")[-256:] else sys.maxsize
+    """A GIF file is a row of blocks with contents in small pieces, and ends with one byte."""
+    data = path.read_bytes()
+
+    def byte(place: int) -> int:
+        return int.from_bytes(data[place : place + 1], "big")
+
+    def colours(place: int) -> int:
+        """The length of the table of colours that the flags at this place announce."""
+        return 3 * 2 ** (byte(place) % 8 + 1) if byte(place) & 0x80 else 0
+
+    position = 13 + colours(10)
+    while position < len(data):
+        kind = byte(position)
+        if kind == 0x3B:
+            return position
+        if kind == 0:  # some writers leave these in between
+            position += 1
+            continue
+        if kind == 0x21:  # an extension
+            position += 2
+        elif kind == 0x2C:  # a frame
+            position += 11 + colours(position + 9)
+        else:
+            return 0
+        while byte(position):
+            position += 1 + byte(position)
+        position += 1
+    return sys.maxsize
+
+
+def _end_of_asf(path: Path) -> int:
+    """An ASF (WMV) file declares its size in its header's File Properties."""
+    with path.open("rb") as file:
+        head = file.read(65_536)
+    place = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
+    if place < 0 or int.from_bytes(head[place + 88 : place + 89], "big") & 1:  # a broadcast
+        return 0
+    return int.from_bytes(head[place + 40 : place + 48], "little")
 
 
 def _declared_end(path: Path, kind: str) -> int:
@@ -355,6 +398,8 @@ def _declared_end(path: Path, kind: str) -> int:
         return _end_of_mp4(path)
     if kind == "gif":
         return _end_of_gif(path)
+    if kind == "asf":
+        return _end_of_asf(path)
     return 0
 
 
@@ -441,9 +486,23 @@ def _decode(container: InputContainer, stream: Stream) -> Iterator[Shown]:
             if last is None:
                 continue
             raise
+    is_theora = stream.codec_context.name == "theora"
+    if last and is_theora and container.duration:
+        repeats += _unwritten_repeats(container, stream, repeats[-1] if repeats else last.pts)
     for time in repeats:
         if last:
             yield Shown(last.frame, time, time)
+
+
+def _unwritten_repeats(container: InputContainer, stream: Stream, last: int) -> range:
+    """Times of the frames that Theora's encoder leaves away at the end, when nothing changes.
+
+    They last as long as the file does, but a second at most: sound may be longer than the picture.
+    """
+    step = round(1 / ((stream.average_rate or 25) * stream.time_base))
+    end = Fraction((container.start_time or 0) + container.duration, av.time_base)
+    second = round(1 / stream.time_base)
+    return range(last + step, min(math.floor(end / stream.time_base), last + second), step)
 
 
 def _deinterlace(shown: Iterable[Shown]) -> Iterator[Shown]:
@@ -589,8 +648,15 @@ def _wide_primaries(frame: VideoFrame) -> sws.ColorPrimaries | None:
     return sws.ColorPrimaries.BT2020 if hdr else None
 
 
-# Matrices that FFmpeg cannot convert (ITU-T H.273): YCgCo, YDzDx, ICtCp, IPT-PQ-C2, YCgCo-R.
-NOT_CONVERTED = (8, 11, 14, 15, 16, 17)
+# Matrices that FFmpeg cannot convert, by their tag in ITU-T H.273.
+NOT_CONVERTED = {
+    8: "YCgCo",
+    11: "YDzDx",
+    14: "ICtCp",
+    15: "IPT-PQ-C2",
+    16: "YCgCo-Re",
+    17: "YCgCo-Ro",
+}
 
 
 def _matrix(frame: VideoFrame) -> sws.Colorspace | None:
@@ -684,14 +750,24 @@ def _good_times(times: list[int | None]) -> list[int]:
     return good[::-1]
 
 
-def _mended(times: list[int | None], step: int) -> tuple[list[int], int]:
-    """Replace times that are missing or out of order; keep all others.
+def _longest_run(times: list[int | None], good: list[int], gap: float) -> list[int]:
+    """The longest part of the indices `good` without a jump of more than `gap`."""
+    runs = [[]]
+    for i in good:
+        if runs[-1] and times[i] - times[runs[-1][-1]] > gap:
+            runs.append([])
+        runs[-1].append(i)
+    return max(runs, key=len)
+
+
+def _mended(times: list[int | None], step: int, gap: float = math.inf) -> tuple[list[int], int]:
+    """Replace times that are missing, out of order or more than `gap` ahead; keep all others.
 
     step: the usual duration of a frame. Times between two good ones are spread evenly.
     Returns strictly increasing times and the factor by which their unit became finer, so that new
     times fit between old ones.
     """
-    good = _good_times(times)
+    good = _longest_run(times, _good_times(times), gap)
     if not good:  # a raw stream, or an AVI file
         return [i * step for i in range(len(times))], 1
     gaps = [b - a for a, b in itertools.pairwise(good)]
@@ -734,7 +810,7 @@ def _clock(
     if not 0 < last <= longest:
         last = max(1, round(1 / (rate * base)))
     times = pts if _faults(pts) <= _faults(dts) else dts
-    times, finer = _mended(times, last)
+    times, finer = _mended(times, last, longest)
     if base.denominator * finer >= 2**31:  # MP4 counts no finer
         times, finer = [i * last for i in range(len(times))], 1
     base, last = base / finer, last * finer
@@ -822,10 +898,11 @@ class Reader:
             raise ValueError(f"{self.path}: damaged, not one frame can be decoded")
 
     def _check_matrix(self, frame: VideoFrame) -> None:
-        if frame.colorspace in NOT_CONVERTED and not frame.format.is_rgb:
+        name = NOT_CONVERTED.get(frame.colorspace)
+        if name and not frame.format.is_rgb:
             raise ValueError(
-                f"{self.path}: FFmpeg cannot convert its colours (YCgCo, ICtCp, ...) to RGB; "
-                "convert it to BT.709 first"
+                f"{self.path}: FFmpeg cannot convert its colours from {name} to RGB; convert it to "
+                "BT.709 first"
             )
 
     def images(self) -> Iterator[np.ndarray]:
@@ -1130,7 +1207,10 @@ def _write_track(
     with av.open(io.BytesIO(buffer.getvalue())) as written:
         if not any(packet.size for packet in written.demux(audio=0)):
             raise ValueError("nothing of it could be written")
-    return SoundTrack(buffer.getvalue(), stream.language, stream.disposition), dropped
+    language = stream.language
+    if ending == ".mov":
+        language = QUICKTIME_LANGUAGES.get(language, language)
+    return SoundTrack(buffer.getvalue(), language, stream.disposition), dropped
 
 
 def _prepare_track(clip: Video, stream: Stream, ending: str) -> SoundTrack | None:
