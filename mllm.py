@@ -23,8 +23,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -62,12 +64,14 @@ def smart_resize(
     return new_height, new_width
 
 
-def resize_as_pillow(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """`PIL.Image.resize`, bicubic, of uint8 frames (T, 3, H, W), as PyTorch computes it for uint8.
-
-    At most a few percent of the values differ from Pillow's, and those by one level of 255 or two.
-    """
-    return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
+def resize_by_pillow(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pillow's bicubic `resize`, antialiased, of uint8 frames (T, 3, H, W)."""
+    height, width = size
+    resized = []
+    for frame in frames.permute(0, 2, 3, 1).numpy():  # (H, W, 3)
+        image = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
+        resized.append(torch.from_numpy(np.array(image)))
+    return torch.stack(resized).permute(0, 3, 1, 2)
 
 
 def resize_as_torchvision(frames: Tensor, size: tuple[int, int]) -> Tensor:
@@ -133,7 +137,7 @@ def preprocess_frames(
     token = config.token_side
     unit = 2 * token
     size = smart_resize(*x.shape[2:], unit, 4 * unit**2, max_pixels)
-    x = resize_as_pillow(x, size)
+    x = resize_by_pillow(x, size)
     size = smart_resize(*x.shape[2:], token, min_pixels, max_pixels)
     x = resize_as_torchvision(x, size)
     return cut_patches(normalise(x), config)
@@ -148,7 +152,7 @@ def preprocess_still(frames: Tensor, config: VisionConfig) -> tuple[Tensor, tupl
     token = config.token_side
     area = token**2
     size = smart_resize(*x.shape[2:], token, 4 * area, 16384 * area)
-    x = resize_as_pillow(x, size)
+    x = resize_by_pillow(x, size)
     return cut_patches(normalise(x), config)
 
 

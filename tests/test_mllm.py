@@ -212,13 +212,6 @@ def naive_patches(clip: Tensor, sizes: list[tuple[int, int]], vision: VisionConf
     return torch.tensor(np.stack(patches), dtype=torch.float32)
 
 
-def check_levels(patches: Tensor, expected: Tensor) -> None:
-    """Normalised patches differ by at most two levels of 255, and hardly anywhere."""
-    std = torch.tensor(mllm.PIXEL_STD).repeat_interleave(2 * 14**2)
-    levels = (patches - expected).abs() * std * 255
-    assert levels.max() < 2.01 and levels.mean() < 0.05
-
-
 CLIPS_AND_SIZES = {
     "enlarged by the second stage, odd number of frames": ((3, 90, 160), [(112, 168), (280, 392)]),
     "one frame, portrait": ((1, 400, 250), [(392, 224), (420, 252)]),
@@ -229,24 +222,15 @@ CLIPS_AND_SIZES = {
 
 @pytest.mark.parametrize(("shape", "sizes"), CLIPS_AND_SIZES.values(), ids=CLIPS_AND_SIZES.keys())
 def test_preprocessing_matches_pillow_and_loops(shape: tuple, sizes: list[tuple[int, int]]) -> None:
-    """At the full preset's limits, but for the rounding of the two resizes."""
+    """At the full preset's limits, to the last bit but for ties that float32 rounds its way."""
     vision, clip = VisionConfig(), moving_gradient(*shape)
     patches, grid = mllm.preprocess_frames(clip, vision, 16, 128 * 28**2, 512**2)
     height, width = sizes[-1]
     assert grid == ((shape[0] + 1) // 2, height // 14, width // 14)
-    check_levels(patches, naive_patches(clip, sizes, vision))
-
-
-@pytest.mark.parametrize("size", [(704, 1280), (1280, 704), (480, 832), (49, 83), (7, 200)])
-def test_the_first_resize_is_pillows_but_for_its_rounding(size: tuple[int, int]) -> None:
-    """Noise, the hardest case: at most 1 % of the values differ, by at most two levels of 255."""
-    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    height, width = mllm.smart_resize(*size, 56, 4 * 56**2, 512**2)
-    frames = torch.from_numpy(noise).permute(2, 0, 1)[None]
-    resized = mllm.resize_as_pillow(frames, (height, width))[0].permute(1, 2, 0).int()
-    pillow = torch.tensor(np.array(Image.fromarray(noise).resize((width, height))))
-    difference = (resized - pillow).abs()
-    assert difference.max() <= 2 and (difference > 0).float().mean() < 0.01
+    expected = naive_patches(clip, sizes, vision)
+    std = torch.tensor(mllm.PIXEL_STD).repeat_interleave(2 * 14**2)
+    levels = (patches - expected).abs() * std * 255
+    assert levels.max() < 1.01 and levels.mean() < 2e-3
 
 
 def test_the_second_resize_is_torchvisions() -> None:
@@ -264,7 +248,7 @@ def test_a_still_is_resized_once_to_qwens_own_range() -> None:
     vision, still = VisionConfig(), moving_gradient(1, 720, 1280)
     patches, grid = mllm.preprocess_still(still, vision)
     assert grid == (1, 52, 92)
-    check_levels(patches, naive_patches(still, [(728, 1288)], vision))
+    assert relative_error(patches, naive_patches(still, [(728, 1288)], vision)) < 1e-6
     assert mllm.preprocess_still(moving_gradient(1, 20, 30), vision)[1] == (1, 4, 6)
 
 
