@@ -2,13 +2,16 @@
 
 import base64
 import contextlib
-import email.utils
 import gzip
 import io
 import json
 import resource
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -30,8 +33,10 @@ def reply_of(content, **choice):
 
 
 @contextlib.contextmanager
-def loopback(reply):
+def loopback(reply, context=None):
     """A server on this machine: its address, and (path, headers, body) of each request.
+
+    context: of its TLS, if it has one.
 
     reply(body) -> the text of an answer, a status of HTTP, the bytes of a reply, CUT, or
     (status, headers) and perhaps the bytes of the body.
@@ -67,9 +72,11 @@ def loopback(reply):
             pass
 
     server = Server(("127.0.0.1", 0), Handler)
+    if context:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+        yield f"http{'s' if context else ''}://127.0.0.1:{server.server_port}/v1", asked
     finally:
         server.shutdown()
         server.server_close()
@@ -161,7 +168,10 @@ BODIES = [
     b"[]",
     b"{}",
     b'{"choices": null}',
+    b'{"choices": []}',
     b'{"choices": [{"text": "yes"}]}',
+    b"[" * 200_000,
+    b'{"choices":' * 50_000,
 ]
 NO_TEXTS = [
     b'{"choices": [{"message": {"content": %s}}]}' % content
@@ -195,7 +205,6 @@ def test_what_would_not_help_is_not_tried(status, kind):
 EMPTY = [
     b'{"choices": [{"message": {"content": null}}]}',
     b'{"choices": [{"message": {"role": "assistant"}, "finish_reason": "length"}]}',
-    b'{"choices": []}',
 ]
 
 
@@ -207,24 +216,20 @@ def test_an_answer_without_content_is_empty(reply):
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("form", ["gzip", "comments", "parts"])
-def test_what_stands_around_an_answer_is_taken_off(form):
-    reply = {
-        "gzip": (200, {"Content-Encoding": "gzip"}, gzip.compress(reply_of("yes"))),
-        "comments": b": OPENROUTER PROCESSING\n\n: OPENROUTER PROCESSING\n\n" + reply_of("yes"),
-        "parts": reply_of(["y", {"type": "text", "text": "es"}]),
-    }[form]
-    with loopback(lambda body: reply) as (url, _):
-        assert chat.ask(url, "m", "?") == "yes"
+def packed(data):
+    return 200, {"Content-Encoding": "gzip"}, gzip.compress(data)
 
 
-def test_a_packed_reply_has_a_largest_size_and_a_damaged_one_is_asked_for_again(monkeypatch):
+def test_a_packed_reply_is_unpacked_up_to_a_largest_size(monkeypatch):
+    """Some proxies pack all replies. A damaged one is asked for again."""
     monkeypatch.setattr(chat, "LONGEST_REPLY", 10_000)
-    damaged = gzip.compress(reply_of("yes"))[:12] + b"!" * 20
-    with loopback(in_turn(damaged, *[gzip.compress(b" " * 10**6)] * 5)) as (url, asked):
+    damaged = (200, {"Content-Encoding": "gzip"}, gzip.compress(reply_of("no"))[:12] + b"!" * 20)
+    with loopback(in_turn(damaged, packed(reply_of("yes")))) as (url, _):
+        assert chat.ask(url, "m", "?") == "yes"
+    with loopback(lambda body: packed(b" " * 10**6)) as (url, asked):
         with pytest.raises(ValueError, match="longer than 10000 bytes"):
             chat.ask(url, "m", "?")
-    assert len(asked) == 6
+    assert len(asked) == len(chat.PAUSES)
 
 
 @pytest.mark.parametrize("end", ["", "/", "/chat/completions", "/chat/completions/"])
@@ -235,24 +240,69 @@ def test_an_address_may_be_that_of_the_chats_and_name_a_version(end, query):
     assert asked[0][0] == f"/v1/chat/completions{query}"
 
 
-def test_a_proxy_that_is_not_there_is_named(monkeypatch):
-    """But not its address, which may hold a password."""
-    with socket.socket() as free:
+def test_a_proxy_that_is_not_there_is_not_repeated(monkeypatch):
+    """Its address may hold a password."""
+    with socket.socket() as free:  # bound, but nobody listens
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("http_proxy", f"http://me:pass@127.0.0.1:{free.getsockname()[1]}")
         monkeypatch.setenv("no_proxy", "elsewhere")
-        with pytest.raises(chat.Refused, match="by the proxy in http_proxy.*refused") as error:
+        with pytest.raises(chat.Refused, match="localhost:8000/v1.*; check .* no_proxy") as error:
             chat.ask("http://localhost:8000/v1", "m", "?")
-    assert "no_proxy=localhost" in str(error.value) and "pass@" not in str(error.value)
+    assert "pass@" not in str(error.value)
 
 
-def test_a_server_that_is_not_there_is_named():
-    with socket.socket() as free:  # bound, but nobody listens
+def test_a_server_that_is_not_there_is_named(monkeypatch):
+    """Sooner than one that is busy."""
+    slept = []
+    monkeypatch.setattr(chat.time, "sleep", slept.append)
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        with pytest.raises(
-            chat.Refused, match=f"127.0.0.1:{free.getsockname()[1]}/[^<]*refused; check the server"
-        ):
-            chat.ask(f"http://127.0.0.1:{free.getsockname()[1]}/v1", "m", "?")
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(chat.Refused, match=f"{place}/.*failed; check the server"):
+            chat.ask(f"http://{place}/v1", "m", "?")
+    assert len(slept) == 2
+
+
+def test_a_proxy_is_gone_through(monkeypatch):
+    """But for the hosts in no_proxy."""
+    with loopback(lambda body: "by the proxy") as (proxy, asked):
+        monkeypatch.setenv("http_proxy", proxy.removesuffix("/v1"))
+        assert chat.ask("http://judge.invalid:8000/v1", "m", "?") == "by the proxy"
+        assert asked[0][0] == "http://judge.invalid:8000/v1/chat/completions"
+        with loopback(lambda body: "directly") as (url, _):
+            assert chat.ask(url, "m", "?") == "directly"
+
+
+@pytest.mark.parametrize("variable, value", [("all_proxy", "ftp://x"), ("SSL_CERT_FILE", "/none")])
+def test_an_environment_that_cannot_be_used_is_refused(variable, value, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with loopback(lambda body: "yes") as (url, asked):
+        with pytest.raises(chat.Refused, match="the environment's proxy or SSL_CERT_FILE"):
+            chat.ask(url, "m", "?")
+    assert not asked
+
+
+def test_the_library_is_asked_for_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(chat.Refused, match=r"httpx2.*pip install httpx2$"):
+        chat.ask("http://localhost:8000/v1", "m", "?")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate by openssl")
+def test_certificates_are_those_of_the_environment(tmp_path, monkeypatch):
+    """Such as a company's own. Without them the server is not trusted."""
+    certificate, key = tmp_path / "server.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=here"
+    command += f" -addext subjectAltName=IP:127.0.0.1 -out {certificate} -keyout {key}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with loopback(lambda body: "yes", context) as (url, asked):
+        with pytest.raises(chat.Refused, match="CERTIFICATE_VERIFY_FAILED"):
+            chat.ask(url, "m", "?")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert chat.ask(url, "m", "?") == "yes"
+    assert len(asked) == 1
 
 
 def test_a_slow_server_is_asked_again(monkeypatch):
@@ -303,23 +353,12 @@ def test_an_answer_knows_why_it_ended(reason, is_cut_off):
     assert answer.finish_reason == reason
 
 
-def test_an_answer_that_an_error_ended_is_asked_for_again():
-    error = {"code": 502, "message": "Provider disconnected"}
-    with loopback(in_turn(reply_of("Score: 8", error=error), "at last")) as (url, _):
-        assert chat.ask(url, "m", "?") == "at last"
-
-
-@pytest.mark.parametrize("bomb", [b"[" * 200_000, b'{"choices":' * 50_000])
-def test_deeply_nested_json_is_no_answer(bomb):
-    with loopback(lambda body: bomb) as (url, _), pytest.raises(ValueError, match="nested"):
-        chat.ask(url, "m", "?")
-
-
 # --- When to try again ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "value, seconds", [("7", 7), ("0", 0), ("1e9", 60), ("-3", 0), ("soon", 0), ("nan", 0)]
+    "value, seconds",
+    [("7", 7), ("0", 0), ("1000000000", 60), ("-3", 0), ("Tue, 01 Dec 2026 09:30:16 GMT", 0)],
 )
 def test_retry_after_is_honoured_up_to_a_minute(value, seconds, monkeypatch):
     slept = []
@@ -330,22 +369,12 @@ def test_retry_after_is_honoured_up_to_a_minute(value, seconds, monkeypatch):
     assert slept == [seconds]
 
 
-@pytest.mark.parametrize("from_now, seconds", [(10_000, 60), (-10_000, 0)])
-def test_retry_after_may_be_a_date(from_now, seconds, monkeypatch):
-    slept = []
-    monkeypatch.setattr(chat.time, "sleep", slept.append)
-    date = email.utils.formatdate(time.time() + from_now, usegmt=True)
-    with loopback(in_turn((503, {"Retry-After": date}), "at last")) as (url, _):
-        assert chat.ask(url, "m", "?") == "at last"
-    assert slept == [seconds]
-
-
 ACCOUNTS = [
     (429, {"error": {"code": "insufficient_quota", "message": "You exceeded your quota"}}),
     (429, {"error": {"type": "insufficient_quota"}}),
     (400, [{"error": {"message": "API key not valid. Please pass a valid API key."}}]),
     (400, {"error": {"code": "invalid_api_key"}}),
-    (200, {"error": {"message": "Incorrect API key provided", "code": 401}}),
+    (401, {"error": {"message": "Incorrect API key provided"}}),
     (200, {"error": {"message": "No auth credentials found", "code": 401}}),
     (200, {"error": "Unexpected endpoint or method. (POST /chat/completions)"}),
     (402, {"error": "payment required"}),
@@ -355,7 +384,7 @@ ACCOUNTS = [
 @pytest.mark.parametrize("status, body", ACCOUNTS)
 def test_an_account_without_answers_stops_at_once(status, body):
     reply = (status, {}, json.dumps(body).encode())
-    with loopback(lambda _: reply) as (url, asked), pytest.raises(chat.Refused, match=f"{status}"):
+    with loopback(lambda _: reply) as (url, asked), pytest.raises(chat.Refused):
         chat.ask(url, "m", "?")
     assert len(asked) == 1
 
@@ -413,7 +442,7 @@ def test_a_rate_limit_is_waited_for():
 
 # --- The key --------------------------------------------------------------------------------------
 
-KEY = 'sk-7Q/x"9\\z~end'  # with letters that JSON, Python and addresses escape
+KEY = "sk-7Q.x+9/z=_end"  # with letters that have a meaning in patterns
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -468,14 +497,14 @@ def test_a_model_that_repeats_the_key_does_not_get_it_written(monkeypatch):
 def test_a_bad_key_is_refused_before_any_request(key, monkeypatch):
     monkeypatch.setenv("MY_KEY", key)
     with loopback(lambda body: "yes") as (url, asked):
-        with pytest.raises(chat.Refused, match="the API key in MY_KEY holds") as error:
+        with pytest.raises(chat.Refused, match="the API key's environment variable") as error:
             chat.ask(url, "m", "?", key="MY_KEY")
     assert not asked and "secret" not in str(error.value)
 
 
 def test_a_key_in_the_place_of_its_name_is_not_repeated():
     with loopback(lambda body: "yes") as (url, asked):
-        with pytest.raises(chat.Refused, match="not the name of an environment variable") as error:
+        with pytest.raises(chat.Refused, match="the API key's environment variable") as error:
             chat.ask(url, "m", "?", key="sk-secret")
     assert not asked and "secret" not in str(error.value)
 
@@ -490,7 +519,8 @@ def test_a_key_in_the_place_of_its_name_is_not_repeated():
         "http://{}/v1#password",
         "http://{}:password/v1",
         "password://{}/v1",
-        "http://{}/password ☃",
+        "http://{}9999999/password",
+        "http://127.0.0.1:99999/password",
         "http:///password",
         "",
     ],
@@ -559,7 +589,7 @@ def test_one_deadline_bounds_the_whole_exchange(kind, monkeypatch):
     parts, then = ENDLESS[kind]
     with (
         hostile(*parts, then=then) as url,
-        pytest.raises(ValueError, match="within 0.2 s|100 head"),
+        pytest.raises(ValueError, match="within 0.2 s"),
     ):
         chat.ask(url, "m", "?")
 
@@ -571,16 +601,6 @@ def test_a_handshake_without_an_end_is_bounded_too(monkeypatch):
     with hostile(b"\x16\x03\x03\x40\x00", then=b"\x02") as url:
         with pytest.raises(ValueError, match="within 0.2 s"):
             chat.ask(url.replace("http", "https", 1), "m", "?")
-
-
-def test_no_watchdog_stays_behind():
-    before = set(threading.enumerate())
-    with loopback(in_turn("yes", 400)) as (url, _):
-        assert chat.ask(url, "m", "?") == "yes"
-        with pytest.raises(ValueError):
-            chat.ask(url, "m", "?")
-    rest = set(threading.enumerate()) - before
-    assert not [thread for thread in rest if isinstance(thread, threading.Timer)]
 
 
 @pytest.mark.parametrize("head", [b"\r\n", b"Content-Length: 99999999999\r\n\r\n"])
@@ -634,7 +654,7 @@ def test_a_line_that_was_cut_off_is_done_again(torn, tmp_path):
 def test_a_damaged_line_before_the_last_is_an_error_that_names_the_file(damaged, tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(damaged + b'\n{"key": "b", "answer": 2}\n')
-    with pytest.raises(ValueError, match=r"answers\.jsonl has a line that is damaged"):
+    with pytest.raises(ValueError, match=r"answers\.jsonl: line 1 is damaged"):
         chat.results(path)
 
 
@@ -711,7 +731,6 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert list(chat.results(path)) == ["k0", "k1", "k2"]
-    assert path.read_bytes().endswith(b"\n")
     assert chat.run(path, jobs, lambda job: {"text": job}, 1) == {}
     assert len(lines(path)) == 9
 
