@@ -12,11 +12,8 @@ import io
 import json
 import os
 import re
-import threading
-import time
 from base64 import b64encode
-from collections.abc import Callable, Collection, Mapping
-from multiprocessing.pool import ThreadPool
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -186,7 +183,7 @@ def _read(status: int, headers: Mapping[str, str], text: str, has_answered: bool
     raise ValueError(said)
 
 
-def ask(
+async def ask(
     url: str, model: str, content: str | list, system: str = "", key: str = "OPENAI_API_KEY"
 ) -> Answer:
     """Ask one question, in one turn of a chat, and return the text of the answer.
@@ -210,7 +207,7 @@ def ask(
     asked = (address, model)
     for tries, pause in enumerate(PAUSES, 1):
         try:
-            status, headers, text = asyncio.run(_exchange(address, question, secret))
+            status, headers, text = await _exchange(address, question, secret)
             answer = _read(status, headers, _hide(text, secret), asked in _answered)
             _answered.add(asked)
             return answer
@@ -223,7 +220,7 @@ def ask(
             raise Refused(f"{said}; {hint}")
         if isinstance(failure, ValueError) or tries == len(PAUSES):
             raise ValueError(said)
-        time.sleep(max(pause, failure.seconds))
+        await asyncio.sleep(max(pause, failure.seconds))
 
 
 # --- Many questions -------------------------------------------------------------------------------
@@ -258,31 +255,33 @@ def _lock(path: Path) -> IO[str]:
 def run(
     path: Path,
     jobs: dict[str, object],
-    work: Callable[[object], dict],
+    work: Callable[[object], Awaitable[dict]],
     workers: int = 8,
     again: Collection[str] = (),
 ) -> dict[str, str]:
-    """Do `work`, in threads, on the jobs whose keys `path` lacks, or which are in `again`.
+    """Do `work` on the jobs whose keys `path` lacks, or which are in `again`, some at a time.
 
     Each result is appended to `path` at once, as the line {"key": key, **result} of JSON. Returns,
     by key, why jobs failed (ValueError, OSError): the next run tries them again. Any other
     exception ends the run.
     """
     failed: dict[str, str] = {}
-    writing = threading.Lock()
 
     def line(key: str, result: dict) -> str:
         return json.dumps({"key": key, **result}) + "\n"
 
-    def attempt(key: str) -> None:
-        try:
-            result = work(jobs[key])
-        except (ValueError, OSError) as error:
-            failed[key] = str(error)
-            return
-        with writing:  # one line at a time
+    async def worker() -> None:
+        for key in keys:  # one iterator, which all workers take from
+            try:
+                result = await work(jobs[key])
+            except (ValueError, OSError) as error:
+                failed[key] = str(error)
+                continue
             file.write(line(key, result))
             file.flush()
+
+    async def all_workers() -> None:
+        await asyncio.gather(*(worker() for _ in range(workers)))
 
     with _lock(path):
         kept = {key: row for key, row in results(path).items() if key not in again}
@@ -290,10 +289,9 @@ def run(
         cli.write_text(path, "".join(line(key, row) for key, row in kept.items()))
         todo = sorted(jobs.keys() - kept.keys())  # sorted, so that runs are alike
         try:
-            # The pool's threads are daemons: Ctrl-C does not wait for their answers.
-            with open(path, "a") as file, ThreadPool(workers) as pool:
-                for _ in tqdm(pool.imap_unordered(attempt, todo), total=len(todo), disable=None):
-                    pass
+            with open(path, "a") as file, tqdm(todo, disable=None) as bar:
+                keys = iter(bar)
+                asyncio.run(all_workers())
         except OSError as error:
             raise cli.Stop(f"{path} cannot be written: {error.strerror}") from None
     return failed
