@@ -741,7 +741,7 @@ def test_what_concerns_all_jobs_ends_the_run(error, tmp_path):
 
 def test_no_thread_outlives_the_run(tmp_path):
     """One that reads a clip while Python exits may abort the process."""
-    before, begun = set(threading.enumerate()), threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     def work(job):
         if job == 1:
@@ -749,10 +749,11 @@ def test_no_thread_outlives_the_run(tmp_path):
             raise chat.Refused("wrong key")
         begun.set()
         time.sleep(0.1)
+        ended.set()
 
     with pytest.raises(chat.Refused):
         run(tmp_path / "answers.jsonl", {"a": 0, "b": 1}, work, 2)
-    assert set(threading.enumerate()) <= before
+    assert ended.is_set()
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(tmp_path):
