@@ -22,6 +22,7 @@ Global Style  global_style  style      global_style1, global_style2
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import hashlib
@@ -538,11 +539,14 @@ def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: i
     another. Raises ValueError if more than 1 in 100 targets got none.
     """
 
-    def describe(clip: str) -> dict[str, str]:
+    def question_about(clip: str) -> list[dict]:
         frames = video.read_video(clip, dataset.max_frames).frames
-        question = {"type": "text", "text": CAPTION_PROMPT}
-        answer = chat.ask(url, model, [*chat.image_parts(frames, CAPTION_FRAMES), question])
-        return {"caption": checked_caption(answer)}
+        images = chat.image_parts(frames, CAPTION_FRAMES)
+        return [*images, {"type": "text", "text": CAPTION_PROMPT}]
+
+    async def describe(clip: str) -> dict[str, str]:
+        question = await asyncio.to_thread(question_about, clip)
+        return {"caption": checked_caption(await chat.ask(url, model, question))}
 
     for problem in dataset.bad.values():
         note(f"left out: {problem}")

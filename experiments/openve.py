@@ -22,6 +22,7 @@ folder, and beside them what was judged: a clip that changes later is judged aga
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import hashlib
 import io
@@ -250,17 +251,21 @@ def read_rubrics(folder: Path) -> tuple[dict[str, str], str]:
     return texts, f"{name}-{digest[:6]}"
 
 
-def ask_judge(rubric: str, source: Path, edit: Path, url: str, model: str, key: str) -> dict:
-    """Show a judge both clips, in one turn; returns its scores, or None, and its last answer."""
-    # App. D.3: source first, each with a header, then the task.
+def show_clips(source: Path, edit: Path) -> list[dict]:
+    """What a judge is shown: source first, each clip with a header, then the task (App. D.3)."""
     clips = {"Source video (before the edit):": source, "Edited video (after the edit):": edit}
     content = []
     for header, path in clips.items():
         content.append({"type": "text", "text": header})
         content += chat.image_parts(video.read_video(path).frames, FRAMES)
-    content.append({"type": "text", "text": TASK})
+    return [*content, {"type": "text", "text": TASK}]
+
+
+async def ask_judge(rubric: str, source: Path, edit: Path, url: str, model: str, key: str) -> dict:
+    """Show a judge both clips, in one turn; returns its scores, or None, and its last answer."""
+    content = await asyncio.to_thread(show_clips, source, edit)
     for _ in range(TRIES):
-        answer = chat.ask(url, model, content, rubric, key)
+        answer = await chat.ask(url, model, content, rubric, key)
         scores = None if answer.is_cut_off else parse_scores(answer)  # "8" may be half of "80"
         if scores:
             break
@@ -349,10 +354,10 @@ def judge_folder(
             "edit": fingerprint(row["edit"]),
         }
 
-    def work(key: str) -> dict:
+    async def work(key: str) -> dict:
         row = rows[key]
         rubric = texts[row["edited_type"]].replace(PLACEHOLDER, row["prompt"])
-        found = ask_judge(rubric, row["source"], row["edit"], args.url, args.model, args.key)
+        found = await ask_judge(rubric, row["source"], row["edit"], args.url, args.model, args.key)
         about = {"category": CATEGORIES[row["edited_type"]], "judge": args.model, "rubrics": used}
         return about | found | seen[key] | {"benchmark": total}
 

@@ -1,14 +1,19 @@
 """Questions to a model on a server: what is sent, what is tried again, runs that resume."""
 
+import asyncio
 import base64
 import contextlib
-import email.utils
+import functools
 import gzip
 import io
 import json
 import resource
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -30,8 +35,10 @@ def reply_of(content, **choice):
 
 
 @contextlib.contextmanager
-def loopback(reply):
+def loopback(reply, context=None):
     """A server on this machine: its address, and (path, headers, body) of each request.
+
+    context: of its TLS, if it has one.
 
     reply(body) -> the text of an answer, a status of HTTP, the bytes of a reply, CUT, or
     (status, headers) and perhaps the bytes of the body.
@@ -67,9 +74,11 @@ def loopback(reply):
             pass
 
     server = Server(("127.0.0.1", 0), Handler)
+    if context:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+        yield f"http{'s' if context else ''}://127.0.0.1:{server.server_port}/v1", asked
     finally:
         server.shutdown()
         server.server_close()
@@ -80,6 +89,26 @@ def no_pauses(monkeypatch):
     monkeypatch.setattr(chat, "PAUSES", (0,) * 6)
     monkeypatch.setattr(chat, "_answered", set())
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def record_pauses(monkeypatch):
+    """A list that the seconds of all further pauses come into, none of which is waited for."""
+    slept = []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    monkeypatch.setattr(chat.asyncio, "sleep", sleep)
+    return slept
+
+
+def ask(*args, **options):
+    return asyncio.run(chat.ask(*args, **options))
+
+
+def run(path, jobs, work, *args, **options):
+    """chat.run with work that blocks."""
+    return chat.run(path, jobs, functools.partial(asyncio.to_thread, work), *args, **options)
 
 
 def in_turn(*answers):
@@ -140,8 +169,8 @@ def test_what_a_server_is_asked(monkeypatch):
     parts = [{"type": "text", "text": "wie?"}]
     monkeypatch.setenv("MY_KEY", "secret")
     with loopback(in_turn("Überraschung", "yes")) as (url, asked):
-        assert chat.ask(url + "/", "a/model", parts, "be strict", "MY_KEY") == "Überraschung"
-        assert chat.ask(url, "a/model", "why?") == "yes"
+        assert ask(url + "/", "a/model", parts, "be strict", "MY_KEY") == "Überraschung"
+        assert ask(url, "a/model", "why?") == "yes"
     (path, headers, body), (_, _, second) = asked
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
     messages = [{"role": "system", "content": "be strict"}, {"role": "user", "content": parts}]
@@ -151,7 +180,7 @@ def test_what_a_server_is_asked(monkeypatch):
 
 def test_a_busy_server_is_asked_again():
     with loopback(in_turn(429, 500, CUT, 503, b"no JSON", "at last")) as (url, asked):
-        assert chat.ask(url, "m", "?") == "at last"
+        assert ask(url, "m", "?") == "at last"
     assert len(asked) == 6
 
 
@@ -161,7 +190,10 @@ BODIES = [
     b"[]",
     b"{}",
     b'{"choices": null}',
+    b'{"choices": []}',
     b'{"choices": [{"text": "yes"}]}',
+    b"[" * 200_000,
+    b'{"choices":' * 50_000,
 ]
 NO_TEXTS = [
     b'{"choices": [{"message": {"content": %s}}]}' % content
@@ -175,7 +207,7 @@ def test_what_stays_unanswered_is_given_up(answer):
         loopback(lambda body: answer) as (url, asked),
         pytest.raises(ValueError, match="127.0.0.1.*/v1"),
     ):
-        chat.ask(url, "m", "?")
+        ask(url, "m", "?")
     assert len(asked) == len(chat.PAUSES)
 
 
@@ -188,14 +220,13 @@ def test_what_would_not_help_is_not_tried(status, kind):
         loopback(lambda body: status) as (url, asked),
         pytest.raises(kind, match=f"{status}.*reason of the server"),
     ):
-        chat.ask(url, "m", "?")
+        ask(url, "m", "?")
     assert len(asked) == 1
 
 
 EMPTY = [
     b'{"choices": [{"message": {"content": null}}]}',
     b'{"choices": [{"message": {"role": "assistant"}, "finish_reason": "length"}]}',
-    b'{"choices": []}',
 ]
 
 
@@ -203,56 +234,96 @@ EMPTY = [
 def test_an_answer_without_content_is_empty(reply):
     """As of a model whose thoughts used up its tokens. It is not asked again here."""
     with loopback(lambda body: reply) as (url, asked):
-        assert chat.ask(url, "m", "?") == ""
+        assert ask(url, "m", "?") == ""
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("form", ["gzip", "comments", "parts"])
-def test_what_stands_around_an_answer_is_taken_off(form):
-    reply = {
-        "gzip": (200, {"Content-Encoding": "gzip"}, gzip.compress(reply_of("yes"))),
-        "comments": b": OPENROUTER PROCESSING\n\n: OPENROUTER PROCESSING\n\n" + reply_of("yes"),
-        "parts": reply_of(["y", {"type": "text", "text": "es"}]),
-    }[form]
-    with loopback(lambda body: reply) as (url, _):
-        assert chat.ask(url, "m", "?") == "yes"
+def packed(data):
+    return 200, {"Content-Encoding": "gzip"}, gzip.compress(data)
 
 
-def test_a_packed_reply_has_a_largest_size_and_a_damaged_one_is_asked_for_again(monkeypatch):
+def test_a_packed_reply_is_unpacked_up_to_a_largest_size(monkeypatch):
+    """Some proxies pack all replies. A damaged one is asked for again."""
     monkeypatch.setattr(chat, "LONGEST_REPLY", 10_000)
-    damaged = gzip.compress(reply_of("yes"))[:12] + b"!" * 20
-    with loopback(in_turn(damaged, *[gzip.compress(b" " * 10**6)] * 5)) as (url, asked):
+    damaged = (200, {"Content-Encoding": "gzip"}, gzip.compress(reply_of("no"))[:12] + b"!" * 20)
+    with loopback(in_turn(damaged, packed(reply_of("yes")))) as (url, _):
+        assert ask(url, "m", "?") == "yes"
+    with loopback(lambda body: packed(b" " * 10**6)) as (url, asked):
         with pytest.raises(ValueError, match="longer than 10000 bytes"):
-            chat.ask(url, "m", "?")
-    assert len(asked) == 6
+            ask(url, "m", "?")
+    assert len(asked) == len(chat.PAUSES)
 
 
 @pytest.mark.parametrize("end", ["", "/", "/chat/completions", "/chat/completions/"])
 @pytest.mark.parametrize("query", ["", "?api-version=2024-10-21"])
 def test_an_address_may_be_that_of_the_chats_and_name_a_version(end, query):
     with loopback(lambda body: "yes") as (url, asked):
-        assert chat.ask(url + end + query, "m", "?") == "yes"
+        assert ask(url + end + query, "m", "?") == "yes"
     assert asked[0][0] == f"/v1/chat/completions{query}"
 
 
-def test_a_proxy_that_is_not_there_is_named(monkeypatch):
-    """But not its address, which may hold a password."""
-    with socket.socket() as free:
+def test_a_proxy_that_is_not_there_is_not_repeated(monkeypatch):
+    """Its address may hold a password."""
+    with socket.socket() as free:  # bound, but nobody listens
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("http_proxy", f"http://me:pass@127.0.0.1:{free.getsockname()[1]}")
         monkeypatch.setenv("no_proxy", "elsewhere")
-        with pytest.raises(chat.Refused, match="by the proxy in http_proxy.*refused") as error:
-            chat.ask("http://localhost:8000/v1", "m", "?")
-    assert "no_proxy=localhost" in str(error.value) and "pass@" not in str(error.value)
+        with pytest.raises(chat.Refused, match="localhost:8000/v1.*; check .* no_proxy") as error:
+            ask("http://localhost:8000/v1", "m", "?")
+    assert "pass@" not in str(error.value)
 
 
-def test_a_server_that_is_not_there_is_named():
-    with socket.socket() as free:  # bound, but nobody listens
+def test_a_server_that_is_not_there_is_named(monkeypatch):
+    """Sooner than one that is busy."""
+    slept = record_pauses(monkeypatch)
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        with pytest.raises(
-            chat.Refused, match=f"127.0.0.1:{free.getsockname()[1]}/[^<]*refused; check the server"
-        ):
-            chat.ask(f"http://127.0.0.1:{free.getsockname()[1]}/v1", "m", "?")
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(chat.Refused, match=f"{place}/.*failed; check the server"):
+            ask(f"http://{place}/v1", "m", "?")
+    assert len(slept) == 2
+
+
+def test_a_proxy_is_gone_through(monkeypatch):
+    """But for the hosts in no_proxy."""
+    with loopback(lambda body: "by the proxy") as (proxy, asked):
+        monkeypatch.setenv("http_proxy", proxy.removesuffix("/v1"))
+        assert ask("http://judge.invalid:8000/v1", "m", "?") == "by the proxy"
+        assert asked[0][0] == "http://judge.invalid:8000/v1/chat/completions"
+        with loopback(lambda body: "directly") as (url, _):
+            assert ask(url, "m", "?") == "directly"
+
+
+@pytest.mark.parametrize("variable, value", [("all_proxy", "ftp://x"), ("SSL_CERT_FILE", "/none")])
+def test_an_environment_that_cannot_be_used_is_refused(variable, value, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with loopback(lambda body: "yes") as (url, asked):
+        with pytest.raises(chat.Refused, match="the environment's proxy or SSL_CERT_FILE"):
+            ask(url, "m", "?")
+    assert not asked
+
+
+def test_the_library_is_asked_for_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(chat.Refused, match=r"httpx2.*pip install httpx2$"):
+        ask("http://localhost:8000/v1", "m", "?")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate by openssl")
+def test_certificates_are_those_of_the_environment(tmp_path, monkeypatch):
+    """Such as a company's own. Without them the server is not trusted."""
+    certificate, key = tmp_path / "server.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=here"
+    command += f" -addext subjectAltName=IP:127.0.0.1 -out {certificate} -keyout {key}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with loopback(lambda body: "yes", context) as (url, asked):
+        with pytest.raises(chat.Refused, match="CERTIFICATE_VERIFY_FAILED"):
+            ask(url, "m", "?")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert ask(url, "m", "?") == "yes"
+    assert len(asked) == 1
 
 
 def test_a_slow_server_is_asked_again(monkeypatch):
@@ -266,7 +337,7 @@ def test_a_slow_server_is_asked_again(monkeypatch):
         return "awake"
 
     with loopback(reply) as (url, asked):
-        assert chat.ask(url, "m", "?") == "awake"
+        assert ask(url, "m", "?") == "awake"
         assert len(asked) >= 2
         end.set()
 
@@ -278,8 +349,8 @@ def test_content_in_parts_is_joined():
     thought = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
     parts = [thought, {"type": "text", "text": "yes"}, {"type": "text", "text": " and no"}]
     with loopback(in_turn(reply_of(parts), reply_of([]))) as (url, _):
-        assert chat.ask(url, "m", "?") == "yes and no"
-        assert chat.ask(url, "m", "?") == ""
+        assert ask(url, "m", "?") == "yes and no"
+        assert ask(url, "m", "?") == ""
 
 
 @pytest.mark.parametrize(
@@ -298,45 +369,23 @@ def test_content_in_parts_is_joined():
 )
 def test_an_answer_knows_why_it_ended(reason, is_cut_off):
     with loopback(in_turn(reply_of("Score: 8", finish_reason=reason))) as (url, _):
-        answer = chat.ask(url, "m", "?")
+        answer = ask(url, "m", "?")
     assert answer == "Score: 8" and answer.is_cut_off == is_cut_off
     assert answer.finish_reason == reason
-
-
-def test_an_answer_that_an_error_ended_is_asked_for_again():
-    error = {"code": 502, "message": "Provider disconnected"}
-    with loopback(in_turn(reply_of("Score: 8", error=error), "at last")) as (url, _):
-        assert chat.ask(url, "m", "?") == "at last"
-
-
-@pytest.mark.parametrize("bomb", [b"[" * 200_000, b'{"choices":' * 50_000])
-def test_deeply_nested_json_is_no_answer(bomb):
-    with loopback(lambda body: bomb) as (url, _), pytest.raises(ValueError, match="nested"):
-        chat.ask(url, "m", "?")
 
 
 # --- When to try again ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "value, seconds", [("7", 7), ("0", 0), ("1e9", 60), ("-3", 0), ("soon", 0), ("nan", 0)]
+    "value, seconds",
+    [("7", 7), ("0", 0), ("1000000000", 60), ("-3", 0), ("Tue, 01 Dec 2026 09:30:16 GMT", 0)],
 )
 def test_retry_after_is_honoured_up_to_a_minute(value, seconds, monkeypatch):
-    slept = []
-    monkeypatch.setattr(chat.time, "sleep", slept.append)
+    slept = record_pauses(monkeypatch)
     replies = in_turn((429, {"Retry-After": value}), "at last")
     with loopback(replies) as (url, _):
-        assert chat.ask(url, "m", "?") == "at last"
-    assert slept == [seconds]
-
-
-@pytest.mark.parametrize("from_now, seconds", [(10_000, 60), (-10_000, 0)])
-def test_retry_after_may_be_a_date(from_now, seconds, monkeypatch):
-    slept = []
-    monkeypatch.setattr(chat.time, "sleep", slept.append)
-    date = email.utils.formatdate(time.time() + from_now, usegmt=True)
-    with loopback(in_turn((503, {"Retry-After": date}), "at last")) as (url, _):
-        assert chat.ask(url, "m", "?") == "at last"
+        assert ask(url, "m", "?") == "at last"
     assert slept == [seconds]
 
 
@@ -345,7 +394,7 @@ ACCOUNTS = [
     (429, {"error": {"type": "insufficient_quota"}}),
     (400, [{"error": {"message": "API key not valid. Please pass a valid API key."}}]),
     (400, {"error": {"code": "invalid_api_key"}}),
-    (200, {"error": {"message": "Incorrect API key provided", "code": 401}}),
+    (401, {"error": {"message": "Incorrect API key provided"}}),
     (200, {"error": {"message": "No auth credentials found", "code": 401}}),
     (200, {"error": "Unexpected endpoint or method. (POST /chat/completions)"}),
     (402, {"error": "payment required"}),
@@ -355,8 +404,8 @@ ACCOUNTS = [
 @pytest.mark.parametrize("status, body", ACCOUNTS)
 def test_an_account_without_answers_stops_at_once(status, body):
     reply = (status, {}, json.dumps(body).encode())
-    with loopback(lambda _: reply) as (url, asked), pytest.raises(chat.Refused, match=f"{status}"):
-        chat.ask(url, "m", "?")
+    with loopback(lambda _: reply) as (url, asked), pytest.raises(chat.Refused):
+        ask(url, "m", "?")
     assert len(asked) == 1
 
 
@@ -369,7 +418,7 @@ def test_an_address_without_v1_is_guessed_at():
     reply = b'{"error": "Unexpected endpoint or method. Returning 200 anyway"}'
     with loopback(lambda body: reply) as (url, _):
         with pytest.raises(chat.Refused, match="Returning 200 anyway.*end in /v1"):
-            chat.ask(url.removesuffix("/v1"), "m", "?")
+            ask(url.removesuffix("/v1"), "m", "?")
 
 
 def test_a_status_inside_the_reply_counts():
@@ -377,16 +426,16 @@ def test_a_status_inside_the_reply_counts():
         url,
         asked,
     ):
-        assert chat.ask(url, "m", "?") == "at last"
+        assert ask(url, "m", "?") == "at last"
         with pytest.raises(ValueError, match="400"):
-            chat.ask(url, "m", "?")
+            ask(url, "m", "?")
     assert len(asked) == 4
 
 
 def test_an_error_without_status_is_waited_for_once_there_was_an_answer():
     with loopback(in_turn("yes", b'{"error": "busy"}', "at last")) as (url, _):
-        assert chat.ask(url, "m", "?") == "yes"
-        assert chat.ask(url, "m", "?") == "at last"
+        assert ask(url, "m", "?") == "yes"
+        assert ask(url, "m", "?") == "at last"
 
 
 def test_a_question_that_is_forbidden_does_not_concern_the_others():
@@ -394,12 +443,12 @@ def test_a_question_that_is_forbidden_does_not_concern_the_others():
     flagged = (403, {}, error_of(403, "requires moderation and your input was flagged"))
     with loopback(in_turn(flagged, "yes", 403, 403)) as (url, _):
         with pytest.raises(ValueError, match="moderation"):
-            chat.ask(url, "m", "?")
-        assert chat.ask(url, "m", "?") == "yes"
+            ask(url, "m", "?")
+        assert ask(url, "m", "?") == "yes"
         with pytest.raises(ValueError, match="403"):
-            chat.ask(url, "m", "?")
+            ask(url, "m", "?")
         with pytest.raises(chat.Refused, match="403"):
-            chat.ask(url, "another", "?")
+            ask(url, "another", "?")
 
 
 def test_a_rate_limit_is_waited_for():
@@ -408,12 +457,12 @@ def test_a_rate_limit_is_waited_for():
     error = {"code": "rate_limit_exceeded", "message": message}
     limit = (429, {}, json.dumps({"error": error}).encode())
     with loopback(in_turn(limit, limit, "at last")) as (url, _):
-        assert chat.ask(url, "m", "?") == "at last"
+        assert ask(url, "m", "?") == "at last"
 
 
 # --- The key --------------------------------------------------------------------------------------
 
-KEY = 'sk-7Q/x"9\\z~end'  # with letters that JSON, Python and addresses escape
+KEY = "sk-7Q.x+9/z=_end"  # with letters that have a meaning in patterns
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -423,7 +472,7 @@ def test_the_key_does_not_follow_a_redirect(status, monkeypatch):
         reply = (status, {"Location": f"{other}/chat/completions?{KEY}"})
         with loopback(lambda body: reply) as (url, asked):
             with pytest.raises(chat.Refused) as error:
-                chat.ask(url, "m", "?", key="MY_KEY")
+                ask(url, "m", "?", key="MY_KEY")
     message = str(error.value)
     assert f"{status}: a redirect to {other}" in message and KEY not in message
     assert len(asked) == 1 and not asked_there
@@ -449,7 +498,7 @@ def test_a_server_that_repeats_the_key_does_not_get_it_printed(form, monkeypatch
     reply = echoes(KEY)[form]
     with loopback(lambda body: reply) as (url, _):
         with pytest.raises((ValueError, chat.Refused)) as error:
-            chat.ask(url, "m", "?", key="MY_KEY")
+            ask(url, "m", "?", key="MY_KEY")
     shown = "".join(traceback.format_exception(error.value))
     assert "sk-7q" not in str(error.value).lower() and "sk-7q" not in shown.lower()
 
@@ -458,7 +507,7 @@ def test_a_model_that_repeats_the_key_does_not_get_it_written(monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     reply = reply_of(f"Your key is {KEY}. {KEY}", finish_reason="length")
     with loopback(lambda body: reply) as (url, _):
-        answer = chat.ask(url, "m", "?", key="MY_KEY")
+        answer = ask(url, "m", "?", key="MY_KEY")
     assert answer == "Your key is [key]. [key]" and answer.is_cut_off
 
 
@@ -468,15 +517,15 @@ def test_a_model_that_repeats_the_key_does_not_get_it_written(monkeypatch):
 def test_a_bad_key_is_refused_before_any_request(key, monkeypatch):
     monkeypatch.setenv("MY_KEY", key)
     with loopback(lambda body: "yes") as (url, asked):
-        with pytest.raises(chat.Refused, match="the API key in MY_KEY holds") as error:
-            chat.ask(url, "m", "?", key="MY_KEY")
+        with pytest.raises(chat.Refused, match="the API key's environment variable") as error:
+            ask(url, "m", "?", key="MY_KEY")
     assert not asked and "secret" not in str(error.value)
 
 
 def test_a_key_in_the_place_of_its_name_is_not_repeated():
     with loopback(lambda body: "yes") as (url, asked):
-        with pytest.raises(chat.Refused, match="not the name of an environment variable") as error:
-            chat.ask(url, "m", "?", key="sk-secret")
+        with pytest.raises(chat.Refused, match="the API key's environment variable") as error:
+            ask(url, "m", "?", key="sk-secret")
     assert not asked and "secret" not in str(error.value)
 
 
@@ -490,7 +539,8 @@ def test_a_key_in_the_place_of_its_name_is_not_repeated():
         "http://{}/v1#password",
         "http://{}:password/v1",
         "password://{}/v1",
-        "http://{}/password ☃",
+        "http://{}9999999/password",
+        "http://127.0.0.1:99999/password",
         "http:///password",
         "",
     ],
@@ -499,7 +549,7 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(form):
     with loopback(lambda body: "yes") as (url, asked):
         host = url.removeprefix("http://").removesuffix("/v1")
         with pytest.raises(chat.Refused, match="--url") as error:
-            chat.ask(form.format(host), "m", "?")
+            ask(form.format(host), "m", "?")
     assert not asked and "password@" not in str(error.value) and "\n" not in str(error.value)
     assert "password" not in str(error.value).replace("name or password", "")
 
@@ -559,9 +609,9 @@ def test_one_deadline_bounds_the_whole_exchange(kind, monkeypatch):
     parts, then = ENDLESS[kind]
     with (
         hostile(*parts, then=then) as url,
-        pytest.raises(ValueError, match="within 0.2 s|100 head"),
+        pytest.raises(ValueError, match="within 0.2 s"),
     ):
-        chat.ask(url, "m", "?")
+        ask(url, "m", "?")
 
 
 def test_a_handshake_without_an_end_is_bounded_too(monkeypatch):
@@ -570,17 +620,7 @@ def test_a_handshake_without_an_end_is_bounded_too(monkeypatch):
     # A TLS record of 16 kB that arrives byte by byte.
     with hostile(b"\x16\x03\x03\x40\x00", then=b"\x02") as url:
         with pytest.raises(ValueError, match="within 0.2 s"):
-            chat.ask(url.replace("http", "https", 1), "m", "?")
-
-
-def test_no_watchdog_stays_behind():
-    before = set(threading.enumerate())
-    with loopback(in_turn("yes", 400)) as (url, _):
-        assert chat.ask(url, "m", "?") == "yes"
-        with pytest.raises(ValueError):
-            chat.ask(url, "m", "?")
-    rest = set(threading.enumerate()) - before
-    assert not [thread for thread in rest if isinstance(thread, threading.Timer)]
+            ask(url.replace("http", "https", 1), "m", "?")
 
 
 @pytest.mark.parametrize("head", [b"\r\n", b"Content-Length: 99999999999\r\n\r\n"])
@@ -588,7 +628,7 @@ def test_a_reply_has_a_largest_size(head, monkeypatch):
     monkeypatch.setattr(chat, "LONGEST_REPLY", 10_000)
     with hostile(OK, head, then=b" " * 5_000) as url:
         with pytest.raises(ValueError, match="longer than 10000 bytes"):
-            chat.ask(url, "m", "?")
+            ask(url, "m", "?")
 
 
 # --- Many questions -------------------------------------------------------------------------------
@@ -607,12 +647,12 @@ def test_a_run_does_what_is_missing_and_lists_what_failed(tmp_path):
             raise ValueError(f"no {job}") if job == 3 else OSError("no file")
         return {"twice": 2 * job, "text": "ß\u2028\n"}
 
-    failed = chat.run(path, {f"k{i}": i for i in range(6)}, work, 2)
+    failed = run(path, {f"k{i}": i for i in range(6)}, work, 2)
     assert failed == {"k3": "no 3", "k4": "no file"} and sorted(calls) == list(range(6))
     expected = {f"k{i}": {"twice": 2 * i, "text": "ß\u2028\n"} for i in (0, 1, 2, 5)}
     assert chat.results(path) == expected
     calls.clear()
-    assert chat.run(path, {f"k{i}": i for i in (1, 3, 7)}, work) == {"k3": "no 3"}
+    assert run(path, {f"k{i}": i for i in (1, 3, 7)}, work) == {"k3": "no 3"}
     assert sorted(calls) == [3, 7] and chat.results(path) == expected | {
         "k7": {"twice": 14, "text": "ß\u2028\n"}
     }
@@ -624,7 +664,7 @@ def test_a_line_that_was_cut_off_is_done_again(torn, tmp_path):
     whole = b'{"key": "a", "answer": 1}\n{"key": "b", "answer": 2}\n'
     path.write_bytes(whole + torn)
     assert chat.results(path) == {"a": {"answer": 1}, "b": {"answer": 2}}
-    assert chat.run(path, {"a": 0, "b": 0, "c": 0}, lambda job: {"answer": "new"}) == {}
+    assert run(path, {"a": 0, "b": 0, "c": 0}, lambda job: {"answer": "new"}) == {}
     assert path.read_bytes() == whole + b'{"key": "c", "answer": "new"}\n'
 
 
@@ -634,7 +674,7 @@ def test_a_line_that_was_cut_off_is_done_again(torn, tmp_path):
 def test_a_damaged_line_before_the_last_is_an_error_that_names_the_file(damaged, tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(damaged + b'\n{"key": "b", "answer": 2}\n')
-    with pytest.raises(ValueError, match=r"answers\.jsonl has a line that is damaged"):
+    with pytest.raises(ValueError, match=r"answers\.jsonl: line 1 is damaged"):
         chat.results(path)
 
 
@@ -645,19 +685,19 @@ def test_jobs_are_worked_on_at_the_same_time(tmp_path):
         together.wait(timeout=60)
         return {}
 
-    assert chat.run(tmp_path / "answers.jsonl", dict.fromkeys("abcdefgh"), work, 4) == {}
+    assert run(tmp_path / "answers.jsonl", dict.fromkeys("abcdefgh"), work, 4) == {}
 
 
 def test_results_are_done_again_on_request(tmp_path):
     path = tmp_path / "answers.jsonl"
-    chat.run(path, dict.fromkeys("abc"), lambda job: {"answer": 1})
+    run(path, dict.fromkeys("abc"), lambda job: {"answer": 1})
 
     def fails(job):
         raise ValueError("no")
 
-    assert chat.run(path, dict.fromkeys("abc"), fails, again={"b"}) == {"b": "no"}
+    assert run(path, dict.fromkeys("abc"), fails, again={"b"}) == {"b": "no"}
     assert chat.results(path) == {"a": {"answer": 1}, "c": {"answer": 1}}
-    assert chat.run(path, dict.fromkeys("abc"), lambda job: {"answer": 2}, again={"c"}) == {}
+    assert run(path, dict.fromkeys("abc"), lambda job: {"answer": 2}, again={"c"}) == {}
     assert [(row["key"], row["answer"]) for row in lines(path)] == [("a", 1), ("b", 2), ("c", 2)]
 
 
@@ -671,14 +711,14 @@ def test_a_second_run_on_a_file_is_refused_while_the_first_lasts(tmp_path):
         assert end.wait(60)
         return {}
 
-    first = threading.Thread(target=chat.run, args=(path, dict.fromkeys("abc"), work))
+    first = threading.Thread(target=run, args=(path, dict.fromkeys("abc"), work))
     first.start()
     assert begun.wait(60)
     with pytest.raises(cli.Stop, match=r"answers\.jsonl: another process writes it"):
-        chat.run(path, {"old": 0}, lambda job: {}, again={"old"})
+        run(path, {"old": 0}, lambda job: {}, again={"old"})
     end.set()
     first.join()
-    assert chat.run(path, {"old": 0}, lambda job: {"new": 1}, again={"old"}) == {}
+    assert run(path, {"old": 0}, lambda job: {"new": 1}, again={"old"}) == {}
     assert chat.results(path) == {"a": {}, "b": {}, "c": {}, "old": {"new": 1}}
 
 
@@ -694,9 +734,26 @@ def test_what_concerns_all_jobs_ends_the_run(error, tmp_path):
         return {}
 
     with pytest.raises(type(error)):
-        chat.run(tmp_path / "answers.jsonl", {f"{i:04}": i for i in range(5000)}, work, 1)
+        run(tmp_path / "answers.jsonl", {f"{i:04}": i for i in range(5000)}, work, 1)
     assert len(calls) < 5000
     assert [row["key"] for row in lines(tmp_path / "answers.jsonl")][:3] == ["0000", "0001", "0002"]
+
+
+def test_no_thread_outlives_the_run(tmp_path):
+    """One that reads a clip while Python exits may abort the process."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def work(job):
+        if job == 1:
+            begun.wait(60)
+            raise chat.Refused("wrong key")
+        begun.set()
+        time.sleep(0.1)
+        ended.set()
+
+    with pytest.raises(chat.Refused):
+        run(tmp_path / "answers.jsonl", {"a": 0, "b": 1}, work, 2)
+    assert ended.is_set()
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(tmp_path):
@@ -707,25 +764,23 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, former[1]))
     try:
         with pytest.raises(cli.Stop, match="answers.jsonl cannot be written"):
-            chat.run(path, jobs, lambda job: {"text": job}, 1)
+            run(path, jobs, lambda job: {"text": job}, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert list(chat.results(path)) == ["k0", "k1", "k2"]
-    assert path.read_bytes().endswith(b"\n")
-    assert chat.run(path, jobs, lambda job: {"text": job}, 1) == {}
+    assert run(path, jobs, lambda job: {"text": job}, 1) == {}
     assert len(lines(path)) == 9
 
 
 def test_ctrl_c_ends_the_run_and_keeps_what_is_finished(tmp_path):
     """While one worker waits for an answer that does not come."""
-    end, path = threading.Event(), tmp_path / "answers.jsonl"
+    path = tmp_path / "answers.jsonl"
 
-    def work(job):
-        if job == 1:
-            end.wait()
+    async def work(job):
         if job == 9:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            end.wait()
+            signal.raise_signal(signal.SIGINT)
+        if job in (1, 9):
+            await asyncio.Event().wait()
         return {}
 
     former = signal.signal(
@@ -734,5 +789,4 @@ def test_ctrl_c_ends_the_run_and_keeps_what_is_finished(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         chat.run(path, {str(i): i for i in range(10)}, work, 2)
     signal.signal(signal.SIGINT, former)
-    end.set()
     assert [row["key"] for row in lines(path)] == ["0", "2", "3", "4", "5", "6", "7", "8"]

@@ -220,7 +220,7 @@ ROW = '{"key": "a", "category": "Local Add", "judge": "j", "rubrics": "r", "scor
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("scores_x.jsonl", f"{BOMB}\n{ROW % '[1, 2, 3]'}", "scores_x.jsonl has a line"),
+        ("scores_x.jsonl", f"{BOMB}\n{ROW % '[1, 2, 3]'}", "scores_x.jsonl: line 1 is damaged"),
         ("scores_x.jsonl", '{"key": "a", "scores": [1, 2, 3]}\n', "the line of 'a' is none"),
         ("scores_x.jsonl", ROW % "[1, 2]", "the line of 'a' is none"),
         ("scores_x.jsonl", ROW % '[1, 2, "3"]', "the line of 'a' is none"),
@@ -838,7 +838,7 @@ def test_edits_that_lack_are_named_and_the_others_judged(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "status, message", [(401, "401.*OPENAI_API_KEY"), (404, "404.*model"), (None, "refused")]
+    "status, message", [(401, "401.*OPENAI_API_KEY"), (404, "404.*model"), (None, "failed")]
 )
 def test_a_server_that_refuses_stops_the_run_with_one_line(status, message, tmp_path, capsys):
     bench = make_bench(tmp_path / "bench", 10)

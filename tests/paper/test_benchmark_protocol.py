@@ -1,5 +1,6 @@
 """Appendix D.3: how judges' answers become the numbers of Tables 1-3."""
 
+import asyncio
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,13 +26,14 @@ def judge(monkeypatch):
     def ask(answers):
         answers = iter(answers)
 
-        def reply(url, model, content, *_):
+        async def reply(url, model, content, *_):
             questions.append(content)
             return openve.chat.Answer(next(answers))
 
         monkeypatch.setattr(openve.chat, "ask", reply)
         monkeypatch.setattr(openve.video, "read_video", lambda *_: clip)
-        return openve.ask_judge("a rubric", "source.mp4", "edit.mp4", "url", "model", "key")
+        asked = openve.ask_judge("a rubric", "source.mp4", "edit.mp4", "url", "model", "key")
+        return asyncio.run(asked)
 
     return SimpleNamespace(ask=ask, questions=questions)
 
