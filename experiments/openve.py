@@ -6,16 +6,16 @@
         --url http://localhost:8000/v1 --model Qwen3.5-VL-35B
     python -m experiments.openve table results/*
     python -m experiments.openve rubrics rvedit.txt --out paper    # for `judge --rubrics paper`
-    python -m experiments.openve shapes    # synthetic clips: no benchmark, no judge
 
 `run` takes the options of sample.py as well; `torchrun --nproc_per_node 8 -m experiments.openve run
 ...` shares the clips among 8 GPUs.
 
 OpenVE-Bench is a folder with `benchmark_videos.csv` (columns edited_type, prompt, original_video)
-and `videos/`. A folder of results holds the clips of one editor, ours or another. Its `results.csv`
-names them in the column edited_result_path; `new_result.csv`, as the benchmark calls it, does so
-too. Without such a table, the edit of NAME.mp4 is NAME_edited.mp4. The name of the folder is the
-name of the method in the tables. An `editor.json` in it, such as {"params": "14B", "resolution":
+and `videos/`. A folder of results holds the clips of one editor, ours or another, in folders of its
+own if need be. Its `results.csv` names them in the column edited_result_path; `new_result.csv`, as
+the benchmark calls it, does so too. Without such a table, the edit of NAME.mp4 is NAME_edited, in
+any format of VIDEOS, or, in a folder without such names, NAME. The name of the folder is the name
+of the method in the tables. An `editor.json` in it, such as {"params": "14B", "resolution":
 "832x480"}, fills the columns of Table 1 with these names. `judge` writes its scores into the same
 folder, and beside them what was judged: a clip that changes later is judged again.
 """
@@ -31,6 +31,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 if not __package__:  # run by its path: imports start in the repository, not in this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -45,14 +46,12 @@ import torch
 from tqdm import tqdm
 
 import data
-import rvedit
 import sample
 import video
-from experiments import chat, scoring
+from experiments import chat
 from experiments.answers import AXES, parse_scores
 from rvedit import RVEDiT
 from shapes import CATEGORIES as NAMES
-from shapes import TOY_EXTENT
 from vae import WanVAE
 
 # "local_change": "Local Change" and so on: the benchmark's spelling and the paper's.
@@ -61,6 +60,7 @@ CATEGORIES = {name.lower().replace(" ", "_"): name for name in NAMES}
 OTHERS = ("background_change", "subtitle_edit", "camera_edit", "creative_edit")
 COLUMNS = ("edited_type", "prompt", "original_video")
 RESULT = "edited_result_path"
+VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")  # how names of edits may end
 
 NOT_FOR_RUN = {  # options of sample.py that would do nothing here
     "--video": "`run` takes its clips from the benchmark",
@@ -147,11 +147,21 @@ def read_editor(folder: Path) -> dict:
     return editor
 
 
-def describe_editor(settings: Namespace, model: RVEDiT) -> dict[str, str]:
-    """What `editor.json` keeps of our own edits: their options, and the columns of Table 1."""
-    names = ("checkpoint", "wan", "qwen", "routing_depth", "max_pixels", "max_frames")
-    names += ("keep_source", "steps", "shift", "seed", "dtype", "decode_dtype")
+def digest_of(model: RVEDiT, vae: WanVAE) -> str:
+    """A hash of the first weights of each tensor, of which any training changes some."""
+    digest = hashlib.sha256()
+    for weight in (*model.parameters(), *vae.parameters()):
+        digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def describe_editor(settings: Namespace, model: RVEDiT, vae: WanVAE) -> dict[str, str]:
+    """What `editor.json` keeps of our own edits: what they depend on, and columns of Table 1."""
+    names = ("routing_depth", "max_pixels", "max_frames", "keep_source")
+    names += ("steps", "shift", "seed", "dtype", "decode_dtype")
     editor = {name: str(getattr(settings, name)) for name in names}
+    # Not the checkpoint's path, at which others may lie by now, or the same at another.
+    editor["weights"] = digest_of(model, vae)
     config = model.config
     height, width = sample.size_for(config, 720, 1280)
     parameters = sum(p.numel() for p in model.dit.parameters())
@@ -199,11 +209,13 @@ def run(args: Namespace) -> None:
 
     # Clips of two editors in one folder would be judged as those of one, so an editor that is
     # already described there must be this one.
-    editor = describe_editor(settings, model)
-    if read_editor(args.out) not in ({}, editor):
+    editor = describe_editor(settings, model, vae)
+    former = read_editor(args.out)
+    differing = [name for name in editor if former and former.get(name) != editor[name]]
+    if differing:
         raise ValueError(
-            f"{args.out / 'editor.json'}: the clips there are from another checkpoint or options; "
-            "choose another --out"
+            f"{args.out / 'editor.json'}: the clips there are from another editor, which differs "
+            f"in {', '.join(differing)}; choose another --out"
         )
     args.out.mkdir(parents=True, exist_ok=True)
     edits = {key: args.out / f"{key}_edited.mp4" for key in rows}
@@ -276,6 +288,23 @@ def fingerprint(path: Path) -> str | None:
     return f"{path.stat().st_size}-{digest[:16]}"
 
 
+def find_edit(named: str, folder: Path, clips: dict[str, list[Path]]) -> Path:
+    """Where the edit that a table names is, or should be. clips: those of the folder, by name."""
+    path = folder / named
+    # What lies in this folder comes first: elsewhere may be another editor's clip by now.
+    if path.is_file() and not Path(named).is_absolute():
+        return path
+    found = clips.get(Path(named).stem, [])
+    if len(found) > 1:
+        raise ValueError(
+            f"{found[0]} and {found[1]} have the same name: remove one, or name the edit's path in "
+            f"{folder / 'results.csv'}"
+        )
+    if found:
+        return found[0]
+    return Path(named) if Path(named).is_file() else path
+
+
 def edits_to_judge(folder: Path, bench: Path) -> tuple[dict[str, dict], int]:
     """The rows of a folder of results, with `edit`, and how many clips there should be in all."""
     original = bench / "benchmark_videos.csv"
@@ -286,27 +315,21 @@ def edits_to_judge(folder: Path, bench: Path) -> tuple[dict[str, dict], int]:
     names = set(rows)
     if original.exists():  # a table of results may lack some of its rows
         names |= read_table(original, bench, [*CATEGORIES]).keys()
+    clips: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in VIDEOS and path.is_file():
+            clips.setdefault(path.stem, []).append(path)
+    # A clip that is called like its source may be the source, if others have names of their own.
+    is_plain = clips and not any(name.endswith("_edited") for name in clips)
     for key, row in rows.items():
-        path = Path(row.get(RESULT) or f"{key}_edited.mp4")
-        # What lies in this folder comes first: elsewhere may be another editor's clip by now.
-        inside = locate(path.name if path.is_absolute() else str(path), folder)
-        row["edit"] = inside if inside.is_file() else locate(str(path), folder, Path())
+        named = row.get(RESULT) or (f"{key}.mp4" if is_plain else f"{key}_edited.mp4")
+        row["edit"] = find_edit(named, folder, clips)
     return rows, len(names)
 
 
 def score_file(folder: Path, model: str, used: str) -> Path:
     """The file with one judge's scores by some rubrics."""
-    plain = re.sub("[^A-Za-z0-9.-]+", "-", model)
-    digest = hashlib.sha256(model.encode()).hexdigest()[:6]
-    # "org/x" and "org-x" have the same plain name. Former versions used it for both.
-    path = folder / f"scores_{plain}_{used}.jsonl"
-    judges = {row.get("judge") for row in chat.results(path).values()}
-    if model in judges and len(judges) > 1:
-        names = ", ".join(sorted(map(str, judges)))
-        raise ValueError(f"{path} holds scores of several judges, remove those of one: {names}")
-    if judges == {model} or (plain == model and not judges):
-        return path
-    return folder / f"scores_{plain}-{digest}_{used}.jsonl"
+    return folder / f"scores_{quote(model, safe='')}_{used}.jsonl"
 
 
 def outdated(former: dict, seen: dict) -> bool:
@@ -554,19 +577,23 @@ def print_table(lines: list[list[str]]) -> None:
         print(f"| {' | '.join(line)} |")
 
 
+def is_result(row: dict) -> bool:
+    """Whether `judge` writes such lines: one written by hand must not make wrong numbers."""
+    texts = [row.get(name) for name in ("category", "judge", "rubrics")]
+    scores = row.get("scores", "none at all")
+    valid = all(isinstance(text, str) for text in texts) and texts[0] in NAMES
+    if scores is not None:
+        valid = valid and isinstance(scores, list) and len(scores) == len(AXES)
+        valid = valid and all(type(score) is int and 1 <= score <= 100 for score in scores)
+    return valid and isinstance(row.get("benchmark", 0), int)
+
+
 def read_scores(folder: Path) -> list[dict]:
     """Read all scores in a folder of results; ValueError names what is none of `judge`'s lines."""
     rows = []
     for path in sorted(folder.glob("scores_*.jsonl")):
         for key, row in chat.results(path).items():
-            texts = [row.get(name) for name in ("category", "judge", "rubrics")]
-            # Checked in full: a line that was written by hand must not make wrong numbers.
-            valid = all(isinstance(text, str) for text in texts) and texts[0] in NAMES
-            scores = row.get("scores", "none at all")
-            if scores is not None:
-                valid = valid and isinstance(scores, list) and len(scores) == len(AXES)
-                valid = valid and all(type(score) in (int, float) for score in scores)
-            if not valid or not isinstance(row.get("benchmark", 0), int):
+            if not is_result(row):
                 raise ValueError(
                     f"{path}: the line of {key!r} is none that `judge` writes; remove it"
                 )
@@ -599,28 +626,6 @@ def table(args: Namespace) -> None:
         print_table(lines)
 
 
-# --- The synthetic set, where the right edit is known ---------------------------------------------
-
-
-def shapes(args: Namespace) -> None:
-    """Score edits of synthetic clips in the four categories of the paper, and what bounds them.
-
-    The scores are those of `toy evaluate`: a clip's exact target stands in the place of a judge.
-    """
-    model, vae = rvedit.load(args.checkpoint, device=scoring.DEVICE)
-    frames, size = TOY_EXTENT[:2]
-    header = ["Clip"]
-    for name in NAMES:
-        header += [f"{name}: PSNR inside", "PSNR outside", "temporal error", "edited"]
-    lines: dict[str, list[str]] = {}  # by what is scored: edit, source, target through the VAE
-    # 2026: clips of other seeds than those of training.
-    found = scoring.assess(model, vae, 2026, args.clips, frames, size, categories=NAMES)
-    for _, clip, (inside, outside, temporal, edited) in found:
-        cells = [two_digits(x) for x in (inside, outside, temporal)]
-        lines.setdefault(clip, [clip]).extend([*cells, f"{edited:.0%}"])
-    print_table([header, *lines.values()])
-
-
 # --- Command line ---------------------------------------------------------------------------------
 
 
@@ -639,7 +644,6 @@ def make_parser() -> cli.Parser:
     ask = command("judge", "ask a model on a server to score edits")
     show = command("table", "print Table 1, 2 or 3 from folders of results with scores")
     extract = command("rubrics", "extract the judges' prompts from the text of the paper")
-    known = command("shapes", "score edits of synthetic clips by their exact targets")
 
     for sub in (edit, ask):
         sub.add_argument("--bench", type=Path, required=True, help="the folder OpenVE-Bench")
@@ -694,12 +698,6 @@ def make_parser() -> cli.Parser:
     show.add_argument("--csv", action="store_true", help="print CSV instead of Markdown")
     extract.add_argument("paper", type=Path, help="the text of arXiv 2605.24674")
     extract.add_argument("--out", type=Path, required=True, help="folder for the four files")
-    known.add_argument(
-        "--checkpoint", type=Path, help="a checkpoint of ours (default: the built-in toy)"
-    )
-    known.add_argument(
-        "--clips", type=cli.number(int, 1), default=50, help="clips of each category (default 50)"
-    )
     return parser
 
 
@@ -709,7 +707,7 @@ def main(argv: list[str] | None = None) -> None:
     args, args.options = parser.parse_known_args(argv)
     if args.options and args.command != "run":
         parser.error(f"{' '.join(args.options)}: only `run` takes options of sample.py")
-    commands = {"run": run, "judge": judge, "table": table, "rubrics": rubrics, "shapes": shapes}
+    commands = {"run": run, "judge": judge, "table": table, "rubrics": rubrics}
     try:
         commands[args.command](args)
     except torch.OutOfMemoryError:
