@@ -21,8 +21,7 @@ from torch import Tensor
 import cli
 import rvedit
 import train
-from experiments.learning import DEVICE
-from experiments.scoring import assess
+from experiments.scoring import DEVICE, assess
 from scenes import CATEGORIES
 
 VARIANTS = {  # as options of train.py. The others of a group are compared with its first one.
@@ -119,7 +118,7 @@ def score_variant(out: Path, clips: int) -> dict[str, list[float]]:
     if not kept.exists():
         model, vae = rvedit.load(out / "model", device=DEVICE)
         scores = {}
-        rows = assess(model, vae, SCORED_SEED, clips, *SIZE, categories=CATEGORIES, world="small")
+        rows = assess(model, vae, SCORED_SEED, clips, SIZE, categories=CATEGORIES, world="small")
         for category, what, values in rows:
             if what == "edit":
                 scores[category] = values
