@@ -139,7 +139,7 @@ def read_editor(folder: Path) -> dict:
     """Read what a folder of results says about its editor; {} if it says nothing."""
     path = folder / "editor.json"
     try:
-        editor = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        editor = json.loads(path.read_text("utf-8-sig")) if path.exists() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(editor, dict):
@@ -356,10 +356,10 @@ def folders(paths: list[Path]) -> list[Path]:
 
 def judge_folder(
     folder: Path, args: Namespace, texts: dict[str, str], used: str
-) -> tuple[list[bool], list[str]]:
+) -> tuple[int, list[str]]:
     """Ask for the scores that one folder lacks.
 
-    Returns, for each answer, whether scores were read from it, and why other edits have no answer.
+    Returns how many edits have scores now, and why others have no answer.
     """
     rows, total = edits_to_judge(folder, args.bench)
     # What is judged is kept beside its scores. It is read before the judge is asked: if a clip is
@@ -388,26 +388,21 @@ def judge_folder(
     failed = chat.run(path, {key: key for key in rows}, work, args.workers, again)
 
     found = chat.results(path)
-    scored = {key: row.get("scores") is not None for key, row in found.items()}
-    answers = list(scored.values())
-    print(
-        f"{path}: {answers.count(True)} scored, {answers.count(False)} dropped, "
-        f"{len(failed)} failed",
-        flush=True,
-    )
-    new = found.keys() - (former.keys() - again)
-    return [scored[key] for key in new], list(failed.values())
+    scored = sum(row.get("scores") is not None for row in found.values())
+    dropped = len(found) - scored
+    print(f"{path}: {scored} scored, {dropped} dropped, {len(failed)} failed", flush=True)
+    return scored, list(failed.values())
 
 
 def judge(args: Namespace) -> None:
     """Ask the judge about those edits in each folder that it was not asked about before."""
     texts, used = read_rubrics(args.rubrics)
-    answers: list[bool] = []
+    scored = 0
     failed: list[str] = []
     for folder in folders(args.results):
-        new_answers, new_failures = judge_folder(folder, args, texts, used)
-        answers += new_answers
-        failed += new_failures
+        of_folder, failures = judge_folder(folder, args, texts, used)
+        scored += of_folder
+        failed += failures
     if args.rubrics.resolve() == RUBRICS:
         print(
             "note: scores by our own rubrics are not comparable with Table 1. For the paper's run "
@@ -418,14 +413,11 @@ def judge(args: Namespace) -> None:
         raise ValueError(
             f"no scores for {len(failed)} edits, run the command again; the first: {failed[0]}"
         )
-    if answers and not any(answers):
-        # Exit code 1, as nothing is wrong with the command: the judge does not keep to the format.
-        print(
-            f"error: no scores could be read from the answers about {len(answers)} edits, which "
-            "are kept beside the scores; --again asks about dropped edits again",
-            file=sys.stderr,
+    if not scored:
+        raise ValueError(
+            "no scores could be read from any answer, all of which are kept beside the scores; "
+            "--again asks about dropped edits again"
         )
-        raise SystemExit(1)
 
 
 def rubrics(args: Namespace) -> None:
@@ -467,6 +459,7 @@ class Summary(NamedTuple):
     cells: np.ndarray  # (4, 3): IC, CF and VQ of each category
     scored: int  # edits
     dropped: int
+    lacking: str = ""  # how many clips are neither, to write behind the method's name
 
 
 def summarize(rows: list[dict]) -> Summary:
@@ -479,8 +472,19 @@ def summarize(rows: list[dict]) -> Summary:
         if triples:
             cells[i] = np.mean(triples, axis=0)
     pooled = np.mean([row["scores"] for row in scored]) if scored else np.nan
-    axes = cells.mean(axis=0)
-    return Summary(cells.mean(), pooled, axes, cells, len(scored), len(rows) - len(scored))
+    # Each of `judge`'s lines knows how many clips the benchmark has. Means over fewer of them are
+    # not comparable with those of other methods.
+    expected = max(row.get("benchmark", 0) for row in rows)
+    missing = expected - len(rows)
+    return Summary(
+        overall=cells.mean(),
+        pooled=pooled,
+        axes=cells.mean(axis=0),
+        cells=cells,
+        scored=len(scored),
+        dropped=len(rows) - len(scored),
+        lacking=f" (lacks {missing} of {expected} clips)" if missing > 0 else "",
+    )
 
 
 def average_judges(means: dict[tuple[str, str, str], Summary]) -> dict:
@@ -493,9 +497,14 @@ def average_judges(means: dict[tuple[str, str, str], Summary]) -> dict:
         judges = {name for rubrics, name, _ in means if rubrics == used}
         given = [means[used, name, method] for name in judges if (used, name, method) in means]
         if len(given) == len(judges) > 1:
-            mean = Summary(*(np.mean(values, axis=0) for values in zip(*given, strict=True)))
-            averaged[used, "average", method] = mean._replace(
-                scored=sum(one.scored for one in given), dropped=sum(one.dropped for one in given)
+            averaged[used, "average", method] = Summary(
+                overall=np.mean([one.overall for one in given]),
+                pooled=np.mean([one.pooled for one in given]),
+                axes=np.mean([one.axes for one in given], axis=0),
+                cells=np.mean([one.cells for one in given], axis=0),
+                scored=sum(one.scored for one in given),
+                dropped=sum(one.dropped for one in given),
+                lacking=max(one.lacking for one in given),
             )
     return averaged
 
@@ -521,23 +530,6 @@ LAYOUTS = {  # the columns of means in Tables 1, 2 and 3
 EDITOR = {"#Params.": "params", "#Reso.": "resolution"}  # columns of Table 1 from editor.json
 
 
-def lacking(groups: dict[tuple[str, str, str], list[dict]]) -> dict[tuple[str, str, str], str]:
-    """What to write behind the name of a method that lacks clips, neither scored nor dropped.
-
-    groups: scores by (rubrics, judge, method). Each of `judge`'s lines knows how many clips the
-    benchmark has; means over fewer of them are not comparable with those of other methods. Nor is
-    an average over judges of which one lacks clips.
-    """
-    marks = {}
-    for (used, name, method), group in groups.items():
-        expected = max(row.get("benchmark", 0) for row in group)
-        missing = expected - len(group)
-        if missing > 0:
-            mark = f" (lacks {missing} of {expected} clips)"
-            marks[used, name, method] = marks[used, "average", method] = mark
-    return marks
-
-
 def two_digits(value: float) -> str:
     """A cell of a table; a dash where there is no value."""
     return "-" if np.isnan(value) else f"{value:.2f}"
@@ -550,7 +542,6 @@ def make_table(rows: list[dict], layout: int) -> list[list[str]]:
         groups.setdefault((row["rubrics"], row["judge"], row["method"]), []).append(row)
     means = average_judges({key: summarize(group) for key, group in groups.items()})
     editors = {row["method"]: row for row in rows}
-    marks = lacking(groups)
 
     def order(key: tuple[str, str, str]) -> tuple:
         used, name, _ = key
@@ -566,7 +557,7 @@ def make_table(rows: list[dict], layout: int) -> list[list[str]]:
         texts = [two_digits(values[column]) for column in LAYOUTS[layout]]
         counts = [str(means[key].scored), str(means[key].dropped)]
         editor = [str(editors[method].get(column, "-")) for column in about.values()]
-        lines.append([used, name, method + marks.get(key, ""), *editor, *texts, *counts])
+        lines.append([used, name, method + means[key].lacking, *editor, *texts, *counts])
     return lines
 
 

@@ -121,7 +121,7 @@ MIN_DIFFERENCE = 32
 
 def read_requests(path: Path) -> list[str]:
     """The lines of a text file, without empty ones and comments (#). Raises ValueError if none."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     requests = [line for line in lines if line and not line.startswith("#")]
     if not requests:
         raise ValueError(f"{path} holds no requests: write one a line")

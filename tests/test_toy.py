@@ -256,7 +256,7 @@ def test_evaluation_prints_every_category_in_every_wording(capsys):
 
 def test_requests_are_read_by_line(tmp_path):
     file = tmp_path / "requests.txt"
-    file.write_text("# of the sample clip\n\nremove the ball\n  b/w \n")
+    file.write_text("# of the sample clip\n\nremove the ball\n  b/w \n", "utf-8-sig")
     assert scoring.read_requests(file) == ["remove the ball", "b/w"]
     file.write_text("# nothing\n")
     with pytest.raises(ValueError, match="requests.txt holds no requests"):
