@@ -146,8 +146,6 @@ COLUMNS = (
 
 def spread(values: list[float]) -> str:
     """Median and quartiles."""
-    if len(values) == 1:
-        return f"{values[0]:.3g}"
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.3g} ({low:.3g}-{high:.3g})"
 
@@ -190,8 +188,7 @@ class Report:
         self.about = about
         self.peak = peak
         self.rows: list[dict[str, Any]] = []
-
-    def begin_table(self) -> None:
+        print(f"{about}\nMatrix products reach {peak / 1e12:.3g} TFLOP/s.\n")
         print(table_line(COLUMNS))
         print("|" + " --- |" * len(COLUMNS))
 
@@ -218,12 +215,9 @@ def bench(args: argparse.Namespace, report: Report) -> None:
         total = torch.cuda.get_device_properties(args.device).total_memory
         share = min(1.0, args.memory_limit * 1e9 / total)
         torch.cuda.set_per_process_memory_fraction(share, args.device.index)
-    try:
-        for job in workloads.jobs(args.config, args):
-            report.add(measure(job, args.rounds, args.device))
-            del job  # and with it the networks, before the next ones are made
-    finally:
-        clean_up(args.device)
+    for job in workloads.jobs(args.config, args):
+        report.add(measure(job, args.rounds, args.device))
+        del job  # and with it the networks, before the next ones are made
 
 
 def clean_up(device: torch.device) -> None:
@@ -246,6 +240,7 @@ def bench_all(argv: list[str], report: Report) -> None:
             bench(args, report)
         except (torch.OutOfMemoryError, ImportError, RuntimeError) as error:
             report.stop(options, (str(error).splitlines() or [type(error).__name__])[0])
+        clean_up(args.device)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -337,20 +332,20 @@ def main(argv: list[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "experiments.bench", *argv])
     about = f"{machine}, torch {torch.__version__}, {args.dtype}{', compiled' * args.compile}, "
     about += f"{time.strftime('%Y-%m-%d')}: {command}"
-    print(f"{about}\nMatrix products reach {peak / 1e12:.3g} TFLOP/s.\n")
     report = Report(args.out, about, peak)
-    report.begin_table()
-    if args.all:
-        bench_all(argv, report)
-        return
     try:
-        bench(args, report)
+        if args.all:
+            bench_all(argv, report)
+        else:
+            bench(args, report)
     except torch.OutOfMemoryError:
         cli.fail(
             f"out of memory on {args.device}: take fewer --parts, a smaller --size, or --shrink"
         )
     except ImportError as error:
         cli.fail(f"--peer needs requirements-dev.txt: {error}")
+    finally:
+        clean_up(args.device)
 
 
 if __name__ == "__main__":
