@@ -157,12 +157,13 @@ def digest_of(model: RVEDiT, vae: WanVAE) -> str:
 
 def describe_editor(settings: Namespace, model: RVEDiT, vae: WanVAE) -> dict[str, str]:
     """What `editor.json` keeps of our own edits: what they depend on, and columns of Table 1."""
-    names = ("routing_depth", "max_pixels", "max_frames", "keep_source")
-    names += ("steps", "shift", "seed", "dtype", "decode_dtype")
+    config = model.config
+    names = ("keep_source", "steps", "shift", "seed", "dtype", "decode_dtype")
     editor = {name: str(getattr(settings, name)) for name in names}
+    for name in ("routing_depth", "max_pixels", "max_frames"):
+        editor[name] = str(getattr(config, name))
     # Not the checkpoint's path, at which others may lie by now, or the same at another.
     editor["weights"] = digest_of(model, vae)
-    config = model.config
     height, width = sample.size_for(config, 720, 1280)
     parameters = sum(p.numel() for p in model.dit.parameters())
     editor["resolution"] = f"{width}x{height}"
@@ -600,16 +601,18 @@ def table(args: Namespace) -> None:
         raise ValueError(
             "two folders have the same name, which is the method's in the table; rename one"
         )
+    found = {folder: read_scores(folder) for folder in results}
+    lacking = [folder for folder in results if not found[folder]]
+    asks = "no scores; `python -m experiments.openve judge` asks for them"
+    if lacking == results:
+        raise ValueError(f"{results[0]}: {asks}")
+    for folder in lacking:
+        cli.note(f"{folder}: {asks}")
     rows: list[dict] = []
     for folder in results:
-        found = read_scores(folder)
-        if not found:
-            raise ValueError(
-                f"{folder}: no scores; `python -m experiments.openve judge` asks for them"
-            )
         editor = read_editor(folder)
         about = {name: editor[name] for name in EDITOR.values() if name in editor}
-        rows += [row | about | {"method": folder.resolve().name} for row in found]
+        rows += [row | about | {"method": folder.resolve().name} for row in found[folder]]
     lines = make_table(rows, args.layout)
     if args.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)

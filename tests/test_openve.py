@@ -364,7 +364,16 @@ def test_folders_that_make_no_table_are_named(tmp_path, capsys):
     write_scores(tmp_path / "empty")
     assert "same name" in fails(capsys, "table", tmp_path / "a" / "x", tmp_path / "b" / "x")
     assert "nowhere: no such folder" in fails(capsys, "table", tmp_path / "nowhere")
-    assert "empty: no scores" in fails(capsys, "table", tmp_path / "a" / "x", tmp_path / "empty")
+    assert "empty: no scores" in fails(capsys, "table", tmp_path / "empty")
+
+
+def test_a_folder_that_is_not_judged_yet_leaves_the_table_of_the_others(tmp_path, capsys):
+    write_scores(tmp_path / "x", *scores("", "p", local_add=[[1, 2, 3]]))
+    write_scores(tmp_path / "empty")
+    openve.main(["table", str(tmp_path / "x"), str(tmp_path / "empty")])
+    out, err = capsys.readouterr()
+    assert [row["Method"] for row in as_dicts(markdown_rows(out))] == ["x"]
+    assert "empty: no scores" in err
 
 
 # --- Judges at work -------------------------------------------------------------------------------
