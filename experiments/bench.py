@@ -220,14 +220,15 @@ def bench(args: argparse.Namespace, report: Report) -> None:
         del job  # and with it the networks, before the next ones are made
 
 
-def clean_up(device: torch.device) -> None:
+def clean_up(args: argparse.Namespace) -> None:
     """Give what comes next the whole memory."""
     if dist.is_initialized():  # by part rank
         dist.destroy_process_group()
-    torch.compiler.reset()
+    if args.compile:
+        torch.compiler.reset()
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, device.index)
+    if args.device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, args.device.index)
         torch.cuda.empty_cache()
 
 
@@ -240,7 +241,7 @@ def bench_all(argv: list[str], report: Report) -> None:
             bench(args, report)
         except (torch.OutOfMemoryError, ImportError, RuntimeError) as error:
             report.stop(options, (str(error).splitlines() or [type(error).__name__])[0])
-        clean_up(args.device)
+        clean_up(args)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -345,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         cli.fail(f"--peer needs requirements-dev.txt: {error}")
     finally:
-        clean_up(args.device)
+        clean_up(args)
 
 
 if __name__ == "__main__":

@@ -582,15 +582,15 @@ def is_result(row: dict) -> bool:
 
 def read_scores(folder: Path) -> list[dict]:
     """Read all scores in a folder of results; ValueError names what is none of `judge`'s lines."""
-    rows = []
+    rows = {}  # by judge, rubrics and clip: a copy of a file counts once
     for path in sorted(folder.glob("scores_*.jsonl")):
         for key, row in chat.results(path).items():
             if not is_result(row):
                 raise ValueError(
                     f"{path}: the line of {key!r} is none that `judge` writes; remove it"
                 )
-            rows.append(row)
-    return rows
+            rows[row["judge"], row["rubrics"], key] = row
+    return list(rows.values())
 
 
 def table(args: Namespace) -> None:

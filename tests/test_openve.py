@@ -725,6 +725,13 @@ def test_judges_with_similar_names_have_files_of_their_own(tmp_path, capsys):
     ]
 
 
+def test_a_copy_of_a_file_of_scores_counts_once(tmp_path):
+    write_scores(tmp_path / "x", *scores("", "p", local_add=[[1, 2, 3], [4, 5, 6]]))
+    (path,) = (tmp_path / "x").glob("*.jsonl")
+    shutil.copy(path, path.with_name("scores_copy.jsonl"))
+    assert [row["scores"] for row in openve.read_scores(tmp_path / "x")] == [[1, 2, 3], [4, 5, 6]]
+
+
 @pytest.mark.parametrize("table", ["ours/{}", "{}", "/gone/ours/{}", "{folder}/ours/{}"])
 def test_a_renamed_folder_is_judged_on_its_own_clips(table, tmp_path, monkeypatch):
     """Though its table names clips of a folder that is another editor's by now."""
