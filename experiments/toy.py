@@ -46,6 +46,7 @@ import rvedit
 import train
 from experiments import ablation, scoring
 from experiments.scoring import DEVICE
+from experiments.workloads import fit_config
 from mllm import CHAT_START
 from muon import Muon
 from scenes import EVERYTHING
@@ -403,6 +404,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.natural:
             scoring.try_requests(model, vae, args.natural, args.video, args.out)
         else:
+            fit_config(model.config, args.size)  # a mistake shows before any work
             scoring.evaluate(model, vae, args.seed, args.clips, tuple(args.size), args.words)
     elif args.command == "ablate":
         ablation.ablate(args)

@@ -304,6 +304,8 @@ def test_several_processes_are_refused_before_they_write_over_each_other(monkeyp
         (["evaluate", "--natural", "x"], "--natural FILE and --video CLIP go together"),
         (["evaluate", "--natural", "nowhere.txt", "--video", "x"], "nowhere.txt"),
         (["evaluate", "--lr", "1"], "unrecognized arguments: --lr 1"),
+        (["evaluate", "--size", "8", "64", "64"], "--size 8 64 64: take 4k + 1 frames with sides"),
+        (["evaluate", "--size", "9", "60", "64"], "--size 9 60 64: take 4k + 1 frames with sides"),
         (["ablate", "--seeds", "1"], "invalid choice: 1"),
     ],
 )
