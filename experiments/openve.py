@@ -309,13 +309,17 @@ def find_edit(named: str, folder: Path, clips: dict[str, list[Path]]) -> Path:
 def edits_to_judge(folder: Path, bench: Path) -> tuple[dict[str, dict], int]:
     """The rows of a folder of results, with `edit`, and how many clips there should be in all."""
     original = bench / "benchmark_videos.csv"
+    rows = read_table(original, bench, [*CATEGORIES])
+    total = len(rows)
     # The benchmark's own instructions call the table new_result.csv.
-    tables = [folder / "results.csv", folder / "new_result.csv", original]
-    table = next((table for table in tables if table.exists()), original)
-    rows = read_table(table, bench, [*CATEGORIES])
-    names = set(rows)
-    if original.exists():  # a table of results may lack some of its rows
-        names |= read_table(original, bench, [*CATEGORIES]).keys()
+    tables = [folder / "results.csv", folder / "new_result.csv"]
+    table = next((table for table in tables if table.exists()), None)
+    if table:
+        # It may lack rows. Only its paths count: all editors are judged by the same prompts.
+        found = read_table(table, bench, [*CATEGORIES, *OTHERS])
+        rows = {key: rows[key] | {RESULT: found[key].get(RESULT)} for key in rows if key in found}
+        if not rows:
+            raise ValueError(f"{table}: none of its clips is in {original}")
     clips: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in VIDEOS and path.is_file():
@@ -325,7 +329,7 @@ def edits_to_judge(folder: Path, bench: Path) -> tuple[dict[str, dict], int]:
     for key, row in rows.items():
         named = row.get(RESULT) or (f"{key}.mp4" if is_plain else f"{key}_edited.mp4")
         row["edit"] = find_edit(named, folder, clips)
-    return rows, len(names)
+    return rows, total
 
 
 def score_file(folder: Path, model: str, used: str) -> Path:

@@ -805,6 +805,18 @@ def test_results_of_other_editors_are_found(tmp_path, monkeypatch):
     assert {key[:4]: row["scores"] for key, row in rows.items()} == {
         f"000{i}": [85, 70, 80] for i in range(3)
     }
+    # An editor's table may have prompts of its own: it is judged by those of the benchmark.
+    assert sorted(number_of(body) for _, _, body in asked) == [0, 1, 2]
+
+
+def test_a_table_of_other_clips_is_named(tmp_path, capsys):
+    bench = make_bench(tmp_path / "bench", 1)
+    results = make_results(bench, tmp_path / "icve")
+    (results / "results.csv").write_text(
+        "edited_type,prompt,original_video\nlocal_change,Do,another.mp4\n"
+    )
+    command = ["judge", results, "--bench", bench, "--url", "http://127.0.0.1:1/v1", "--model", "m"]
+    assert "results.csv: none of its clips is in" in fails(capsys, *command)
 
 
 FOLDERS = {  # where the edits of the clips 0000 and 0001 lie, and what else is there
