@@ -12,12 +12,13 @@
 
 OpenVE-Bench is a folder with `benchmark_videos.csv` (columns edited_type, prompt, original_video)
 and `videos/`. A folder of results holds the clips of one editor, ours or another, in folders of its
-own if need be. Its `results.csv` names them in the column edited_result_path; `new_result.csv`, as
-the benchmark calls it, does so too. Without such a table, the edit of NAME.mp4 is NAME_edited, in
-any format of VIDEOS, or, in a folder without such names, NAME. The name of the folder is the name
-of the method in the tables. An `editor.json` in it, such as {"params": "14B", "resolution":
-"832x480"}, fills the columns of Table 1 with these names. `judge` writes its scores into the same
-folder, and beside them what was judged: a clip that changes later is judged again.
+own if need be. Its `results.csv`, or `new_result.csv` as the benchmark calls it, names them in the
+column edited_result_path; edits are judged by the benchmark's prompts, whatever that table says.
+Without it, the edit of NAME.mp4 is NAME_edited, in any format of VIDEOS, or, in a folder without
+such names, NAME. The name of the folder is the name of the method in the tables. An `editor.json`
+in it, such as {"params": "14B", "resolution": "832x480"}, fills the columns of Table 1 with these
+names. `judge` writes its scores into the same folder, and beside them what was judged: a clip that
+changes later is judged again.
 """
 
 from __future__ import annotations
