@@ -389,9 +389,10 @@ def test_the_ablation_trains_every_variant_once(tmp_path, monkeypatch, capsys):
     variants = {"full": [], "w/o GRTC (L_s = L)": ["--routing-depth", "6"]}
     monkeypatch.setitem(ablation.VARIANTS, "components", variants)
     monkeypatch.setattr(ablation, "SIZE", (5, 32, 32))
-    command = ["--run", str(tmp_path), "ablate", "--seeds", "2", "--clips", "1"]
-    command += ["--variant-steps", "1"]
-    toy.main([*command, "--train", "--batch", "1", "--workers", "0", "--log-gradients", "1"])
+    ablate = ["--run", str(tmp_path), "ablate", "--seeds", "2", "--variant-steps", "1"]
+    options = ["--train", "--batch", "1", "--workers", "0", "--log-gradients", "1"]
+    command = [*ablate, "--clips", "1", *options]
+    toy.main(command)
     tables = capsys.readouterr().out.splitlines()[-14:]
     runs = tmp_path / "ablate"
     folders = sorted(folder.name for folder in runs.iterdir() if (folder / "model").exists())
@@ -399,13 +400,18 @@ def test_the_ablation_trains_every_variant_once(tmp_path, monkeypatch, capsys):
     depths = [rvedit.load(runs / name / "model")[0].config.routing_depth for name in folders]
     assert depths == [3, 3, 6, 6]
     scores = [json.loads((runs / name / "scores.json").read_text()) for name in folders[:2]]
-    inside = sum(score["Local Add"][0] for score in scores) / 2
+    inside = sum(score["scores"]["Local Add"][0] for score in scores) / 2
     assert tables[2].split("|")[5].strip().endswith(f", {inside:.1f} dB")
     flow, align = tables[-2].removeprefix("full: ").split(", ")
     assert float(flow) > 0 and float(align) > 0
     monkeypatch.setattr(toy.train, "main", None)
     toy.main(command)
     assert capsys.readouterr().out.splitlines() == tables
+
+    # Scores of other clips are no scores of these.
+    with pytest.raises(SystemExit, match="2"):
+        toy.main([*ablate, "--clips", "2", *options])
+    assert "scores.json is of other steps, clips or options" in capsys.readouterr().err
 
 
 @pytest.mark.slow
