@@ -323,6 +323,8 @@ def edits_to_judge(folder: Path, bench: Path) -> tuple[dict[str, dict], int]:
             raise ValueError(f"{table}: none of its clips is in {original}")
     clips: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
+        if path.name in ("results.csv", "editor.json") and path.parent != folder:
+            raise ValueError(f"{path.parent} holds results of its own: name {folder}/* instead")
         if path.suffix.lower() in VIDEOS and path.is_file():
             clips.setdefault(path.stem, []).append(path)
     # A clip that is called like its source may be the source, if others have names of their own.

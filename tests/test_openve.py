@@ -394,8 +394,8 @@ def make_bench(folder, number, prefix="videos/", frames=5):
     return folder
 
 
-def make_results(bench, folder):
-    folder.mkdir()
+def make_results(bench, folder, parents=False):
+    folder.mkdir(parents=parents)
     for path in (bench / "videos").iterdir():
         shutil.copy(path, folder / f"{path.stem}_edited.mp4")
     return folder
@@ -723,6 +723,15 @@ def test_judges_with_similar_names_have_files_of_their_own(tmp_path, capsys):
         ("org/x", "2"),
         ("average", "6"),
     ]
+
+
+def test_a_folder_of_folders_of_results_is_not_judged_as_one(tmp_path, capsys):
+    bench = make_bench(tmp_path / "bench", 1)
+    results = make_results(bench, tmp_path / "all" / "ours", parents=True)
+    (results / "editor.json").write_text("{}")
+    command = ["--bench", bench, "--url", "http://127.0.0.1:1/v1", "--model", "m"]
+    error = fails(capsys, "judge", tmp_path / "all", *command)
+    assert "all/ours holds results of its own: name" in error and error.strip().endswith("instead")
 
 
 def test_a_copy_of_a_file_of_scores_counts_once(tmp_path):
