@@ -21,8 +21,7 @@ from torch import Tensor
 import cli
 import rvedit
 import train
-from experiments.learning import DEVICE
-from experiments.scoring import assess
+from experiments.scoring import DEVICE, assess
 from scenes import CATEGORIES
 
 VARIANTS = {  # as options of train.py. The others of a group are compared with its first one.
@@ -95,36 +94,42 @@ def write_start(start: Path) -> None:
     rvedit.save(start, model, vae)
 
 
-def train_variant(
-    start: Path, name: str, variant: list[str], seed: int, steps: int, options: list[str]
-) -> Path:
-    """Train a variant, or go on with it; return its folder."""
-    folder = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")  # "w/o GRTC (L_s = L)" has a slash
-    out = start.with_name(f"{folder}-{seed}")
-    if not (out / "scores.json").exists():
-        recipe = ["--checkpoint", str(start), "--out", str(out), "--world", "small"]
-        recipe += ["--size", *map(str, SIZE)]
-        if (out / "run.json").exists():
-            recipe.append("--resume")
-        # Edits to look at are not worth their time here, so they never come.
-        recipe += ["--steps", str(steps), "--seed", str(seed), "--validate-every", "1000000"]
-        recipe += ["--timestep-shift", "15", "--log-gradients", "100"]
-        train.main([*recipe, *variant, *options])
-    return out
+def train_variant(start: Path, out: Path, seed: int, steps: int, options: list[str]) -> None:
+    """Train a variant in the folder `out`, or go on with it."""
+    recipe = ["--checkpoint", str(start), "--out", str(out), "--world", "small"]
+    recipe += ["--size", *map(str, SIZE)]
+    if (out / "run.json").exists():
+        recipe.append("--resume")
+    # Edits to look at are not worth their time here, so they never come.
+    recipe += ["--steps", str(steps), "--seed", str(seed), "--validate-every", "1000000"]
+    recipe += ["--timestep-shift", "15", "--log-gradients", "100"]
+    train.main([*recipe, *options])
 
 
 def score_variant(out: Path, clips: int) -> dict[str, list[float]]:
-    """The mean scores of each category, which the variant's folder keeps."""
-    kept = out / "scores.json"
-    if not kept.exists():
-        model, vae = rvedit.load(out / "model", device=DEVICE)
-        scores = {}
-        rows = assess(model, vae, SCORED_SEED, clips, *SIZE, categories=CATEGORIES, world="small")
-        for category, what, values in rows:
-            if what == "edit":
-                scores[category] = values
-        cli.write_text(kept, json.dumps(scores))
-    return json.loads(kept.read_text())
+    """The mean scores of each category."""
+    model, vae = rvedit.load(out / "model", device=DEVICE)
+    rows = assess(model, vae, SCORED_SEED, clips, SIZE, categories=CATEGORIES, world="small")
+    return {category: values for category, what, values in rows if what == "edit"}
+
+
+def scores_of(
+    start: Path, out: Path, seed: int, steps: int, clips: int, options: list[str]
+) -> dict[str, list[float]]:
+    """Train and score a variant, unless its folder has its scores.
+
+    ValueError if they are those of another training or of other clips.
+    """
+    made_by = [steps, clips, *options]
+    file = out / "scores.json"
+    if not file.exists():
+        train_variant(start, out, seed, steps, options)
+        scores = score_variant(out, clips)
+        cli.write_text(file, json.dumps({"made_by": made_by, "scores": scores}))
+    kept = json.loads(file.read_text())
+    if kept.get("made_by") != made_by:
+        raise ValueError(f"{file} is of other steps, clips or options; choose another --run")
+    return kept["scores"]
 
 
 def gradient_norms(out: Path) -> tuple[float, float]:
@@ -190,8 +195,11 @@ def ablate(args: argparse.Namespace) -> None:
     norms: dict[str, list[tuple[float, float]]] = {}
     for seed in range(args.seeds):
         for name, variant in VARIANTS[args.group].items():
-            out = train_variant(start, name, variant, seed, args.variant_steps, args.train)
-            runs.setdefault(name, []).append(score_variant(out, args.clips))
+            folder = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")  # "w/o both" has a slash
+            out = start.with_name(f"{folder}-{seed}")
+            options = [*variant, *args.train]
+            scores = scores_of(start, out, seed, args.variant_steps, args.clips, options)
+            runs.setdefault(name, []).append(scores)
             norms.setdefault(name, []).append(gradient_norms(out))
     print_tables(runs)
     print("\nNorms of the gradients of L_fm and of λ L_align, medians over the second half:")

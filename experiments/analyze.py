@@ -71,6 +71,8 @@ else:
 # of all positions would take 8.9 GB, that of 256 takes 0.12 GB.
 CHUNK = 256
 
+LIMITS = ("max_frames", "max_pixels", "min_pixels")  # that decide the size of a clip
+
 # The order of what `measure` returns. The three masses sum to 1. "entropy" is of all tokens.
 MEASURES = (
     "mass_editing",
@@ -429,8 +431,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results = {"model": analyze(model, vae, clips, args)}
     L = model.config.dit.num_blocks
     if args.base:
+        # Training for larger clips raises these limits: the base is measured at the same size.
+        limits = {name: getattr(model.config, name) for name in LIMITS}
         del model, vae  # so that only one of the two is in memory
         model, vae = rvedit.load(args.base, device=DEVICE, dtype=DTYPE)
+        model.config = dataclasses.replace(model.config, **limits)
     elif model.config.routing_depth < L:
         model.config = dataclasses.replace(model.config, routing_depth=L)
     else:  # it is its own base

@@ -8,7 +8,7 @@
     $B --preset wan2.2-ti2v-5b --parts rank                        # a training step, as rank 0 of 8
     $B --preset wan2.2-ti2v-5b --parts edit --memory-limit 24      # offloaded, in 24 GB of a GPU
     $B --preset wan2.2-ti2v-5b --parts load                        # loading, beside a plain read
-    $B --preset wan2.2-ti2v-5b --all                               # all of this, in 9 minutes
+    $B --preset wan2.2-ti2v-5b --all                               # all of this, on one GPU
 
 Weights and clips are random, which changes no amount of work. What is compared runs in turn, so
 that other load on the machine meets both sides, and ratios are taken round by round. The table has
@@ -22,14 +22,12 @@ out, on Linux without a GPU what was resident of the process (VmHWM).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import math
-import os
 import platform
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -50,12 +48,25 @@ from tqdm import tqdm
 
 import rvedit
 import train
-from experiments import runbook, workloads
-from experiments.workloads import Job, Runs
-from rvedit import RVEDiTConfig
+from experiments import workloads
+from experiments.workloads import ALONE, PARTS, Job, Runs
 from sample import matmul_rate
 
-PARTS = ("dit", "step", "info_nce", "encode", "decode", "mllm", "edit")
+GROWTH = [(T, H, W) for H, W in ((480, 832), (704, 1280)) for T in (17, 33, 49, 81, 121)]
+# What --all measures, the most important first, each as options of a run of its own. An edit takes
+# few steps, as what another step adds is that of the DiT.
+ALL = (
+    "--parts dit",
+    "--parts dit --compile",
+    "--parts rank",
+    "--parts rank --compile",
+    "--parts edit --steps 5 --compile",
+    "--parts edit --steps 5 --memory-limit 24",
+    "--parts encode decode --peer",
+    "--parts dit --peer",
+    "--parts dit --peer --compile",
+    "--parts dit encode decode --growth",
+)
 
 # --- Timing ---------------------------------------------------------------------------------------
 
@@ -95,52 +106,25 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def error_of_spread(ours: Tensor, expected: Tensor) -> float:
-    """The root mean square of the error, in standard deviations of what is expected."""
-    return ((ours - expected).square().mean().sqrt() / expected.std()).item()
-
-
-def measure(job: Job, rounds: int, device: torch.device, limit: float = math.inf) -> dict[str, Any]:
-    """A row of results: seconds and bytes of each, and how far results differ.
-
-    limit: no further round begins after this many seconds.
-    """
+def measure(job: Job, rounds: int, device: torch.device) -> dict[str, Any]:
+    """A row of results: seconds and bytes of each in every round, and how far results differ."""
     row: dict[str, Any] = {"part": job.part, "size": job.size, "flops": job.flops}
     if job.plan is not None:
         row["plan"] = job.plan
-    with torch.set_grad_enabled(job.gradients):
-        if not job.warm:
-            row |= compare(job)
-        row |= repeat(job, rounds, device, limit)
-    return row
-
-
-def compare(job: Job) -> dict[str, Any]:
-    """Run each once, which compiles and fills caches. Returns how far results differ."""
-    results = [run() for run in job.runs.values()]
-    if len(results) > 1:
-        difference = largest_difference(results[0], results[1])
-        return {"counted": job.counted, "difference": difference}
-    if job.expected is not None:
-        return {"difference": error_of_spread(results[0], job.expected)}
-    return {}
-
-
-def repeat(job: Job, rounds: int, device: torch.device, limit: float) -> dict[str, Any]:
-    """The seconds of every round, and the most bytes of all."""
-    measured: dict[str, list[float]] = {who: [] for who in job.runs}
+    seconds: dict[str, list[float]] = {who: [] for who in job.runs}
     most = {who: 0 for who in job.runs}
-    start = time.perf_counter()
-    for i in tqdm(range(rounds), desc=job.part, unit="round", disable=None, leave=False):
-        for who in in_turn(job.runs, i):
-            seconds, held = timed(job.runs[who], device)
-            if job.seconds is not None:
-                seconds = job.seconds()
-            measured[who].append(seconds)
-            most[who] = max(held, most[who])
-        if time.perf_counter() - start > limit:
-            break
-    return {"seconds": measured, "bytes": most}
+    with torch.set_grad_enabled(job.gradients):
+        results = [run() for run in job.runs.values()]  # which compiles and fills caches
+        if len(results) > 1 and results[0] is not None:
+            row["counted"] = job.counted
+            row["difference"] = largest_difference(*results)
+        del results
+        for i in tqdm(range(rounds), desc=job.part, unit="round", disable=None, leave=False):
+            for who in in_turn(job.runs, i):
+                time_taken, held = timed(job.runs[who], device)
+                seconds[who].append(time_taken)
+                most[who] = max(held, most[who])
+    return row | {"seconds": seconds, "bytes": most}
 
 
 # --- The table ------------------------------------------------------------------------------------
@@ -162,8 +146,6 @@ COLUMNS = (
 
 def spread(values: list[float]) -> str:
     """Median and quartiles."""
-    if len(values) == 1:
-        return f"{values[0]:.3g}"
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.3g} ({low:.3g}-{high:.3g})"
 
@@ -175,16 +157,12 @@ def table_line(cells: Iterable[str]) -> str:
 def as_cells(row: dict[str, Any], peak: float) -> list[str]:
     """A row of results as cells under COLUMNS."""
     ours = row["seconds"]["ours"]
-    rate = row["flops"] / statistics.median(ours)
-    cells = [
-        row["part"],
-        "x".join(str(side) for side in row["size"]),
-        spread(ours),
-        f"{row['flops'] / 1e12:.4g}",
-        f"{rate / 1e12:.3g}",
-        f"{rate / peak:.0%}",
-        f"{row['bytes']['ours'] / 1e9:.3g}",
-    ]
+    size = row["size"] if isinstance(row["size"], str) else "x".join(map(str, row["size"]))
+    work = ["", "", ""]
+    if row["flops"]:
+        rate = row["flops"] / statistics.median(ours)
+        work = [f"{row['flops'] / 1e12:.4g}", f"{rate / 1e12:.3g}", f"{rate / peak:.0%}"]
+    held = f"{row['bytes']['ours'] / 1e9:.3g}"
     beside, times, memory, difference = "", "", "", ""
     if "plan" in row:
         beside = "the plan"
@@ -194,11 +172,12 @@ def as_cells(row: dict[str, Any], peak: float) -> list[str]:
             pairs = zip(row["seconds"][other], ours, strict=True)
             ratios = [theirs / our for theirs, our in pairs]
             beside = other
-            times = f"{spread(ratios)}, counted {row['counted']:.3f}"
+            times = spread(ratios)
             memory = f"{row['bytes'][other] / 1e9:.3g}"
     if "difference" in row:
+        times += f", counted {row['counted']:.3f}"
         difference = f"{row['difference']:.1e}"
-    return [*cells, beside, times, memory, difference]
+    return [row["part"], size, spread(ours), *work, held, beside, times, memory, difference]
 
 
 class Report:
@@ -209,8 +188,7 @@ class Report:
         self.about = about
         self.peak = peak
         self.rows: list[dict[str, Any]] = []
-
-    def begin_table(self) -> None:
+        print(f"{about}\nMatrix products reach {peak / 1e12:.3g} TFLOP/s.\n")
         print(table_line(COLUMNS))
         print("|" + " --- |" * len(COLUMNS))
 
@@ -228,100 +206,42 @@ class Report:
         cli.write_text(self.path, json.dumps(content, indent=1))
 
 
-# --- Loading a checkpoint -------------------------------------------------------------------------
-
-
-def forget(file: Path) -> None:
-    """Drop a file from the cache of the system, so that it is read from the disk."""
-    with open(file, "rb+") as opened:
-        os.fsync(opened.fileno())  # what is not yet written would stay in the cache
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def loading(
-    config: RVEDiTConfig, folder: Path, args: argparse.Namespace
-) -> tuple[dict[str, list[float]], int]:
-    """Seconds to load a checkpoint of random weights and to read its files; its bytes."""
-    dtype = getattr(torch, args.dtype)
-    resting = torch.device("cpu")
-    model, vae = workloads.random_networks(config, resting, dtype, draw_on=args.device)
-    rvedit.save(folder / "model", model, vae)
-    del model, vae
-    files = sorted((folder / "model").glob("*.safetensors"))
-    buffer = bytearray(1 << 24)
-
-    def read() -> None:
-        for file in files:
-            with open(file, "rb", buffering=0) as opened:
-                while opened.readinto(buffer):
-                    pass
-
-    def load() -> None:
-        rvedit.load(folder / "model", device=args.device, dtype=dtype)
-
-    def timed_cold(run: Callable[[], None]) -> float:
-        for file in files:
-            forget(file)
-        return timed(run, args.device)[0]
-
-    runs = {"ours": load, "read": read}
-    seconds: dict[str, list[float]] = {"ours": [], "read": []}
-    for i in range(args.rounds):
-        for who in in_turn(runs, i):
-            seconds[who].append(timed_cold(runs[who]))
-    return seconds, sum(file.stat().st_size for file in files)
-
-
-def bench_loading(config: RVEDiTConfig, report: Report, args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
-        seconds, size = loading(config, Path(folder), args)
-    report.write({"part": "load", "seconds": seconds, "size": size})
-    load_rates = [size / x / 1e9 for x in seconds["ours"]]
-    read_rates = [size / x / 1e9 for x in seconds["read"]]
-    ratios = [load / read for load, read in zip(*seconds.values(), strict=True)]
-    print(
-        f"{size / 1e9:.3g} GB loaded at {spread(load_rates)} GB/s, its files read at "
-        f"{spread(read_rates)} GB/s: takes times {spread(ratios)}"
-    )
-
-
 # --- The command ----------------------------------------------------------------------------------
 
 
-def bench(args: argparse.Namespace, command: str) -> None:
+def bench(args: argparse.Namespace, report: Report) -> None:
     """Measure what was asked for, and print a line for each part."""
-    config = workloads.shrink(rvedit.preset(args.preset), args.shrink)
-    for size in args.size:
-        workloads.fit_config(config, size)  # a mistake shows before any work
-    peak = matmul_rate(args.device, getattr(torch, args.dtype), times=20)
-    machine = f"{torch.get_num_threads()} threads of {platform.machine()}"
+    if args.memory_limit and args.device.type == "cuda":
+        total = torch.cuda.get_device_properties(args.device).total_memory
+        share = min(1.0, args.memory_limit * 1e9 / total)
+        torch.cuda.set_per_process_memory_fraction(share, args.device.index)
+    for job in workloads.jobs(args.config, args):
+        report.add(measure(job, args.rounds, args.device))
+        del job  # and with it the networks, before the next ones are made
+
+
+def clean_up(args: argparse.Namespace) -> None:
+    """Give what comes next the whole memory."""
+    if dist.is_initialized():  # by part rank
+        dist.destroy_process_group()
+    if args.compile:
+        torch.compiler.reset()
+    gc.collect()
     if args.device.type == "cuda":
-        machine = torch.cuda.get_device_name(args.device)
-    about = f"{machine}, torch {torch.__version__}, {args.dtype}{', compiled' * args.compile}, "
-    about += f"{time.strftime('%Y-%m-%d')}: {command}"
-    print(f"{about}\nMatrix products reach {peak / 1e12:.3g} TFLOP/s.\n")
-    report = Report(args.out, about, peak)
+        torch.cuda.set_per_process_memory_fraction(1.0, args.device.index)
+        torch.cuda.empty_cache()
 
-    if "load" in args.parts and not args.all:
-        bench_loading(config, report, args)
-        return
 
-    def add(job: Job) -> None:
-        limit = runbook.SECONDS_OF_A_ROW if args.all else math.inf
-        report.add(measure(job, args.rounds, args.device, limit))
-
-    report.begin_table()
-    if args.all:
-        runbook.run(config, args, add, report.stop)
-    elif "rank" in args.parts:
-        for size in args.size:
-            add(workloads.rank_job(config, size, args))
-    elif args.memory_limit:
-        for size in args.size:
-            add(workloads.edit_job(config, size, args))
-    else:
-        for job in workloads.jobs_of_parts(config, args):
-            add(job)
+def bench_all(argv: list[str], report: Report) -> None:
+    """All of ALL, in 3 rounds; what fails leaves a row that says why."""
+    shared = ["--rounds", "3", *(word for word in argv if word != "--all")]
+    for options in ALL:
+        args = parse_arguments([*shared, *options.split()])
+        try:
+            bench(args, report)
+        except (torch.OutOfMemoryError, ImportError, RuntimeError) as error:
+            report.stop(options, (str(error).splitlines() or [type(error).__name__])[0])
+        clean_up(args)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -352,21 +272,25 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--growth",
         dest="size",
         action="store_const",
-        const=runbook.GROWTH,
+        const=GROWTH,
         help="instead of --size: 17 to 121 frames at 480p and 720p",
     )
-    add(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--parts",
         nargs="+",
-        choices=(*PARTS, "rank", "load"),
-        default=PARTS,
-        help="default: all but rank and load",
+        choices=(*PARTS, *ALONE),
+        default=(*PARTS, "edit"),
+        help="default: all but load and rank",
+    )
+    what.add_argument(
+        "--all", action="store_true", help="all parts in turn, the most important first, on a GPU"
     )
     add(
         "--memory-limit",
         type=cli.number(float, 0.1),
         metavar="GB",
-        help="measure the part edit with offloading, in so much of the GPU's memory",
+        help="use so much of the GPU's memory; an edit then keeps its networks on the CPU",
     )
     add(
         "--peer",
@@ -389,24 +313,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=Path("bench.json"),
         help="file of the measurements (default bench.json)",
     )
-    add(
-        "--all",
-        type=cli.number(float, 0.1),
-        nargs="?",
-        const=9.0,
-        metavar="MINUTES",
-        help="measure everything in these minutes (9), the most important first; see runbook.py",
-    )
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
-    args.few_steps = None
-    if args.all and args.size is None:
-        args.size = [*train.RECIPES[args.preset]["size"], *runbook.GROWTH]
     args.size = args.size or train.RECIPES[args.preset]["size"]
-    if args.memory_limit and args.parts != ["edit"]:
-        cli.fail("--memory-limit is for --parts edit alone")
-    if {"rank", "load"} & set(args.parts) and len(args.parts) > 1:
-        cli.fail("--parts rank and --parts load go alone: each needs the memory for itself")
+    args.config = workloads.shrink(rvedit.preset(args.preset), args.shrink)
+    for size in args.size:
+        workloads.fit_config(args.config, size)  # a mistake shows before any work
     return args
 
 
@@ -414,9 +326,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
+    peak = matmul_rate(args.device, getattr(torch, args.dtype), times=20)
+    machine = f"{torch.get_num_threads()} threads of {platform.machine()}"
+    if args.device.type == "cuda":
+        machine = torch.cuda.get_device_name(args.device)
     command = shlex.join(["python", "-m", "experiments.bench", *argv])
+    about = f"{machine}, torch {torch.__version__}, {args.dtype}{', compiled' * args.compile}, "
+    about += f"{time.strftime('%Y-%m-%d')}: {command}"
+    report = Report(args.out, about, peak)
     try:
-        bench(args, command)
+        if args.all:
+            bench_all(argv, report)
+        else:
+            bench(args, report)
     except torch.OutOfMemoryError:
         cli.fail(
             f"out of memory on {args.device}: take fewer --parts, a smaller --size, or --shrink"
@@ -424,8 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         cli.fail(f"--peer needs requirements-dev.txt: {error}")
     finally:
-        if dist.is_initialized():  # by rank_step
-            dist.destroy_process_group()
+        clean_up(args)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import heapq
 import itertools
@@ -125,12 +124,9 @@ def note(message: str) -> None:
     tqdm.write(f"note: {message}", file=sys.stderr)
 
 
-@functools.cache
 def is_named(name: str, words: tuple[str, ...]) -> bool:
     """Whether a name holds all of some words: Local_Add, localadd, part2-AddLocal ..."""
-    parts = {part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
-    joined = {"".join(order) for order in itertools.permutations(words)}
-    return parts.issuperset(words) or not parts.isdisjoint(joined)
+    return all(word in name.lower() for word in words)
 
 
 def named_category(dataset: str, name: str) -> str | None:
@@ -353,28 +349,13 @@ class Benchmark:
 # --- The sample of §5 -----------------------------------------------------------------------------
 
 
-class Smallest:
-    """Of all items that are added, those `count` with the smallest keys."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.heap: list[tuple[int, str]] = []  # with negative keys, so that its root is the largest
-
-    def add(self, key: int, item: str) -> None:
-        if len(self.heap) < self.count:
-            heapq.heappush(self.heap, (-key, item))
-        else:
-            heapq.heappushpop(self.heap, (-key, item))
-
-    def items(self) -> list[str]:
-        return [item for _, item in sorted(self.heap, reverse=True)]
-
-
 class Drawn:
-    """What is drawn from one set, by category: the triplets, as JSON lines, and their numbers."""
+    """What is drawn from one set, by category."""
 
-    def __init__(self, count: int) -> None:
-        self.kept = {category: Smallest(count) for category in CATEGORIES}
+    def __init__(self) -> None:
+        # The triplets with the smallest keys, as (-key, JSON line): the root of a heap has the
+        # largest key of those that are kept.
+        self.heaps: dict[str, list[tuple[int, str]]] = {category: [] for category in CATEGORIES}
         self.available: Counter[str] = Counter()  # pairs of the tables, each counted once
         self.missing: Counter[str] = Counter()  # those of them of which a clip was not found
         self.located = 0  # rows whose clips were found
@@ -385,7 +366,7 @@ def draw_from_set(
     folders: Folders, count: int, seed: int, seen: set[int], bench: Benchmark | None
 ) -> Drawn:
     """Draw from one set; `seen` has the pairs of other sets, and gets those of this one."""
-    drawn = Drawn(count)
+    drawn = Drawn()
     for row in tqdm(read_set(folders), desc=folders.dataset, unit=" rows", disable=None):
         category = row["category"]
         source, target = folders.find(row["src_video"]), folders.find(row["tgt_video"])
@@ -410,7 +391,10 @@ def draw_from_set(
         key = (seed, *(row[name] for name in COLUMNS))
         digest = hashlib.sha256(repr(key).encode()).hexdigest()
         line = json.dumps(row | dict(src_video=source, tgt_video=target))
-        drawn.kept[category].add(int(digest[:16], 16), line)
+        heap = drawn.heaps[category]
+        heapq.heappush(heap, (-int(digest[:16], 16), line))
+        if len(heap) > count:
+            heapq.heappop(heap)
     return drawn
 
 
@@ -439,8 +423,8 @@ def stratified_sample(
                 f"folder of its tables and, after it, that of its clips ({folders.contents()})"
             )
         in_bench += drawn.in_bench
-        for category, kept in drawn.kept.items():
-            taken = kept.items()
+        for category, heap in drawn.heaps.items():
+            taken = [line for _, line in sorted(heap, reverse=True)]
             lines += taken
             numbers = [count, drawn.available[category], drawn.missing[category], len(taken)]
             report.append((dataset, category, *numbers))

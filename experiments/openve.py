@@ -6,18 +6,19 @@
         --url http://localhost:8000/v1 --model Qwen3.5-VL-35B
     python -m experiments.openve table results/*
     python -m experiments.openve rubrics rvedit.txt --out paper    # for `judge --rubrics paper`
-    python -m experiments.openve shapes    # synthetic clips: no benchmark, no judge
 
 `run` takes the options of sample.py as well; `torchrun --nproc_per_node 8 -m experiments.openve run
 ...` shares the clips among 8 GPUs.
 
 OpenVE-Bench is a folder with `benchmark_videos.csv` (columns edited_type, prompt, original_video)
-and `videos/`. A folder of results holds the clips of one editor, ours or another. Its `results.csv`
-names them in the column edited_result_path; `new_result.csv`, as the benchmark calls it, does so
-too. Without such a table, the edit of NAME.mp4 is NAME_edited.mp4. The name of the folder is the
-name of the method in the tables. An `editor.json` in it, such as {"params": "14B", "resolution":
-"832x480"}, fills the columns of Table 1 with these names. `judge` writes its scores into the same
-folder, and beside them what was judged: a clip that changes later is judged again.
+and `videos/`. A folder of results holds the clips of one editor, ours or another, in folders of its
+own if need be. Its `results.csv`, or `new_result.csv` as the benchmark calls it, names them in the
+column edited_result_path; edits are judged by the benchmark's prompts, whatever that table says.
+Without it, the edit of NAME.mp4 is NAME_edited, in any format of VIDEOS, or, in a folder without
+such names, NAME. The name of the folder is the name of the method in the tables. An `editor.json`
+in it, such as {"params": "14B", "resolution": "832x480"}, fills the columns of Table 1 with these
+names. `judge` writes its scores into the same folder, and beside them what was judged: a clip that
+changes later is judged again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 if not __package__:  # run by its path: imports start in the repository, not in this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -46,14 +48,12 @@ import torch
 from tqdm import tqdm
 
 import data
-import rvedit
 import sample
 import video
-from experiments import chat, scoring
+from experiments import chat
 from experiments.answers import AXES, parse_scores
 from rvedit import RVEDiT
 from shapes import CATEGORIES as NAMES
-from shapes import TOY_EXTENT
 from vae import WanVAE
 
 # "local_change": "Local Change" and so on: the benchmark's spelling and the paper's.
@@ -62,6 +62,7 @@ CATEGORIES = {name.lower().replace(" ", "_"): name for name in NAMES}
 OTHERS = ("background_change", "subtitle_edit", "camera_edit", "creative_edit")
 COLUMNS = ("edited_type", "prompt", "original_video")
 RESULT = "edited_result_path"
+VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")  # how names of edits may end
 
 NOT_FOR_RUN = {  # options of sample.py that would do nothing here
     "--video": "`run` takes its clips from the benchmark",
@@ -140,7 +141,7 @@ def read_editor(folder: Path) -> dict:
     """Read what a folder of results says about its editor; {} if it says nothing."""
     path = folder / "editor.json"
     try:
-        editor = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        editor = json.loads(path.read_text("utf-8-sig")) if path.exists() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(editor, dict):
@@ -148,12 +149,23 @@ def read_editor(folder: Path) -> dict:
     return editor
 
 
-def describe_editor(settings: Namespace, model: RVEDiT) -> dict[str, str]:
-    """What `editor.json` keeps of our own edits: their options, and the columns of Table 1."""
-    names = ("checkpoint", "wan", "qwen", "routing_depth", "max_pixels", "max_frames")
-    names += ("keep_source", "steps", "shift", "seed", "dtype", "decode_dtype")
-    editor = {name: str(getattr(settings, name)) for name in names}
+def digest_of(model: RVEDiT, vae: WanVAE) -> str:
+    """A hash of the first weights of each tensor, of which any training changes some."""
+    digest = hashlib.sha256()
+    for weight in (*model.parameters(), *vae.parameters()):
+        digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def describe_editor(settings: Namespace, model: RVEDiT, vae: WanVAE) -> dict[str, str]:
+    """What `editor.json` keeps of our own edits: what they depend on, and columns of Table 1."""
     config = model.config
+    names = ("keep_source", "steps", "shift", "seed", "dtype", "decode_dtype")
+    editor = {name: str(getattr(settings, name)) for name in names}
+    for name in ("routing_depth", "max_pixels", "max_frames"):
+        editor[name] = str(getattr(config, name))
+    # Not the checkpoint's path, at which others may lie by now, or the same at another.
+    editor["weights"] = digest_of(model, vae)
     height, width = sample.size_for(config, 720, 1280)
     parameters = sum(p.numel() for p in model.dit.parameters())
     editor["resolution"] = f"{width}x{height}"
@@ -200,11 +212,13 @@ def run(args: Namespace) -> None:
 
     # Clips of two editors in one folder would be judged as those of one, so an editor that is
     # already described there must be this one.
-    editor = describe_editor(settings, model)
-    if read_editor(args.out) not in ({}, editor):
+    editor = describe_editor(settings, model, vae)
+    former = read_editor(args.out)
+    differing = [name for name in editor if former and former.get(name) != editor[name]]
+    if differing:
         raise ValueError(
-            f"{args.out / 'editor.json'}: the clips there are from another checkpoint or options; "
-            "choose another --out"
+            f"{args.out / 'editor.json'}: the clips there are from another editor, which differs "
+            f"in {', '.join(differing)}; choose another --out"
         )
     args.out.mkdir(parents=True, exist_ok=True)
     edits = {key: args.out / f"{key}_edited.mp4" for key in rows}
@@ -281,37 +295,54 @@ def fingerprint(path: Path) -> str | None:
     return f"{path.stat().st_size}-{digest[:16]}"
 
 
+def find_edit(named: str, folder: Path, clips: dict[str, list[Path]]) -> Path:
+    """Where the edit that a table names is, or should be. clips: those of the folder, by name."""
+    path = folder / named
+    # What lies in this folder comes first: elsewhere may be another editor's clip by now.
+    if path.is_file() and not Path(named).is_absolute():
+        return path
+    found = clips.get(Path(named).stem, [])
+    if len(found) > 1:
+        raise ValueError(
+            f"{found[0]} and {found[1]} have the same name: remove one, or name the edit's path in "
+            f"{folder / 'results.csv'}"
+        )
+    if found:
+        return found[0]
+    return Path(named) if Path(named).is_file() else path
+
+
 def edits_to_judge(folder: Path, bench: Path) -> tuple[dict[str, dict], int]:
     """The rows of a folder of results, with `edit`, and how many clips there should be in all."""
     original = bench / "benchmark_videos.csv"
+    rows = read_table(original, bench, [*CATEGORIES])
+    total = len(rows)
     # The benchmark's own instructions call the table new_result.csv.
-    tables = [folder / "results.csv", folder / "new_result.csv", original]
-    table = next((table for table in tables if table.exists()), original)
-    rows = read_table(table, bench, [*CATEGORIES])
-    names = set(rows)
-    if original.exists():  # a table of results may lack some of its rows
-        names |= read_table(original, bench, [*CATEGORIES]).keys()
+    tables = [folder / "results.csv", folder / "new_result.csv"]
+    table = next((table for table in tables if table.exists()), None)
+    if table:
+        # It may lack rows. Only its paths count: all editors are judged by the same prompts.
+        found = read_table(table, bench, [*CATEGORIES, *OTHERS])
+        rows = {key: rows[key] | {RESULT: found[key].get(RESULT)} for key in rows if key in found}
+        if not rows:
+            raise ValueError(f"{table}: none of its clips is in {original}")
+    clips: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name in ("results.csv", "editor.json") and path.parent != folder:
+            raise ValueError(f"{path.parent} holds results of its own: name {folder}/* instead")
+        if path.suffix.lower() in VIDEOS and path.is_file():
+            clips.setdefault(path.stem, []).append(path)
+    # A clip that is called like its source may be the source, if others have names of their own.
+    is_plain = clips and not any(name.endswith("_edited") for name in clips)
     for key, row in rows.items():
-        path = Path(row.get(RESULT) or f"{key}_edited.mp4")
-        # What lies in this folder comes first: elsewhere may be another editor's clip by now.
-        inside = locate(path.name if path.is_absolute() else str(path), folder)
-        row["edit"] = inside if inside.is_file() else locate(str(path), folder, Path())
-    return rows, len(names)
+        named = row.get(RESULT) or (f"{key}.mp4" if is_plain else f"{key}_edited.mp4")
+        row["edit"] = find_edit(named, folder, clips)
+    return rows, total
 
 
 def score_file(folder: Path, model: str, used: str) -> Path:
     """The file with one judge's scores by some rubrics."""
-    plain = re.sub("[^A-Za-z0-9.-]+", "-", model)
-    digest = hashlib.sha256(model.encode()).hexdigest()[:6]
-    # "org/x" and "org-x" have the same plain name. Former versions used it for both.
-    path = folder / f"scores_{plain}_{used}.jsonl"
-    judges = {row.get("judge") for row in chat.results(path).values()}
-    if model in judges and len(judges) > 1:
-        names = ", ".join(sorted(map(str, judges)))
-        raise ValueError(f"{path} holds scores of several judges, remove those of one: {names}")
-    if judges == {model} or (plain == model and not judges):
-        return path
-    return folder / f"scores_{plain}-{digest}_{used}.jsonl"
+    return folder / f"scores_{quote(model, safe='')}_{used}.jsonl"
 
 
 def outdated(former: dict, seen: dict) -> bool:
@@ -338,10 +369,10 @@ def folders(paths: list[Path]) -> list[Path]:
 
 def judge_folder(
     folder: Path, args: Namespace, texts: dict[str, str], used: str
-) -> tuple[list[bool], list[str]]:
+) -> tuple[int, list[str]]:
     """Ask for the scores that one folder lacks.
 
-    Returns, for each answer, whether scores were read from it, and why other edits have no answer.
+    Returns how many edits have scores now, and why others have no answer.
     """
     rows, total = edits_to_judge(folder, args.bench)
     # What is judged is kept beside its scores. It is read before the judge is asked: if a clip is
@@ -370,26 +401,21 @@ def judge_folder(
     failed = chat.run(path, {key: key for key in rows}, work, args.workers, again)
 
     found = chat.results(path)
-    scored = {key: row.get("scores") is not None for key, row in found.items()}
-    answers = list(scored.values())
-    print(
-        f"{path}: {answers.count(True)} scored, {answers.count(False)} dropped, "
-        f"{len(failed)} failed",
-        flush=True,
-    )
-    new = found.keys() - (former.keys() - again)
-    return [scored[key] for key in new], list(failed.values())
+    scored = sum(row.get("scores") is not None for row in found.values())
+    dropped = len(found) - scored
+    print(f"{path}: {scored} scored, {dropped} dropped, {len(failed)} failed", flush=True)
+    return scored, list(failed.values())
 
 
 def judge(args: Namespace) -> None:
     """Ask the judge about those edits in each folder that it was not asked about before."""
     texts, used = read_rubrics(args.rubrics)
-    answers: list[bool] = []
+    scored = 0
     failed: list[str] = []
     for folder in folders(args.results):
-        new_answers, new_failures = judge_folder(folder, args, texts, used)
-        answers += new_answers
-        failed += new_failures
+        of_folder, failures = judge_folder(folder, args, texts, used)
+        scored += of_folder
+        failed += failures
     if args.rubrics.resolve() == RUBRICS:
         print(
             "note: scores by our own rubrics are not comparable with Table 1. For the paper's run "
@@ -400,14 +426,11 @@ def judge(args: Namespace) -> None:
         raise ValueError(
             f"no scores for {len(failed)} edits, run the command again; the first: {failed[0]}"
         )
-    if answers and not any(answers):
-        # Exit code 1, as nothing is wrong with the command: the judge does not keep to the format.
-        print(
-            f"error: no scores could be read from the answers about {len(answers)} edits, which "
-            "are kept beside the scores; --again asks about dropped edits again",
-            file=sys.stderr,
+    if not scored:
+        raise ValueError(
+            "no scores could be read from any answer, all of which are kept beside the scores; "
+            "--again asks about dropped edits again"
         )
-        raise SystemExit(1)
 
 
 def rubrics(args: Namespace) -> None:
@@ -449,6 +472,7 @@ class Summary(NamedTuple):
     cells: np.ndarray  # (4, 3): IC, CF and VQ of each category
     scored: int  # edits
     dropped: int
+    lacking: str = ""  # how many clips are neither, to write behind the method's name
 
 
 def summarize(rows: list[dict]) -> Summary:
@@ -461,8 +485,19 @@ def summarize(rows: list[dict]) -> Summary:
         if triples:
             cells[i] = np.mean(triples, axis=0)
     pooled = np.mean([row["scores"] for row in scored]) if scored else np.nan
-    axes = cells.mean(axis=0)
-    return Summary(cells.mean(), pooled, axes, cells, len(scored), len(rows) - len(scored))
+    # Each of `judge`'s lines knows how many clips the benchmark has. Means over fewer of them are
+    # not comparable with those of other methods.
+    expected = max(row.get("benchmark", 0) for row in rows)
+    missing = expected - len(rows)
+    return Summary(
+        overall=cells.mean(),
+        pooled=pooled,
+        axes=cells.mean(axis=0),
+        cells=cells,
+        scored=len(scored),
+        dropped=len(rows) - len(scored),
+        lacking=f" (lacks {missing} of {expected} clips)" if missing > 0 else "",
+    )
 
 
 def average_judges(means: dict[tuple[str, str, str], Summary]) -> dict:
@@ -475,9 +510,14 @@ def average_judges(means: dict[tuple[str, str, str], Summary]) -> dict:
         judges = {name for rubrics, name, _ in means if rubrics == used}
         given = [means[used, name, method] for name in judges if (used, name, method) in means]
         if len(given) == len(judges) > 1:
-            mean = Summary(*(np.mean(values, axis=0) for values in zip(*given, strict=True)))
-            averaged[used, "average", method] = mean._replace(
-                scored=sum(one.scored for one in given), dropped=sum(one.dropped for one in given)
+            averaged[used, "average", method] = Summary(
+                overall=np.mean([one.overall for one in given]),
+                pooled=np.mean([one.pooled for one in given]),
+                axes=np.mean([one.axes for one in given], axis=0),
+                cells=np.mean([one.cells for one in given], axis=0),
+                scored=sum(one.scored for one in given),
+                dropped=sum(one.dropped for one in given),
+                lacking=max(one.lacking for one in given),
             )
     return averaged
 
@@ -503,23 +543,6 @@ LAYOUTS = {  # the columns of means in Tables 1, 2 and 3
 EDITOR = {"#Params.": "params", "#Reso.": "resolution"}  # columns of Table 1 from editor.json
 
 
-def lacking(groups: dict[tuple[str, str, str], list[dict]]) -> dict[tuple[str, str, str], str]:
-    """What to write behind the name of a method that lacks clips, neither scored nor dropped.
-
-    groups: scores by (rubrics, judge, method). Each of `judge`'s lines knows how many clips the
-    benchmark has; means over fewer of them are not comparable with those of other methods. Nor is
-    an average over judges of which one lacks clips.
-    """
-    marks = {}
-    for (used, name, method), group in groups.items():
-        expected = max(row.get("benchmark", 0) for row in group)
-        missing = expected - len(group)
-        if missing > 0:
-            mark = f" (lacks {missing} of {expected} clips)"
-            marks[used, name, method] = marks[used, "average", method] = mark
-    return marks
-
-
 def two_digits(value: float) -> str:
     """A cell of a table; a dash where there is no value."""
     return "-" if np.isnan(value) else f"{value:.2f}"
@@ -532,7 +555,6 @@ def make_table(rows: list[dict], layout: int) -> list[list[str]]:
         groups.setdefault((row["rubrics"], row["judge"], row["method"]), []).append(row)
     means = average_judges({key: summarize(group) for key, group in groups.items()})
     editors = {row["method"]: row for row in rows}
-    marks = lacking(groups)
 
     def order(key: tuple[str, str, str]) -> tuple:
         used, name, _ = key
@@ -548,7 +570,7 @@ def make_table(rows: list[dict], layout: int) -> list[list[str]]:
         texts = [two_digits(values[column]) for column in LAYOUTS[layout]]
         counts = [str(means[key].scored), str(means[key].dropped)]
         editor = [str(editors[method].get(column, "-")) for column in about.values()]
-        lines.append([used, name, method + marks.get(key, ""), *editor, *texts, *counts])
+        lines.append([used, name, method + means[key].lacking, *editor, *texts, *counts])
     return lines
 
 
@@ -559,24 +581,28 @@ def print_table(lines: list[list[str]]) -> None:
         print(f"| {' | '.join(line)} |")
 
 
+def is_result(row: dict) -> bool:
+    """Whether `judge` writes such lines: one written by hand must not make wrong numbers."""
+    texts = [row.get(name) for name in ("category", "judge", "rubrics")]
+    scores = row.get("scores", "none at all")
+    valid = all(isinstance(text, str) for text in texts) and texts[0] in NAMES
+    if scores is not None:
+        valid = valid and isinstance(scores, list) and len(scores) == len(AXES)
+        valid = valid and all(type(score) is int and 1 <= score <= 100 for score in scores)
+    return valid and isinstance(row.get("benchmark", 0), int)
+
+
 def read_scores(folder: Path) -> list[dict]:
     """Read all scores in a folder of results; ValueError names what is none of `judge`'s lines."""
-    rows = []
+    rows = {}  # by judge, rubrics and clip: a copy of a file counts once
     for path in sorted(folder.glob("scores_*.jsonl")):
         for key, row in chat.results(path).items():
-            texts = [row.get(name) for name in ("category", "judge", "rubrics")]
-            # Checked in full: a line that was written by hand must not make wrong numbers.
-            valid = all(isinstance(text, str) for text in texts) and texts[0] in NAMES
-            scores = row.get("scores", "none at all")
-            if scores is not None:
-                valid = valid and isinstance(scores, list) and len(scores) == len(AXES)
-                valid = valid and all(type(score) in (int, float) for score in scores)
-            if not valid or not isinstance(row.get("benchmark", 0), int):
+            if not is_result(row):
                 raise ValueError(
                     f"{path}: the line of {key!r} is none that `judge` writes; remove it"
                 )
-            rows.append(row)
-    return rows
+            rows[row["judge"], row["rubrics"], key] = row
+    return list(rows.values())
 
 
 def table(args: Namespace) -> None:
@@ -587,43 +613,23 @@ def table(args: Namespace) -> None:
         raise ValueError(
             "two folders have the same name, which is the method's in the table; rename one"
         )
+    found = {folder: read_scores(folder) for folder in results}
+    lacking = [folder for folder in results if not found[folder]]
+    asks = "no scores; `python -m experiments.openve judge` asks for them"
+    if lacking == results:
+        raise ValueError(f"{results[0]}: {asks}")
+    for folder in lacking:
+        cli.note(f"{folder}: {asks}")
     rows: list[dict] = []
     for folder in results:
-        found = read_scores(folder)
-        if not found:
-            raise ValueError(
-                f"{folder}: no scores; `python -m experiments.openve judge` asks for them"
-            )
         editor = read_editor(folder)
         about = {name: editor[name] for name in EDITOR.values() if name in editor}
-        rows += [row | about | {"method": folder.resolve().name} for row in found]
+        rows += [row | about | {"method": folder.resolve().name} for row in found[folder]]
     lines = make_table(rows, args.layout)
     if args.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
     else:
         print_table(lines)
-
-
-# --- The synthetic set, where the right edit is known ---------------------------------------------
-
-
-def shapes(args: Namespace) -> None:
-    """Score edits of synthetic clips in the four categories of the paper, and what bounds them.
-
-    The scores are those of `toy evaluate`: a clip's exact target stands in the place of a judge.
-    """
-    model, vae = rvedit.load(args.checkpoint, device=scoring.DEVICE)
-    frames, size = TOY_EXTENT[:2]
-    header = ["Clip"]
-    for name in NAMES:
-        header += [f"{name}: PSNR inside", "PSNR outside", "temporal error", "edited"]
-    lines: dict[str, list[str]] = {}  # by what is scored: edit, source, target through the VAE
-    # 2026: clips of other seeds than those of training.
-    found = scoring.assess(model, vae, 2026, args.clips, frames, size, categories=NAMES)
-    for _, clip, (inside, outside, temporal, edited) in found:
-        cells = [two_digits(x) for x in (inside, outside, temporal)]
-        lines.setdefault(clip, [clip]).extend([*cells, f"{edited:.0%}"])
-    print_table([header, *lines.values()])
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -644,7 +650,6 @@ def make_parser() -> cli.Parser:
     ask = command("judge", "ask a model on a server to score edits")
     show = command("table", "print Table 1, 2 or 3 from folders of results with scores")
     extract = command("rubrics", "extract the judges' prompts from the text of the paper")
-    known = command("shapes", "score edits of synthetic clips by their exact targets")
 
     for sub in (edit, ask):
         sub.add_argument("--bench", type=Path, required=True, help="the folder OpenVE-Bench")
@@ -699,12 +704,6 @@ def make_parser() -> cli.Parser:
     show.add_argument("--csv", action="store_true", help="print CSV instead of Markdown")
     extract.add_argument("paper", type=Path, help="the text of arXiv 2605.24674")
     extract.add_argument("--out", type=Path, required=True, help="folder for the four files")
-    known.add_argument(
-        "--checkpoint", type=Path, help="a checkpoint of ours (default: the built-in toy)"
-    )
-    known.add_argument(
-        "--clips", type=cli.number(int, 1), default=50, help="clips of each category (default 50)"
-    )
     return parser
 
 
@@ -714,7 +713,7 @@ def main(argv: list[str] | None = None) -> None:
     args, args.options = parser.parse_known_args(argv)
     if args.options and args.command != "run":
         parser.error(f"{' '.join(args.options)}: only `run` takes options of sample.py")
-    commands = {"run": run, "judge": judge, "table": table, "rubrics": rubrics, "shapes": shapes}
+    commands = {"run": run, "judge": judge, "table": table, "rubrics": rubrics}
     try:
         commands[args.command](args)
     except torch.OutOfMemoryError:

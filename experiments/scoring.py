@@ -1,7 +1,4 @@
-"""How well a checkpoint edits clips of moving shapes, whose right edits are known.
-
-Letters: B clips, T H W frames, height and width.
-"""
+"""How well a checkpoint edits clips of moving shapes, whose right edits are known."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 import rvedit
 import sample
 import video
@@ -61,64 +57,33 @@ def score(output: Tensor, clip: dict[str, Any], ceiling: Tensor) -> Score:
 
 
 @torch.no_grad()
-def edit_clips(model: rvedit.RVEDiT, vae: WanVAE, clips: Tensor, instructions: list[str]) -> Tensor:
-    """`sample.edit_video` with its defaults for many clips at once: uint8 (B, T, H, W, 3)."""
-    T, *sides = clips.shape[1:4]
-    if T > model.config.max_frames:  # in windows, one clip at a time
-        edits = zip(clips, instructions, strict=True)
-        return torch.stack([sample.edit_video(model, vae, clip, text) for clip, text in edits])
-    size = sample.size_for(model.config, *sides)
-    resized = [video.resize(clip, *size) for clip in clips]
-    contexts = model.contexts(model.encoder(resized, instructions))
-    source = vae.encode(to_float(torch.stack(resized)))  # (B, C, T', H', W')
-    noise = sample.initial_noise((1, *source.shape[1:]), seed=0)  # the same for every clip
-    noise = noise.expand(len(source), -1, -1, -1, -1).to(source.device)
-
-    def velocity(z: Tensor, t: Tensor) -> Tensor:
-        return model.dit(z, t.expand(len(z)), contexts, source)
-
-    latents = sample.denoise(velocity, noise, model.config.sampling_steps, shift=cli.SHIFT)
-    edits = to_uint8(vae.decode(latents))
-    return torch.stack([video.resize(clip, *sides) for clip in edits])
-
-
 def assess(
     model: rvedit.RVEDiT,
     vae: WanVAE,
     seed: int,
     number: int,
-    frames: int,
-    height: int,
-    width: int | None = None,
+    extent: tuple[int, int, int],
     words: str = "plain",
     categories: tuple[str, ...] = EVERYTHING,
-    batch: int = 25,
     world: str = "all",
 ) -> Iterator[tuple[str, str, list[float]]]:
-    """Yield category, what is scored and its mean `Score` over `number` clips.
+    """Yield category, what is scored and its mean `Score` over `number` clips of T, H, W.
 
     Scored are the edits, and what bounds them: unchanged sources, and targets through the VAE.
-    Clips are square unless a width is given.
     """
     for category in categories:
-        extent = (frames, height, width or height)
         shapes = ShapesDataset(seed, number, *extent, [category], words=words, world=world)
         scores: dict[str, list[Score]] = {}
-        for first in tqdm(range(0, number, batch), desc=category, disable=None, leave=False):
-            clips = [shapes[i] for i in range(first, min(first + batch, number))]
-            sources = torch.stack([clip["source"] for clip in clips])
-            targets = torch.stack([clip["target"] for clip in clips])
-            edits = edit_clips(model, vae, sources, [clip["instruction"] for clip in clips])
-            with torch.no_grad():
-                ceilings = to_uint8(vae.decode(vae.encode(to_float(targets))))
+        for index in tqdm(range(number), desc=category, disable=None, leave=False):
+            clip = shapes[index]
+            ceiling = to_uint8(vae.decode(vae.encode(to_float(clip["target"][None])))[0])
             outputs = {
-                "edit": edits,
-                "source unchanged": sources,
-                "target through the VAE": ceilings,
+                "edit": sample.edit_video(model, vae, clip["source"], clip["instruction"]),
+                "source unchanged": clip["source"],
+                "target through the VAE": ceiling,
             }
-            for name, videos in outputs.items():
-                for output, clip, ceiling in zip(videos, clips, ceilings, strict=True):
-                    scores.setdefault(name, []).append(score(output, clip, ceiling))
+            for name, output in outputs.items():
+                scores.setdefault(name, []).append(score(output, clip, ceiling))
         for name, rows in scores.items():
             yield category, name, torch.tensor(rows, dtype=torch.float64).nanmean(0).tolist()
 
@@ -134,15 +99,15 @@ def evaluate(
     """Print a table of `assess`."""
     categories = EVERYTHING if words == "plain" else (*EVERYTHING, NOT_THERE)
     print(f"{'':<36}PSNR inside   outside   temporal error   edited")
-    rows = assess(model, vae, seed, number, *extent, words=words, categories=categories)
+    rows = assess(model, vae, seed, number, extent, words=words, categories=categories)
     for category, name, (inside, outside, temporal, edited) in rows:
-        decibels = f"{_decibels(inside):>11}{_decibels(outside):>10}"
-        print(f"{category:<13}{name:<23}{decibels}{temporal:>17.2f}{edited:>9.1%}", flush=True)
+        decibels = f"{_cell(inside, ' dB'):>11}{_cell(outside, ' dB'):>10}"
+        print(f"{category:<13}{name:<23}{decibels}{_cell(temporal):>17}{edited:>9.1%}", flush=True)
 
 
-def _decibels(value: float) -> str:
-    """With its unit; a dash for NaN, where there was nothing to compare."""
-    return "-" if math.isnan(value) else f"{value:.2f} dB"
+def _cell(value: float, unit: str = "") -> str:
+    """A dash for NaN, where there was nothing to compare."""
+    return "-" if math.isnan(value) else f"{value:.2f}{unit}"
 
 
 # --- Requests in a person's words -----------------------------------------------------------------
@@ -156,7 +121,7 @@ MIN_DIFFERENCE = 32
 
 def read_requests(path: Path) -> list[str]:
     """The lines of a text file, without empty ones and comments (#). Raises ValueError if none."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     requests = [line for line in lines if line and not line.startswith("#")]
     if not requests:
         raise ValueError(f"{path} holds no requests: write one a line")

@@ -21,8 +21,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import re
 import sys
+import time
 from pathlib import Path
 
 if not __package__:  # run by its path: imports start in the repository, not in this folder
@@ -38,12 +40,13 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 import rvedit
 import train
 from experiments import ablation, scoring
-from experiments.learning import DEVICE, WORKERS, cosine, learn
+from experiments.scoring import DEVICE
+from experiments.workloads import fit_config
 from mllm import CHAT_START
 from muon import Muon
 from scenes import EVERYTHING
@@ -51,11 +54,17 @@ from shapes import TOY_EXTENT, WORDINGS, ShapesDataset, caption, draw_edit
 from vae import WanVAE, patchify, split_time, unpatchify
 from video import to_float
 
+# A GPU waits for its clips unless many processes draw them; on a CPU they would only take turns.
+WORKERS = min(16, os.cpu_count() or 1) if DEVICE == "cuda" else 0
+
 # --- The VAE --------------------------------------------------------------------------------------
 
 VAE_SEED = 1
 VAE_STEPS = (3000, 8000)  # of the whole VAE, then of its decoder alone, which keeps the latents
 VAE_RATES = (5e-3, 4e-3)  # the highest of each part
+WARMUP = 30  # steps of each part
+REPORT_EVERY = 50  # steps
+SAVE_SECONDS = 120
 NOISES = (0.2, 0.1)  # at most added to the decoder's latents, in units of their scale
 CROPS = (  # the minibatches, by turns: clips, frames, side that is drawn, side that is cut out
     (8, 5, 96, 48),
@@ -80,8 +89,8 @@ class Crops(Dataset):
         return to_float(torch.stack(crops[:number]))
 
 
-def reconstruct(vae: WanVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """`vae.encode` and `vae.decode` without clamp and statistics: video, and scale of the latents.
+def reconstruct(vae: WanVAE, video: Tensor, noise: Tensor) -> Tensor:
+    """`vae.encode` and `vae.decode` without clamp and statistics.
 
     noise: for each clip, how much of it is added to the latents, in units of their scale, (B,).
     """
@@ -97,7 +106,7 @@ def reconstruct(vae: WanVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, Tens
     frames = []
     for block in split_time(z, z.shape[2]):
         frames.append(unpatchify(vae.decoder(vae.conv2(block), cache), patch))
-    return torch.cat(frames, dim=2), scale
+    return torch.cat(frames, dim=2)
 
 
 @torch.no_grad()
@@ -118,36 +127,72 @@ def untrained_vae() -> WanVAE:
     return vae
 
 
+def cosine(step: int, steps: int, peak: float) -> float:
+    """A learning rate that rises linearly in WARMUP steps and falls by a cosine to 0."""
+    rising = min(1.0, (step + 1) / WARMUP)
+    return peak * rising * (1 + math.cos(math.pi * step / steps)) / 2
+
+
 def train_vae(state: Path, steps: tuple[int, int]) -> WanVAE:
     """Train the VAE as an autoencoder for the squared error, from what the file `state` holds.
 
     Noise in the latents stands in the place of a prior. It makes them smooth, and spends their one
     scale on what counts in the picture instead of whitening them. Muon gives 18.4 dB after 150
-    steps, AdamW 15.6.
+    steps, AdamW 15.6. On a GPU it computes in bfloat16 by autocast.
+    A run that was stopped and begun again ends with the same weights: each minibatch, its noise and
+    its learning rate are functions of the step.
     """
     vae = untrained_vae().to(DEVICE)
     weights = [weight for weight in vae.parameters() if weight.requires_grad]
     rates = {weight: 1.0 for weight in weights if weight.ndim > 3 and weight[0].numel() > 1}
     optimizer = Muon(weights, rates, betas=(0.9, 0.95), weight_decay=0)
+    first = 0
+    if state.exists():
+        stored = torch.load(state, map_location="cpu", weights_only=True)
+        first = stored["step"]
+        vae.load_state_dict(stored["weights"])
+        # Not by load_state_dict, which wants a "step" of every weight: Muon counts none.
+        for weight, moments in zip(weights, stored["moments"], strict=True):
+            for name, value in moments.items():  # AdamW counts its steps on the CPU
+                optimizer.state[weight][name] = value if name == "step" else value.to(DEVICE)
 
-    def part(step: int) -> int:
-        return int(step >= steps[0])
-
-    def rate(step: int) -> float:
-        first = part(step) * steps[0]
-        return cosine(step - first, steps[part(step)], VAE_RATES[part(step)], warmup=30)
-
-    def loss(video: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
-        if part(step) == 1:
+    loader = DataLoader(Crops(), None, sampler=range(first, sum(steps)), num_workers=WORKERS)
+    decibels: list[float] = []
+    started = saved = time.monotonic()
+    for step, video in enumerate(loader, start=first):
+        part = int(step >= steps[0])
+        if part == 1:  # the decoder alone
             vae.encoder.requires_grad_(False)
             vae.conv1.requires_grad_(False)
+        torch.manual_seed(step)
+        rate = cosine(step - part * steps[0], steps[part], VAE_RATES[part])
+        optimizer.param_groups[0]["lr"] = rate
         video = video.to(DEVICE)
-        noise = NOISES[part(step)] * torch.rand(len(video), device=DEVICE)
-        decoded, scale = reconstruct(vae, video, noise)
-        value = F.mse_loss(decoded.float(), video)
-        return value, {"dB": 10 * math.log10(4 / value.item()), "latents": scale.item()}
+        noise = NOISES[part] * torch.rand(len(video), device=DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            decoded = reconstruct(vae, video, noise)
+        loss = F.mse_loss(decoded.float(), video)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
 
-    learn("VAE", vae, optimizer, Crops(), sum(steps), rate, loss, state)
+        done = step + 1
+        decibels.append(10 * math.log10(4 / loss.item()))
+        if done % REPORT_EVERY == 0 or done == sum(steps):
+            seconds = (time.monotonic() - started) / (done - first)
+            mean = sum(decibels) / len(decibels)
+            print(f"VAE step {done}/{sum(steps)}, {seconds:.2f} s each: {mean:.2f} dB", flush=True)
+            decibels = []
+        if time.monotonic() - saved > SAVE_SECONDS or done == sum(steps):
+            stored = {
+                "step": done,
+                "weights": vae.state_dict(),
+                "moments": [optimizer.state[weight] for weight in weights],
+            }
+            with cli.replacing(state) as temporary:
+                torch.save(stored, temporary)
+            saved = time.monotonic()
     return vae.cpu()
 
 
@@ -359,6 +404,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.natural:
             scoring.try_requests(model, vae, args.natural, args.video, args.out)
         else:
+            fit_config(model.config, args.size)  # a mistake shows before any work
             scoring.evaluate(model, vae, args.seed, args.clips, tuple(args.size), args.words)
     elif args.command == "ablate":
         ablation.ablate(args)

@@ -10,7 +10,9 @@ import argparse
 import dataclasses
 import functools
 import os
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import parallel
+import rvedit
 import train
 import video
 from experiments import plan
@@ -34,6 +37,9 @@ from vae import WanVAE
 
 Runs = dict[str, Callable[[], Any]]  # what is compared: "ours", and perhaps a peer's
 
+# What --parts names: parts on one set of networks, and those that take the memory for themselves.
+PARTS = ("dit", "step", "info_nce", "encode", "decode", "mllm")
+ALONE = ("edit", "load", "rank")
 WITH_GRADIENTS = ("step", "info_nce")
 RANKS = 8  # of which part "rank" is the first
 
@@ -113,7 +119,11 @@ def shrink(config: RVEDiTConfig, by: int) -> RVEDiTConfig:
             divided[name] = value
         return divided
 
-    return RVEDiTConfig(**divide(dataclasses.asdict(config)))
+    shrunk = divide(dataclasses.asdict(config))
+    vision = shrunk["qwen"]["vision"]
+    kept = [block for block in vision["fullatt_block_indexes"] if block < vision["depth"]]
+    vision["fullatt_block_indexes"] = kept
+    return RVEDiTConfig(**shrunk)
 
 
 @torch.no_grad()
@@ -171,7 +181,6 @@ def parts(model: RVEDiT, vae: WanVAE, size: Size, args: argparse.Namespace) -> d
     z, t, inputs = batch.noise, batch.t, batch.edit_inputs
     source_latents = torch.randn_like(z)
     clip = video.to_float(batch.source)  # (1, 3, T, H, W)
-    frames = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
     with torch.no_grad():
         contexts = model.contexts(model.encoder.encode(inputs))
         ref_features = model.dit.features(z, t, contexts, source_latents, 1)  # (1, S, d)
@@ -208,7 +217,6 @@ def parts(model: RVEDiT, vae: WanVAE, size: Size, args: argparse.Namespace) -> d
         "encode": {"ours": lambda: vae.encode(clip)},
         "decode": {"ours": lambda: vae.decode(z)},
         "mllm": {"ours": lambda: model.encoder.encode(inputs)},
-        "edit": {"ours": lambda: edit_video(model, vae, frames, plan.INSTRUCTION, args.steps)},
     }
     if args.peer:
         from tests import peers  # which needs requirements-dev.txt
@@ -250,7 +258,7 @@ def flops(
 
     @functools.cache
     def work(name: str) -> int:
-        if name == "edit":  # it moves frames to the CPU, which the meta device cannot
+        if name == "edit":
             once = work("encode") + work("mllm") + work("decode")
             return once + args.steps * work("dit")
         with torch.set_grad_enabled(name in WITH_GRADIENTS):
@@ -324,6 +332,39 @@ def planned_bytes(config: RVEDiTConfig, preset: str, size: Size, dtype: str) -> 
     return plan.plan(config, options, RANKS).total
 
 
+# --- Loading a checkpoint -------------------------------------------------------------------------
+
+
+def forget(files: list[Path]) -> None:
+    """Drop files from the cache of the system, so that they are read from the disk."""
+    for file in files:
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())  # what is not yet written would stay in the cache
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def loading(config: RVEDiTConfig, folder: Path, args: argparse.Namespace) -> tuple[Runs, int]:
+    """Loading a checkpoint of random weights, beside a plain read of its files; its bytes."""
+    dtype = getattr(torch, args.dtype)
+    resting = torch.device("cpu")
+    rvedit.save(folder / "model", *random_networks(config, resting, dtype, draw_on=args.device))
+    files = sorted((folder / "model").glob("*.safetensors"))
+    buffer = bytearray(1 << 24)
+
+    def read() -> None:
+        forget(files)
+        for file in files:
+            with open(file, "rb", buffering=0) as opened:
+                while opened.readinto(buffer):
+                    pass
+
+    def load() -> None:
+        forget(files)
+        rvedit.load(folder / "model", device=args.device, dtype=dtype)
+
+    return {"ours": load, "plain read": read}, sum(file.stat().st_size for file in files)
+
+
 # --- Jobs -----------------------------------------------------------------------------------------
 
 
@@ -331,14 +372,11 @@ class Job(NamedTuple):
     """What to measure for one row of the table."""
 
     part: str
-    size: Size
+    size: Size | str  # of the clip, or of the files
     runs: Runs
-    flops: int
+    flops: int = 0
     counted: float = 1.0  # the other's FLOPs in units of ours
     plan: int | None = None  # bytes that `plan.plan` foresees
-    expected: Tensor | None = None  # the result is compared with this one
-    seconds: Callable[[], float] | None = None  # of the last run, if not those of the clock
-    warm: bool = False  # it has run before
     gradients: bool = False  # it makes some
 
 
@@ -350,8 +388,24 @@ def label(part: str, args: argparse.Namespace) -> str:
     return f"{part}, compiled" if args.compile else part
 
 
+def jobs(config: RVEDiTConfig, args: argparse.Namespace) -> Iterator[Job]:
+    """The parts --parts at each --size. Each job should be deleted before the next is asked for."""
+    if {*args.parts} & {*PARTS}:
+        yield from jobs_of_parts(config, args)
+    for size in args.size:
+        if "edit" in args.parts:
+            yield edit_job(config, size, args)
+    if "load" in args.parts:
+        with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
+            runs, size = loading(config, Path(folder), args)
+            yield Job("load", f"{size / 1e9:.3g} GB", runs)
+    for size in args.size:
+        if "rank" in args.parts:
+            yield rank_job(config, size, args)
+
+
 def jobs_of_parts(config: RVEDiTConfig, args: argparse.Namespace) -> Iterator[Job]:
-    """The parts --parts at each --size."""
+    """Those of PARTS, which share their networks."""
     model, vae = random_networks(config, args.device, getattr(torch, args.dtype))
     recompute = "step" in args.parts and train.RECIPES[args.preset]["recompute"]
     parallel.shard(model, None, recompute, args.compile)
@@ -362,14 +416,12 @@ def jobs_of_parts(config: RVEDiTConfig, args: argparse.Namespace) -> Iterator[Jo
         chosen = tuple(name for name in runs if name.split()[0] in args.parts)
         work = flops(config, size, chosen, args)
         for name in chosen:
-            candidates = runs[name] if args.peer else {"ours": runs[name]["ours"]}
-            counted = work.get(f"literal {name}", work[name]) / work[name]
             yield Job(
                 part=label(name, args),
                 size=size,
-                runs=candidates,
+                runs=runs[name] if args.peer else {"ours": runs[name]["ours"]},
                 flops=work[name],
-                counted=counted,
+                counted=work.get(f"literal {name}", work[name]) / work[name],
                 gradients=name in WITH_GRADIENTS,
             )
 
@@ -389,57 +441,19 @@ def rank_job(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> Job:
 
 
 def edit_job(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> Job:
-    """A whole edit; with --memory-limit by networks that rest on the CPU.
-
-    args.few_steps: sample in this many steps only, and compute from them what --steps would take.
-    """
-    resting, device, name = args.device, None, "edit"
+    """A whole edit; with --memory-limit by networks that rest on the CPU."""
+    resting, device = args.device, None
+    name = f"edit in {args.steps} steps"
     if args.memory_limit:
         resting, device = torch.device("cpu"), args.device
-        name = f"edit in {args.memory_limit:g} GB"
-        limit_memory(args)
+        name += f" and {args.memory_limit:g} GB"
     dtype = getattr(torch, args.dtype)
     model, vae = random_networks(fit_config(config, size), resting, dtype, draw_on=args.device)
     if args.compile:
         compile_networks(model, vae)
     clip = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
-    edit = functools.partial(edit_video, model, vae, clip, plan.INSTRUCTION, device=device)
-    job = Job(
-        part=label(name, args),
-        size=size,
-        runs={"ours": functools.partial(edit, args.steps)},
-        flops=flops(config, size, ("edit",), args)["edit"],
+    edit = functools.partial(
+        edit_video, model, vae, clip, plan.INSTRUCTION, args.steps, device=device
     )
-    if args.few_steps is None:
-        return job
-    run, seconds = scaled_edit(edit, args.few_steps, args.steps)
-    return job._replace(runs={"ours": run}, seconds=seconds, warm=True)
-
-
-def limit_memory(args: argparse.Namespace) -> None:
-    """Let the GPU give out no more than --memory-limit."""
-    if args.device.type == "cuda":
-        total = torch.cuda.get_device_properties(args.device).total_memory
-        share = min(1.0, args.memory_limit * 1e9 / total)
-        torch.cuda.set_per_process_memory_fraction(share, args.device.index)
-
-
-def scaled_edit(
-    edit: Callable[..., Tensor], few: int, steps: int
-) -> tuple[Callable[[], Tensor], Callable[[], float]]:
-    """An edit in few steps, and a function for the seconds that its last run means for `steps`.
-
-    An edit in one step shows what the stages cost apart from their steps, moving weights included.
-    """
-    one, several = {}, {}
-    edit(1)  # compiles, and fills caches
-    edit(1, times=one)
-
-    def run() -> Tensor:
-        return edit(few, times=several)
-
-    def seconds() -> float:
-        step = (several["denoise"] - one["denoise"]) / (few - 1)
-        return sum(several.values()) + (steps - few) * step
-
-    return run, seconds
+    work = flops(config, size, ("edit",), args)["edit"]
+    return Job(label(name, args), size, {"ours": edit}, work)

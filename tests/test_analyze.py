@@ -417,6 +417,11 @@ def test_base_checkpoint_and_triplets(checkpoints, tmp_path):
     assert given["base"] == default["base"]  # whose weights are the same
     assert given["base"] != given["model"]
 
+    narrow = tmp_path / "narrow"
+    rvedit.save(narrow, *tiny_model(routing_depth=3, max_frames=1, max_pixels=32 * 32))
+    analyze.main([*shared, "--checkpoint", shallow, "--base", str(narrow)])
+    assert read_report(tmp_path)["base"] == given["base"]  # measured at the model's size
+
     analyze.main([*shared, "--checkpoint", deep])
     alone = read_report(tmp_path)
     assert alone["model"] == given["base"] and "base" not in alone

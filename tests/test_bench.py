@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import json
 import math
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import rvedit
 import sample
 import train
-from experiments import bench, plan, runbook, workloads
+from experiments import bench, plan, workloads
 from vae import WanVAE
 
 # --- FLOPs ----------------------------------------------------------------------------------------
@@ -163,7 +162,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     """All parts of a shrunken toy at a tiny size; nothing is left over."""
     report = run(tmp_path, "--shrink", "4", "--size", "5", "32", "32")
     parts = [row["part"] for row in report["rows"]]
-    assert parts == list(bench.PARTS)
+    assert parts == [*workloads.PARTS, "edit in 2 steps"]
     assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
     assert all(math.isfinite(x) and x > 0 for x in numbers(report))
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
@@ -217,27 +216,27 @@ def test_an_offloaded_edit_is_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(workloads, "edit_video", record)
     report = run(tmp_path, "--parts", "edit", "--memory-limit", "4", "--size", "5", "32", "32")
-    assert [row["part"] for row in report["rows"]] == ["edit in 4 GB"]
+    assert [row["part"] for row in report["rows"]] == ["edit in 2 steps and 4 GB"]
     assert seen[0] == {"device": torch.device("cpu")}
 
 
 def test_loading_is_measured_beside_a_plain_read(tmp_path, capsys):
-    (row,) = run(tmp_path, "--parts", "load")["rows"]
-    networks = rvedit.RVEDiT(rvedit.preset("toy")), WanVAE(rvedit.preset("toy").vae)
+    """Of a shrunken model, too, whose vision tower has fewer blocks than the index of its last."""
+    (row,) = run(tmp_path, "--parts", "load", "--shrink", "4")["rows"]
+    config = workloads.shrink(rvedit.preset("toy"), 4)
+    networks = rvedit.RVEDiT(config), WanVAE(config.vae)
     parameters = sum(p.numel() for net in networks for p in net.parameters())
-    assert row["size"] == pytest.approx(4 * parameters, rel=0.01)
+    assert float(row["size"].removesuffix(" GB")) == pytest.approx(4e-9 * parameters, rel=0.05)
     assert {len(seconds) for seconds in row["seconds"].values()} == {2}
-    assert "GB/s" in capsys.readouterr().out
+    assert "| plain read |" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
 
 
-@pytest.mark.parametrize(
-    "options", (("--parts", "rank", "dit"), ("--parts", "load", "rank"), ("--memory-limit", "24"))
-)
-def test_parts_that_go_alone_say_so(options, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, *options)
-    assert stop.value.code == 2 and "alone" in capsys.readouterr().err
+@pytest.mark.parametrize("by", (1, 2, 4))
+def test_a_shrunken_vision_tower_keeps_its_share_of_blocks_without_windows(by):
+    vision = workloads.shrink(rvedit.preset("wan2.2-ti2v-5b"), by).qwen.vision
+    assert all(block < vision.depth for block in vision.fullatt_block_indexes)
+    assert len(vision.fullatt_block_indexes) / vision.depth == 4 / 32
 
 
 @pytest.mark.parametrize("size", (("6", "32", "32"), ("5", "32", "36")))
@@ -250,61 +249,28 @@ def test_an_impossible_size_is_one_line(size, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {expected}\n"
 
 
-@pytest.mark.slow
-def test_all_is_measured_in_the_order_of_importance(tmp_path, capsys):
-    """The runbook at small size; what could not be measured says why."""
-    sizes = ["--size", "5", "32", "32", "--size", "1", "32", "32"]
-    report = run(tmp_path, "--all", "60", "--shrink", "4", *sizes)
-    parts = [(row["part"], *row.get("size", ())) for row in report["rows"]]
-    first, small = (5, 32, 32), (1, 32, 32)
-    assert parts == [
-        ("dit", *first),
-        ("rank", *first),
-        ("edit", *first),
-        ("edit in 24 GB", *first),
-        ("encode, float32", *first),
-        ("encode, TF32", *first),
-        ("encode, bfloat16", *first),
-        ("encode, float16", *first),
-        ("encode, 5 latent frames at a time", *first),
-        ("encode, channels last", *first),
-        ("encode", *first),
-        ("decode", *first),
-        ("dit as Wan's", *first),
-        ("dit", *small),
-        ("encode", *small),
-        ("decode", *small),
-    ]
-    by_part = {row["part"]: row for row in report["rows"]}
-    assert by_part["rank"]["plan"] > 0
-    assert by_part["encode, bfloat16"]["difference"] > by_part["encode, TF32"]["difference"]
-    for part in ("encode, 5 latent frames at a time", "encode, channels last"):
-        float16 = by_part["encode, float16"]["difference"]
-        assert by_part[part]["difference"] == pytest.approx(float16, rel=0.1)
-    assert "diffusers" in by_part["dit as Wan's"]["seconds"]
+@pytest.mark.parametrize("options", bench.ALL)
+def test_what_all_measures_are_options_of_the_command(options):
+    args = bench.parse_arguments(["--preset", "wan2.2-ti2v-5b", *options.split()])
+    assert args.parts and (args.size == bench.GROWTH) == ("--growth" in options)
+
+
+def test_all_is_measured_in_order_and_what_fails_leaves_the_rest(tmp_path, monkeypatch):
+    """Its row says why it stopped, and the next one has its turn."""
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("not enough\nat all")
+
+    lines = ("--parts dit", "--parts load --rounds 4", "--parts mllm --size 1 32 32")
+    monkeypatch.setattr(bench, "ALL", lines)
+    monkeypatch.setattr(workloads, "loading", fails)
+    report = run(tmp_path, "--all", "--size", "5", "32", "32")
+    first, second, *others = report["rows"]
+    assert (first["part"], first["size"]) == ("dit", [5, 32, 32])
+    assert second == {"part": lines[1], "stopped": "not enough"}
+    # A size of a line comes to those of the command.
+    assert [row["size"] for row in others] == [[5, 32, 32], [1, 32, 32]]
     assert "--all" in report["about"]
-
-
-def test_a_chapter_that_fails_or_takes_too_long_leaves_the_rest(tmp_path, monkeypatch):
-    """Its row says why it stopped, and the next chapter has its turn."""
-
-    def fails(config, args):
-        raise torch.OutOfMemoryError("not enough")
-        yield
-
-    def never_ends(config, args):
-        while True:
-            time.sleep(0.01)
-        yield
-
-    chapters = [(fails, 0.0), (never_ends, 0.001), (runbook.dit, 0.999)]
-    monkeypatch.setattr(runbook, "CHAPTERS", chapters)
-    rows = run(tmp_path, "--all", "10", "--size", "5", "32", "32")["rows"]
-    assert rows[:2] == [
-        {"part": "fails", "stopped": "not enough"},
-        {"part": "never_ends", "stopped": "its time is up"},
-    ]
-    assert rows[2]["part"] == "dit" and len(rows[2]["seconds"]["ours"]) == 2
 
 
 @pytest.mark.slow
@@ -318,7 +284,7 @@ def test_peers_compute_the_same(tmp_path):
     assert set(differences) == {
         ("step", "ours", "literal"),
         ("info_nce", "ours", "literal"),
-        ("encode", "ours", "diffusers"),
+        ("encode in float32", "ours", "diffusers"),
         ("decode", "ours", "diffusers"),
         ("dit as Wan's", "ours", "diffusers"),
         ("mllm as Qwen's", "ours", "transformers"),

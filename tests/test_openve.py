@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import math
 import re
 import shutil
 import signal
@@ -21,7 +20,7 @@ from test_chat import CUT, in_turn, lines, loopback, no_pauses, opened, reply_of
 import cli
 import rvedit
 import sample
-from experiments import chat, openve, scoring
+from experiments import chat, openve
 from video import read_video, write_video
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +224,8 @@ ROW = '{"key": "a", "category": "Local Add", "judge": "j", "rubrics": "r", "scor
         ("scores_x.jsonl", ROW % "[1, 2]", "the line of 'a' is none"),
         ("scores_x.jsonl", ROW % '[1, 2, "3"]', "the line of 'a' is none"),
         ("scores_x.jsonl", ROW % "7", "the line of 'a' is none"),
+        ("scores_x.jsonl", ROW % "[1, 2, NaN]", "the line of 'a' is none"),
+        ("scores_x.jsonl", ROW % "[1, 2, 300]", "the line of 'a' is none"),
         ("scores_x.jsonl", ROW.replace("Local Add", "Other") % "null", "the line of 'a' is none"),
         ("editor.json", BOMB, "editor.json is no JSON"),
         ("editor.json", "{", "editor.json is no JSON"),
@@ -310,7 +311,7 @@ def write_scores(folder, *rows, name="scores_x.jsonl", **editor):
         row["key"] = str(i)
     (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     if editor:
-        (folder / "editor.json").write_text(json.dumps(editor))
+        (folder / "editor.json").write_text(json.dumps(editor), "utf-8-sig")  # as Windows may
 
 
 def test_folders_become_a_table(tmp_path, capsys):
@@ -363,7 +364,16 @@ def test_folders_that_make_no_table_are_named(tmp_path, capsys):
     write_scores(tmp_path / "empty")
     assert "same name" in fails(capsys, "table", tmp_path / "a" / "x", tmp_path / "b" / "x")
     assert "nowhere: no such folder" in fails(capsys, "table", tmp_path / "nowhere")
-    assert "empty: no scores" in fails(capsys, "table", tmp_path / "a" / "x", tmp_path / "empty")
+    assert "empty: no scores" in fails(capsys, "table", tmp_path / "empty")
+
+
+def test_a_folder_that_is_not_judged_yet_leaves_the_table_of_the_others(tmp_path, capsys):
+    write_scores(tmp_path / "x", *scores("", "p", local_add=[[1, 2, 3]]))
+    write_scores(tmp_path / "empty")
+    openve.main(["table", str(tmp_path / "x"), str(tmp_path / "empty")])
+    out, err = capsys.readouterr()
+    assert [row["Method"] for row in as_dicts(markdown_rows(out))] == ["x"]
+    assert "empty: no scores" in err
 
 
 # --- Judges at work -------------------------------------------------------------------------------
@@ -384,8 +394,8 @@ def make_bench(folder, number, prefix="videos/", frames=5):
     return folder
 
 
-def make_results(bench, folder):
-    folder.mkdir()
+def make_results(bench, folder, parents=False):
+    folder.mkdir(parents=parents)
     for path in (bench / "videos").iterdir():
         shutil.copy(path, folder / f"{path.stem}_edited.mp4")
     return folder
@@ -426,12 +436,10 @@ def test_what_a_judge_is_shown(tmp_path):
         )
         frames = chat.image_parts(read_video(bench / "clip.mp4").frames, 5)
         assert user["content"][1:6] == user["content"][7:12] == frames
-    name = re.fullmatch(
-        r"(scores_Qwen-judge-1-[0-9a-f]{6})_rubrics-[0-9a-f]{6}.jsonl",
-        next(results.glob("*.jsonl")).name,
-    )
-    row = chat.results(results / name[0])["0001_local_remove_Do"]
+    (path,) = results.glob("*.jsonl")
+    row = chat.results(path)["0001_local_remove_Do"]
     label = row.pop("rubrics")
+    assert re.fullmatch("rubrics-[0-9a-f]{6}", label)
     clip = openve.fingerprint(bench / "clip.mp4")
     size = (bench / "clip.mp4").stat().st_size
     assert re.fullmatch(rf"{size}-[0-9a-f]{{16}}", clip)
@@ -445,7 +453,7 @@ def test_what_a_judge_is_shown(tmp_path):
         "edit": clip,
         "benchmark": 4,
     }
-    assert row == expected and name[0] == f"{name[1]}_{label}.jsonl"
+    assert row == expected and path.name == f"scores_Qwen%2Fjudge-1_{label}.jsonl"
 
 
 def test_good_failing_and_lying_judges_are_counted(tmp_path, capsys):
@@ -573,12 +581,10 @@ def test_a_run_without_any_scores_fails_and_again_asks_what_was_dropped(tmp_path
     results = make_results(bench, tmp_path / "ours")
     command = ["judge", results, "--bench", bench, "--model", "m", "--url"]
     with loopback(lambda body: "I like them all.") as (url, asked):
-        with pytest.raises(SystemExit) as end:
-            openve.main([str(word) for word in (*command, url)])
-    assert end.value.code == 1 and len(asked) == 3 * 3
-    assert "no scores could be read from the answers about 3 edits" in capsys.readouterr().err
+        error = fails(capsys, *command, url)
+    assert "no scores could be read from any answer" in error and len(asked) == 3 * 3
     with loopback(lambda body: form(85)) as (url, asked):
-        openve.main([str(word) for word in (*command, url)])
+        fails(capsys, *command, url)
         assert not asked
         openve.main([str(word) for word in (*command, url, "--again")])
         assert len(asked) == 3
@@ -719,21 +725,20 @@ def test_judges_with_similar_names_have_files_of_their_own(tmp_path, capsys):
     ]
 
 
-def test_a_file_that_was_named_without_digest_is_found_if_it_is_of_this_judge(tmp_path, capsys):
-    bench = make_bench(tmp_path / "bench", 2)
-    results = make_results(bench, tmp_path / "ours")
-    with loopback(lambda body: form(85)) as (url, asked):
-        judged(bench, results, url=url, model="org/x")
-        (path,) = results.glob("*.jsonl")
-        former = path.rename(results / re.sub("-x-[0-9a-f]{6}", "-x", path.name))
-        judged(bench, results, url=url, model="org/x")
-        assert len(asked) == 2 and [*results.glob("*.jsonl")] == [former]
-        judged(bench, results, url=url, model="org-x")
-        assert len(asked) == 4 and len([*results.glob("*.jsonl")]) == 2
-        rows = former.read_text().splitlines()
-        former.write_text("\n".join([rows[0].replace("org/x", "org-x"), rows[1], ""]))
-        command = ["judge", results, "--bench", bench, "--url", url, "--model", "org/x"]
-        assert "scores of several judges" in fails(capsys, *command)
+def test_a_folder_of_folders_of_results_is_not_judged_as_one(tmp_path, capsys):
+    bench = make_bench(tmp_path / "bench", 1)
+    results = make_results(bench, tmp_path / "all" / "ours", parents=True)
+    (results / "editor.json").write_text("{}")
+    command = ["--bench", bench, "--url", "http://127.0.0.1:1/v1", "--model", "m"]
+    error = fails(capsys, "judge", tmp_path / "all", *command)
+    assert "all/ours holds results of its own: name" in error and error.strip().endswith("instead")
+
+
+def test_a_copy_of_a_file_of_scores_counts_once(tmp_path):
+    write_scores(tmp_path / "x", *scores("", "p", local_add=[[1, 2, 3], [4, 5, 6]]))
+    (path,) = (tmp_path / "x").glob("*.jsonl")
+    shutil.copy(path, path.with_name("scores_copy.jsonl"))
+    assert [row["scores"] for row in openve.read_scores(tmp_path / "x")] == [[1, 2, 3], [4, 5, 6]]
 
 
 @pytest.mark.parametrize("table", ["ours/{}", "{}", "/gone/ours/{}", "{folder}/ours/{}"])
@@ -809,6 +814,66 @@ def test_results_of_other_editors_are_found(tmp_path, monkeypatch):
     assert {key[:4]: row["scores"] for key, row in rows.items()} == {
         f"000{i}": [85, 70, 80] for i in range(3)
     }
+    # An editor's table may have prompts of its own: it is judged by those of the benchmark.
+    assert sorted(number_of(body) for _, _, body in asked) == [0, 1, 2]
+
+
+def test_a_table_of_other_clips_is_named(tmp_path, capsys):
+    bench = make_bench(tmp_path / "bench", 1)
+    results = make_results(bench, tmp_path / "icve")
+    (results / "results.csv").write_text(
+        "edited_type,prompt,original_video\nlocal_change,Do,another.mp4\n"
+    )
+    command = ["judge", results, "--bench", bench, "--url", "http://127.0.0.1:1/v1", "--model", "m"]
+    assert "results.csv: none of its clips is in" in fails(capsys, *command)
+
+
+FOLDERS = {  # where the edits of the clips 0000 and 0001 lie, and what else is there
+    "as ours": "{0}_edited.mp4 {1}_edited.mp4",
+    "upper case and other formats": "{0}_edited.MP4 {1}_edited.webm",
+    "folders of their own": "local_change/{0}_edited.mp4 local_remove/x/{1}_edited.mov",
+    "called like the sources": "clips/{0}.mp4 clips/{1}.MOV",
+    "other files": "{0}_edited.mp4 {1}_edited.mp4 .DS_Store ._{0}_edited.mp4 {0}_edited.json",
+    "sources beside them": "{0}_edited.mp4 {1}_edited.mp4 {0}.mp4 {1}.mp4 {1}_edited_compare.mp4",
+}
+
+
+@pytest.mark.parametrize("layout", FOLDERS)
+def test_the_edits_of_a_folder_without_a_table_are_found(layout, tmp_path):
+    bench, results = make_bench(tmp_path / "bench", 2), tmp_path / "icve"
+    names = ("0000_local_change_Do", "0001_local_remove_Do")
+    paths = [results / name for name in FOLDERS[layout].format(*names).split()]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (results / "0000_local_change_Do_edited.avi").symlink_to("gone")
+    rows, _ = openve.edits_to_judge(results, bench)
+    assert [rows[name]["edit"] for name in names] == paths[:2]
+
+
+def test_a_source_among_the_edits_is_not_judged_as_the_edit_that_lacks(tmp_path):
+    bench, results = make_bench(tmp_path / "bench", 2), tmp_path / "icve"
+    results.mkdir()
+    for name in ("0000_local_change_Do_edited", "0000_local_change_Do", "0001_local_remove_Do"):
+        (results / f"{name}.mp4").touch()
+    rows, _ = openve.edits_to_judge(results, bench)
+    missing = results / "0001_local_remove_Do_edited.mp4"
+    assert rows["0001_local_remove_Do"]["edit"] == missing and not missing.exists()
+
+
+def test_of_two_clips_of_the_same_name_none_is_taken_unless_the_table_says_which(tmp_path):
+    bench, results = make_bench(tmp_path / "bench", 1), tmp_path / "icve"
+    for version in ("v1", "v2"):
+        (results / version).mkdir(parents=True)
+        (results / version / "0000_local_change_Do.mp4").touch()
+    with pytest.raises(ValueError, match="v1.*v2.*have the same name"):
+        openve.edits_to_judge(results, bench)
+    (results / "results.csv").write_text(
+        "edited_type,prompt,original_video,edited_result_path\n"
+        "local_change,Do,0000_local_change_Do.mp4,v2/0000_local_change_Do.mp4\n"
+    )
+    rows, _ = openve.edits_to_judge(results, bench)
+    assert rows["0000_local_change_Do"]["edit"].parent.name == "v2"
 
 
 def test_the_benchmarks_own_name_for_the_table_is_known(tmp_path):
@@ -956,11 +1021,24 @@ def test_what_is_edited_is_not_edited_again(checkpoint, tmp_path, capsys, monkey
     edited(bench, out, checkpoint, "--categories", *CATEGORIES, "background_change")
     assert first.stat().st_mtime_ns == before and len([*out.glob("*.mp4")]) == 5
     command = ["run", "--bench", bench, "--out", out, "--checkpoint", checkpoint, "--device", "cpu"]
-    assert "editor.json: the clips there are from another" in fails(
-        capsys, *command, "--steps", "3"
-    )
+    error = fails(capsys, *command, "--steps", "3")
+    assert "editor.json: the clips there are from another editor, which differs in steps;" in error
     monkeypatch.setattr(sample, "edit_frames", None)  # nothing is left to do
     edited(bench, out, checkpoint)
+
+
+def test_weights_that_were_trained_on_are_another_editor(checkpoint, tmp_path, capsys):
+    """Though their folder is called as before; the same ones in another folder are not."""
+    bench, out, folder = make_bench(tmp_path / "bench", 1), tmp_path / "ours", tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    edited(bench, out, folder)
+    edited(bench, out, checkpoint)
+    model, vae = rvedit.load(folder)
+    for weight in model.dit.parameters():
+        weight.data += 1e-3
+    rvedit.save(folder, model, vae)
+    command = ["run", "--bench", bench, "--out", out, "--device", "cpu", "--steps", "2"]
+    assert "differs in weights" in fails(capsys, *command, "--checkpoint", folder)
 
 
 def test_the_table_of_results_grows_with_the_categories(checkpoint, tmp_path):
@@ -1026,42 +1104,3 @@ def test_clips_that_cannot_be_edited_do_not_stop_the_others(checkpoint, tmp_path
 )
 def test_bad_options_are_named(command, message, capsys):
     assert message in fails(capsys, *command)
-
-
-# --- Scores from exact targets --------------------------------------------------------------------
-
-
-def test_shapes_prints_the_scores_of_toy_evaluate(monkeypatch, capsys):
-    """Of the paper's four categories; one line for the edits, and one for each of their bounds."""
-
-    def assess(model, vae, seed, number, frames, size, categories):
-        assert (number, frames, size) == (7, *openve.TOY_EXTENT[:2])
-        for i, category in enumerate(categories):
-            yield category, "edit", [20 + i, 30.456, 5.5, 0.25]
-            yield category, "source unchanged", [8 + i, math.nan, 9.5, 0.0]
-
-    monkeypatch.setattr(scoring, "assess", assess)
-    openve.main(["shapes", "--clips", "7"])
-    found = markdown_rows(capsys.readouterr().out)
-    assert found[0][:5] == [
-        "Clip",
-        "Local Change: PSNR inside",
-        "PSNR outside",
-        "temporal error",
-        "edited",
-    ]
-    assert found[1][:9] == "edit 20.00 30.46 5.50 25% 21.00 30.46 5.50 25%".split()
-    assert found[2][:5] == ["source unchanged", "8.00", "-", "9.50", "0%"]
-    assert [len(line) for line in found] == [17] * 3
-
-
-@pytest.mark.slow
-def test_the_built_in_checkpoint_gets_scores(capsys):
-    openve.main(["shapes", "--clips", "1"])
-    header, edit, unchanged, ceiling = markdown_rows(capsys.readouterr().out)
-    columns = [i for i, name in enumerate(header) if name == "edited"]
-    assert [unchanged[i] for i in columns] == ["0%"] * 4
-    assert [ceiling[i] for i in columns] == ["100%"] * 4
-    inside = [i for i, name in enumerate(header) if name.endswith("PSNR inside")]
-    assert all(float(ceiling[i]) > float(unchanged[i]) + 10 for i in inside)
-    assert edit[0] == "edit"
