@@ -22,15 +22,18 @@ out, on Linux without a GPU what was resident of the process (VmHWM).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import platform
 import shlex
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 if not __package__:  # run by its path: imports start in the repository, not in this folder
@@ -53,20 +56,20 @@ from experiments.workloads import ALONE, PARTS, Job, Runs
 from sample import matmul_rate
 
 GROWTH = [(T, H, W) for H, W in ((480, 832), (704, 1280)) for T in (17, 33, 49, 81, 121)]
-# What --all measures, the most important first, each as options of a run of its own. An edit takes
-# few steps, as what another step adds is that of the DiT.
-ALL = (
-    "--parts dit",
-    "--parts dit --compile",
-    "--parts rank",
-    "--parts rank --compile",
-    "--parts edit --steps 5 --compile",
-    "--parts edit --steps 5 --memory-limit 24",
-    "--parts encode decode --peer",
-    "--parts dit --peer",
-    "--parts dit --peer --compile",
-    "--parts dit encode decode --growth",
-)
+# What --all measures, the most important first: the options of each run, and its share of the 540
+# seconds. An edit takes few steps, as what another step adds is that of the DiT.
+ALL = {
+    "--parts dit": 20,
+    "--parts dit --compile": 45,
+    "--parts rank": 60,
+    "--parts rank --compile": 80,
+    "--parts edit --steps 5 --compile": 60,
+    "--parts edit --steps 5 --memory-limit 24": 65,
+    "--parts encode decode --peer": 60,
+    "--parts dit --peer": 30,
+    "--parts dit --peer --compile": 50,
+    "--parts dit encode decode --growth": 70,
+}
 
 # --- Timing ---------------------------------------------------------------------------------------
 
@@ -232,14 +235,40 @@ def clean_up(args: argparse.Namespace) -> None:
         torch.cuda.empty_cache()
 
 
+class TimeUp(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeUp in the block when its time is up; a call into CUDA ends first."""
+
+    def stop(kind: int, frame: FrameType | None) -> None:
+        raise TimeUp("its time is up")
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
 def bench_all(argv: list[str], report: Report) -> None:
-    """All of ALL, in 3 rounds; what fails leaves a row that says why."""
+    """All of ALL, in 3 rounds. What fails, or takes too long, leaves a row that says why.
+
+    What one run leaves of its time, the next ones may use.
+    """
     shared = ["--rounds", "3", *(word for word in argv if word != "--all")]
-    for options in ALL:
+    end = time.monotonic()
+    for options, seconds in ALL.items():
+        end += seconds
         args = parse_arguments([*shared, *options.split()])
         try:
-            bench(args, report)
-        except (torch.OutOfMemoryError, ImportError, RuntimeError) as error:
+            with time_limit(end - time.monotonic()):
+                bench(args, report)
+        except (TimeUp, torch.OutOfMemoryError, ImportError, RuntimeError) as error:
             report.stop(options, (str(error).splitlines() or [type(error).__name__])[0])
         clean_up(args)
 
@@ -284,7 +313,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="default: all but load and rank",
     )
     what.add_argument(
-        "--all", action="store_true", help="all parts in turn, the most important first, on a GPU"
+        "--all",
+        action="store_true",
+        help="all that there is to report of a GPU, the most important first, in 9 minutes",
     )
     add(
         "--memory-limit",

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -261,16 +262,24 @@ def test_all_is_measured_in_order_and_what_fails_leaves_the_rest(tmp_path, monke
     def fails(*_):
         raise torch.OutOfMemoryError("not enough\nat all")
 
-    lines = ("--parts dit", "--parts load --rounds 4", "--parts mllm --size 1 32 32")
+    lines = {"--parts dit": 60, "--parts load": 60, "--parts mllm --size 1 32 32": 60}
     monkeypatch.setattr(bench, "ALL", lines)
     monkeypatch.setattr(workloads, "loading", fails)
     report = run(tmp_path, "--all", "--size", "5", "32", "32")
     first, second, *others = report["rows"]
     assert (first["part"], first["size"]) == ("dit", [5, 32, 32])
-    assert second == {"part": lines[1], "stopped": "not enough"}
+    assert second == {"part": "--parts load", "stopped": "not enough"}
     # A size of a line comes to those of the command.
     assert [row["size"] for row in others] == [[5, 32, 32], [1, 32, 32]]
     assert "--all" in report["about"]
+
+
+def test_a_run_of_all_that_takes_too_long_leaves_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "ALL", {"--parts load": 0.01, "--parts dit": 60})
+    monkeypatch.setattr(workloads, "loading", lambda *_: time.sleep(60))
+    first, second = run(tmp_path, "--all")["rows"]
+    assert first == {"part": "--parts load", "stopped": "its time is up"}
+    assert second["part"] == "dit"
 
 
 @pytest.mark.slow
