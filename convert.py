@@ -89,14 +89,14 @@ KIWI_TRAINING: Rules = [  # dit.* has our names already
     (r"^mllm\.ref_connector\.", "kiwi.ref_connector."),
 ]
 
-KIWI_ENCODER: Rules = [  # mllm_encoder/ of the release
+KIWI_ENCODER: Rules = [  # mllm_encoder/ and source_embedder/ of the release
+    *QWEN,
+    (r"^(model|visual|lm_head)\.", r"encoder.qwen.\1."),
     (r"^video_queries$", "encoder.queries"),
     (r"^connector\.", "encoder.editing_connector."),
     (r"^image_queries$", "encoder.image_queries"),
     (r"^(ref_queries$|ref_connector\.)", r"kiwi.\1"),
-    (r"^(model|visual|lm_head)\.", r"encoder.qwen.\1."),
-    (r"^encoder\.qwen\.(model\.visual|visual)\.", "encoder.qwen.visual."),
-    (r"^encoder\.qwen\.model\.language_model\.", "encoder.qwen.model."),
+    (r"^patch_embedding\.", "dit.source_embedding."),
 ]
 
 # Tensors that we know and do not use: umT5's projection, Qwen's output head (tied to its words, but
@@ -155,9 +155,8 @@ def with_native_connectors(tensors: dict[str, Any]) -> dict[str, Any]:
 
 def with_image_queries(tensors: dict[str, Stored]) -> dict[str, Stored]:
     """Stills begin with the queries for clips, where a source has none for them."""
-    if "encoder.image_queries" in tensors or "encoder.queries" not in tensors:
-        return tensors
-    return tensors | {"encoder.image_queries": tensors["encoder.queries"]}
+    queries = tensors.get("encoder.queries")
+    return tensors if queries is None else {"encoder.image_queries": queries} | tensors
 
 
 # --- Tensors: the folders and files of the public releases ----------------------------------------
@@ -217,14 +216,9 @@ def kiwi_release_names(
     mllm_encoder: dict[str, Stored],
 ) -> dict[str, Stored]:
     """The sub-folders of Kiwi-Edit's release under our names."""
-
-    def embedder_key(key: str) -> str:
-        return key.replace("patch_embedding.", "dit.source_embedding.")
-
+    own = weights.joined(source_embedder, mllm_encoder)
     return weights.joined(
-        renamed(transformer, wan_transformer_key, "dit."),
-        renamed(source_embedder, embedder_key),
-        renamed(mllm_encoder, kiwi_encoder_key),
+        renamed(transformer, wan_transformer_key, "dit."), renamed(own, kiwi_encoder_key)
     )
 
 
@@ -341,9 +335,6 @@ def shape_of(
 
 # --- Whole checkpoints ----------------------------------------------------------------------------
 
-# Fields of Kiwi-Edit's mllm_encoder/config.json that we use, and our names for them.
-KIWI_LIMITS = {"max_frames": "max_mllm_frames", "max_pixels_per_frame": "max_mllm_pixels"}
-
 
 def open_kiwi_release(folder: Path) -> Opened:
     """Kiwi-Edit's release, with L_s = L: its blocks never saw native tokens."""
@@ -365,9 +356,12 @@ def open_kiwi_release(folder: Path) -> Opened:
     )
     file = folder / "mllm_encoder" / "config.json"
     encoder = weights.read_json(file)
-    for theirs, ours in KIWI_LIMITS.items():
-        if theirs in encoder:
-            fields[ours] = weights.checked(encoder[theirs], int, file, ours)
+    for name, ours in (
+        ("max_frames", "max_mllm_frames"),
+        ("max_pixels_per_frame", "max_mllm_pixels"),
+    ):
+        if name in encoder:
+            fields[ours] = weights.checked(encoder[name], int, file, ours)
     tensors = with_native_connectors(tensors)
     return Opened(folder, fields, file, tokenizer, tensors, LORA, files)
 
@@ -415,8 +409,7 @@ def over_wan_and_qwen(trained: dict[str, Stored], file: Path, wan: Path, qwen: P
     lacking = [key for key in base.tensors if key.startswith("dit.") and key not in trained]
     if not any(key.startswith("dit.") for key in trained):
         may_lack.append(SOURCE_EMBEDDING)
-        if "encoder.image_queries" in trained:
-            trained = {"encoder.queries": trained["encoder.image_queries"]} | trained
+        trained.setdefault("encoder.queries", trained.get("encoder.image_queries"))
         cli.note(
             f"{file} is of Kiwi-Edit's first stage, which trains no DiT: train it before editing"
         )
@@ -438,9 +431,11 @@ def over_wan_and_qwen(trained: dict[str, Stored], file: Path, wan: Path, qwen: P
         fields["lora_rank"] = shape_of(trained, lora, 2, file)[0]
     else:
         may_lack.append(LORA)
-    tensors = with_native_connectors(base.tensors | trained)
     return base._replace(
-        source=file, fields=fields, tensors=tensors, may_lack="|".join(may_lack) or None
+        source=file,
+        fields=fields,
+        tensors=with_native_connectors(base.tensors | trained),
+        may_lack="|".join(may_lack) or None,
     )
 
 

@@ -42,9 +42,6 @@ INSTEAD = {
     bytes(8): "it begins with zeros: download it again",
 }
 
-FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes of weights
-FLOATS |= {"torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}  # PyTorch's
-
 # The tokens of Qwen's chat text that stand for more than their letters.
 CHAT_TOKENS = (
     "<|endoftext|>",
@@ -65,7 +62,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     key: str = ""  # its name there
-    is_float: bool = True  # not float8 and no integers, as weights are that somebody quantised
+    is_float: bool = True  # and not float8, which is quantised as integers are
 
 
 class Opened(NamedTuple):
@@ -88,7 +85,16 @@ def open_file(path: Path) -> dict[str, Stored]:
     download = path.with_name(f"{path.name}.aria2")
     if download.exists():  # such a file has its full length from the start
         raise ValueError(f"{path} is not downloaded to its end, says {download.name} beside it")
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_state_dict(path)
+    open_it = _open_safetensors if path.suffix == ".safetensors" else _open_state_dict
+    tensors = open_it(path)
+    # Read without their scales, such weights would be noise, or worse than they should be.
+    quantised = [key for key, x in tensors.items() if not x.is_float and len(x.shape) > 1]
+    if quantised:
+        raise ValueError(
+            f"{path} is quantised, which is not supported: {len(quantised)} of its tensors are "
+            f"integers or float8 ({few(quantised)}). Take the float32 or bfloat16 weights"
+        )
+    return tensors
 
 
 def unique(named: Iterable[tuple[str, Stored]]) -> dict[str, Stored]:
@@ -119,7 +125,7 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
     tensors = {}
     for key, part in slices.items():
         shape = tuple(part.get_shape())
-        is_float = part.get_dtype() in FLOATS
+        is_float = part.get_dtype() in ("F64", "F32", "F16", "BF16")
         # key=key: without it, each of these functions would read the last key of the loop.
         tensors[key] = Stored(path, shape, lambda key=key: file.get_tensor(key), key, is_float)
     return tensors
@@ -143,7 +149,7 @@ def _open_state_dict(path: Path) -> dict[str, Stored]:
     tensors = {}
     for key, value in state.items():
         shape = tuple(value.shape)
-        is_float = str(value.dtype) in FLOATS
+        is_float = value.is_floating_point() and value.itemsize > 1
         tensors[key] = Stored(path, shape, lambda value=value: value, key, is_float)
     return tensors
 
@@ -405,13 +411,6 @@ def match(
     those may be absent whose names match the regular expression `may_lack`. Any other missing,
     unexpected or misshapen key raises ValueError, which names `source`.
     """
-    # Said first, because quantised weights are often misshapen, or have other names.
-    quantised = [key for key, x in tensors.items() if not x.is_float and len(x.shape) > 1]
-    if quantised:
-        raise ValueError(
-            f"{source} is quantised, which is not supported: {len(quantised)} of its tensors are "
-            f"integers or float8 ({few(quantised)}). Take the float32 or bfloat16 weights"
-        )
     parameters = dict(module.named_parameters())
     absent = [key for key in parameters if key not in tensors]
     fresh = [key for key in absent if may_lack is not None and re.search(may_lack, key)]
