@@ -542,7 +542,7 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)  # sends nothing, but fails if there is no such process
     except PermissionError:  # it is another user's
         return True
-    except (ProcessLookupError, OverflowError):
+    except (OSError, OverflowError):
         return False
     return process != os.getpid()  # a restarted container gives its numbers out again
 
