@@ -350,11 +350,8 @@ def check_together(
             dit.in_channels == dit.out_channels == vae.z_dim
         ),
         "dit.home_grid must have 2 values, or none": len(dit.home_grid) in (0, 2),
-        "vae.latents_mean must have vae.z_dim values, or none": (
-            len(vae.latents_mean) in (0, vae.z_dim)
-        ),
-        "vae.latents_std must have vae.z_dim values, or none": (
-            len(vae.latents_std) in (0, vae.z_dim)
+        "vae.latents_mean and vae.latents_std must have vae.z_dim values each, or none": (
+            {len(vae.latents_mean), len(vae.latents_std)} <= {0, vae.z_dim}
         ),
         "qwen.vision.hidden_size must divide into qwen.vision.num_heads heads of 4n channels": (
             vision.hidden_size % (4 * vision.num_heads) == 0

@@ -1785,7 +1785,7 @@ def test_numbers_that_do_not_go_together_are_named_with_their_own_file(copied, l
         vae = copied / layout / "vae/config.json"
         backup = vae.read_bytes()
         edited(lambda config: config.update(latents_mean=[0.5]))(vae)
-        refused(f"^{vae}: vae.latents_mean must have", **places(copied, layout))
+        refused(f"^{vae}: vae.latents_mean and vae.latents_std must have", **places(copied, layout))
         vae.write_bytes(backup)
     edited(lambda config: config["vision_config"].update(num_heads=5))(qwen)
     refused(f"^{qwen}: qwen.vision.hidden_size must divide", **places(copied, layout))
