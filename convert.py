@@ -179,14 +179,17 @@ def open_wan(folder: Path) -> tuple[dict[str, Stored], dict[str, Path]]:
         transformer = weights.open_folder(folder / "transformer", STEM)
         vae = weights.open_folder(folder / "vae", STEM)
     else:
-        files = {"dit": folder / "config.json", "vae": folder / "Wan2.2_VAE.pth"}
+        # The official .pth, or DiffSynth's conversion of it.
+        vaes = [folder / f"Wan2.2_VAE{suffix}" for suffix in (".pth", ".safetensors")]
+        vaes = [file for file in vaes if file.is_file()]
         transformer = weights.open_folder(folder, STEM)
-        if not files["vae"].is_file():
+        if not vaes:
             raise ValueError(
                 f"{folder} has no Wan2.2_VAE.pth, as Wan2.2-TI2V-5B has: "
                 f"it holds {weights.contents(folder)}"
             )
-        vae = weights.open_file(files["vae"])
+        files = {"dit": folder / "config.json", "vae": vaes[0]}
+        vae = weights.open_file(vaes[0])
     vae_key = functools.partial(wan_vae_key, num_res_blocks=WAN2_2_VAE.num_res_blocks)
     tensors = renamed(transformer, wan_transformer_key, "dit.") | renamed(vae, vae_key, "vae.")
     return tensors, files

@@ -1592,6 +1592,16 @@ def test_names_of_wrappers_are_taken_off(copied, prefix, layout):
     assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
+def test_wans_vae_may_be_safetensors(copied):
+    """As DiffSynth has converted it."""
+    save_file(torch.load(copied / VAE), copied / "wan/Wan2.2_VAE.safetensors")
+    (copied / VAE).unlink()
+    _, vae = rvedit.load(**places(copied, "wan"))
+    assert vae.config == original()[1].config
+    expected = original()[1].state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in vae.state_dict().items())
+
+
 def test_comfyuis_names_of_wan_are_known(copied):
     expected = rvedit.load(**places(copied, "wan"))[0].state_dict()
     for shard in (copied / "wan").glob("*.safetensors"):
