@@ -357,6 +357,9 @@ def check_together(
             vision.hidden_size % (4 * vision.num_heads) == 0
         ),
         "qwen.vision.window_size must hold a visual token": vision.window_size >= vision.token_side,
+        "qwen.num_attention_heads must be a multiple of qwen.num_key_value_heads": (
+            qwen.num_attention_heads % qwen.num_key_value_heads == 0
+        ),
         "qwen.mrope_section must be three numbers with half of a head's channels as their sum": (
             len(qwen.mrope_section) == 3
             and 2 * sum(qwen.mrope_section) * qwen.num_attention_heads == qwen.hidden_size
@@ -369,7 +372,9 @@ def check_together(
         ),
         f"qwen.query_token_id must be the tokenizer's {query}": qwen.query_token_id == query,
         f"qwen.image_token_id must be the tokenizer's {image_pad}": (
-            config.num_image_tokens == 0 or qwen.image_token_id == image_pad
+            qwen.image_token_id == image_pad
+            # Older checkpoints, which read stills as clips, have one that no text contains.
+            or (config.num_image_tokens == 0 and qwen.image_token_id >= qwen.vocab_size)
         ),
         "min_mllm_pixels must not exceed max_mllm_pixels": (
             config.min_mllm_pixels <= config.max_mllm_pixels

@@ -141,6 +141,8 @@ MISFITS = {  # wrong only beside other fields: the field, its value, the field t
     "qwen.vision.window_size": (15, "qwen.vision.window_size"),
     "qwen.hidden_size": (130, "qwen.mrope_section"),
     "qwen.num_attention_heads": (8, "qwen.mrope_section"),
+    "qwen.num_key_value_heads": (6, "qwen.num_key_value_heads"),
+    "qwen.image_token_id": (3, "qwen.image_token_id"),
     "qwen.mrope_section": ([4, 6, 7], "qwen.mrope_section"),
     "qwen.video_token_id": (3, "qwen.video_token_id"),
     "qwen.query_token_id": (768, "qwen.query_token_id"),
