@@ -7,6 +7,7 @@ shapes are read here; `rvedit.load` fills them into a model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -26,7 +27,11 @@ from weights import Opened, Stored
 
 Rules = list[tuple[str, str]]  # regular expressions and replacements, applied one after the other
 
+WRAPPERS = r"^module\.|_orig_mod\."  # what DistributedDataParallel and torch.compile add to names
+
 WAN_TRANSFORMER: Rules = [  # from Diffusers' names; they leave the original names as they are
+    (WRAPPERS, ""),
+    (r"^model\.diffusion_model\.", ""),  # ComfyUI's
     (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
     (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
     (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
@@ -57,10 +62,10 @@ WAN_VAE: Rules = [
     (r"\.mid_block\.resnets\.1\.", ".middle.2."),
     (r"\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r".downsamples.\1.downsamples.\2."),
     (r"\.up_blocks\.(\d+)\.resnets\.(\d+)\.", r".upsamples.\1.upsamples.\2."),
-    (r"^((?:en|de)coder\.(?:middle|downsamples|upsamples)\..*)norm1\.", r"\1residual.0."),
-    (r"^((?:en|de)coder\.(?:middle|downsamples|upsamples)\..*)conv1\.", r"\1residual.2."),
-    (r"^((?:en|de)coder\.(?:middle|downsamples|upsamples)\..*)norm2\.", r"\1residual.3."),
-    (r"^((?:en|de)coder\.(?:middle|downsamples|upsamples)\..*)conv2\.", r"\1residual.6."),
+    (r"\.(\d+)\.norm1\.", r".\1.residual.0."),
+    (r"\.(\d+)\.conv1\.", r".\1.residual.2."),
+    (r"\.(\d+)\.norm2\.", r".\1.residual.3."),
+    (r"\.(\d+)\.conv2\.", r".\1.residual.6."),
     (r"\.conv_shortcut\.", ".shortcut."),
 ]
 
@@ -70,6 +75,7 @@ QWEN: Rules = [  # from the names of transformers 4.52 and later; those of 5.x m
 ]
 
 KIWI_TRAINING: Rules = [  # dit.* has our names already
+    (WRAPPERS, ""),
     (r"^pipe\.", ""),  # some files keep the name of the whole pipeline, some lack that of the DiT
     (r"^(blocks|patch_embedding|(?:text|time)_embedding|time_projection|head)\.", r"dit.\1."),
     (r"^vae_condition\.patch_embedding\.", "dit.source_embedding."),
@@ -77,20 +83,20 @@ KIWI_TRAINING: Rules = [  # dit.* has our names already
     (r"^mllm\.model\.(.*lora_[AB])(\.default)?\.weight$", r"encoder.qwen.\1"),
     (r"^encoder\.qwen\.model\.language_model\.", "encoder.qwen.model."),
     (r"^mllm\.video_queries\.q$", "encoder.queries"),
-    (r"^mllm\.connetor\.", "encoder.editing_connector."),  # their spelling
+    (r"^mllm\.connec?tor\.", "encoder.editing_connector."),  # both spellings are theirs
     (r"^mllm\.image_queries\.q$", "encoder.image_queries"),
     (r"^mllm\.ref_queries\.q$", "kiwi.ref_queries"),
     (r"^mllm\.ref_connector\.", "kiwi.ref_connector."),
 ]
 
-KIWI_ENCODER: Rules = [  # mllm_encoder/ of the release
+KIWI_ENCODER: Rules = [  # mllm_encoder/ and source_embedder/ of the release
+    *QWEN,
+    (r"^(model|visual|lm_head)\.", r"encoder.qwen.\1."),
     (r"^video_queries$", "encoder.queries"),
     (r"^connector\.", "encoder.editing_connector."),
     (r"^image_queries$", "encoder.image_queries"),
     (r"^(ref_queries$|ref_connector\.)", r"kiwi.\1"),
-    (r"^(model|visual|lm_head)\.", r"encoder.qwen.\1."),
-    (r"^encoder\.qwen\.(model\.visual|visual)\.", "encoder.qwen.visual."),
-    (r"^encoder\.qwen\.model\.language_model\.", "encoder.qwen.model."),
+    (r"^patch_embedding\.", "dit.source_embedding."),
 ]
 
 # Tensors that we know and do not use: umT5's projection, Qwen's output head (tied to its words, but
@@ -110,11 +116,6 @@ def rename(key: str, rules: Rules) -> str:
     return key
 
 
-def wan_transformer_key(key: str) -> str:
-    """Diffusers' or the original name of a tensor of Wan's transformer -> the original name."""
-    return rename(key, WAN_TRANSFORMER)
-
-
 def wan_vae_key(key: str, num_res_blocks: int) -> str:
     """Diffusers' or the original name of a tensor of Wan's VAE -> the original name."""
     down, up = num_res_blocks, num_res_blocks + 1  # the resampling layer comes after the blocks
@@ -125,19 +126,11 @@ def wan_vae_key(key: str, num_res_blocks: int) -> str:
     return re.sub(r"\.up_blocks\.(\d+)\.upsampler\.", rf".upsamples.\1.upsamples.{up}.", key)
 
 
-def qwen_key(key: str) -> str:
-    """The hub's or newer transformers' name of a tensor of Qwen2.5-VL -> the hub's name."""
-    return rename(key, QWEN)
-
-
-def kiwi_training_key(key: str) -> str:
-    """A name in Kiwi-Edit's training state -> ours."""
-    return rename(key, KIWI_TRAINING)
-
-
-def kiwi_encoder_key(key: str) -> str:
-    """A name in mllm_encoder/ of Kiwi-Edit's release -> ours."""
-    return rename(key, KIWI_ENCODER)
+# Functions from a name in any form that the rules know to ours.
+wan_transformer_key = functools.partial(rename, rules=WAN_TRANSFORMER)
+qwen_key = functools.partial(rename, rules=QWEN)
+kiwi_training_key = functools.partial(rename, rules=KIWI_TRAINING)
+kiwi_encoder_key = functools.partial(rename, rules=KIWI_ENCODER)
 
 
 def renamed(
@@ -162,9 +155,8 @@ def with_native_connectors(tensors: dict[str, Any]) -> dict[str, Any]:
 
 def with_image_queries(tensors: dict[str, Stored]) -> dict[str, Stored]:
     """Stills begin with the queries for clips, where a source has none for them."""
-    if "encoder.image_queries" in tensors or "encoder.queries" not in tensors:
-        return tensors
-    return tensors | {"encoder.image_queries": tensors["encoder.queries"]}
+    queries = tensors.get("encoder.queries")
+    return tensors if queries is None else {"encoder.image_queries": queries} | tensors
 
 
 # --- Tensors: the folders and files of the public releases ----------------------------------------
@@ -172,23 +164,35 @@ def with_image_queries(tensors: dict[str, Stored]) -> dict[str, Stored]:
 STEM = "diffusion_pytorch_model"  # how Wan and Diffusers call their files
 
 
-def open_wan(folder: Path) -> dict[str, Stored]:
-    """Wan2.2-TI2V-5B in either layout: its transformer under dit. and its VAE under vae."""
-    if (folder / "mllm_encoder").is_dir() or (folder / "source_embedder").is_dir():
+def open_wan(folder: Path) -> tuple[dict[str, Stored], dict[str, Path]]:
+    """Wan2.2-TI2V-5B in either layout: its transformer under dit. and its VAE under vae.
+
+    Also returns the files that say the sizes of both.
+    """
+    if (folder / "mllm_encoder").is_dir():
         raise ValueError(f"{folder} is Kiwi-Edit's release: give it as --checkpoint")
     if (folder / "transformer").is_dir():
+        files = {
+            "dit": folder / "transformer" / "config.json",
+            "vae": folder / "vae" / "config.json",
+        }
         transformer = weights.open_folder(folder / "transformer", STEM)
         vae = weights.open_folder(folder / "vae", STEM)
     else:
+        # The official .pth, or DiffSynth's conversion of it.
+        vaes = [folder / f"Wan2.2_VAE{suffix}" for suffix in (".pth", ".safetensors")]
+        vaes = [file for file in vaes if file.is_file()]
         transformer = weights.open_folder(folder, STEM)
-        if not (folder / "Wan2.2_VAE.pth").is_file():
-            raise ValueError(f"{folder} has no Wan2.2_VAE.pth: download it again")
-        vae = weights.open_file(folder / "Wan2.2_VAE.pth")
-
-    def vae_key(key: str) -> str:
-        return wan_vae_key(key, WAN2_2_VAE.num_res_blocks)
-
-    return renamed(transformer, wan_transformer_key, "dit.") | renamed(vae, vae_key, "vae.")
+        if not vaes:
+            raise ValueError(
+                f"{folder} has no Wan2.2_VAE.pth, as Wan2.2-TI2V-5B has: "
+                f"it holds {weights.contents(folder)}"
+            )
+        files = {"dit": folder / "config.json", "vae": vaes[0]}
+        vae = weights.open_file(vaes[0])
+    vae_key = functools.partial(wan_vae_key, num_res_blocks=WAN2_2_VAE.num_res_blocks)
+    tensors = renamed(transformer, wan_transformer_key, "dit.") | renamed(vae, vae_key, "vae.")
+    return tensors, files
 
 
 def open_qwen(folder: Path) -> dict[str, Stored]:
@@ -215,14 +219,9 @@ def kiwi_release_names(
     mllm_encoder: dict[str, Stored],
 ) -> dict[str, Stored]:
     """The sub-folders of Kiwi-Edit's release under our names."""
-
-    def embedder_key(key: str) -> str:
-        return key.replace("patch_embedding.", "dit.source_embedding.")
-
+    own = weights.joined(source_embedder, mllm_encoder)
     return weights.joined(
-        renamed(transformer, wan_transformer_key, "dit."),
-        renamed(source_embedder, embedder_key),
-        renamed(mllm_encoder, kiwi_encoder_key),
+        renamed(transformer, wan_transformer_key, "dit."), renamed(own, kiwi_encoder_key)
     )
 
 
@@ -317,15 +316,11 @@ def qwen_config(file: Path, tokenizer: Tokenizer) -> QwenConfig:
     return weights.build_config(QwenConfig, dataclasses.asdict(config), file, "qwen.")
 
 
-def without_nulls(config: dict[str, Any]) -> dict[str, Any]:
+def without_nulls(value: Any) -> Any:
     """A JSON object without the fields that are null, in the objects in it as well."""
-    kept = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            kept[name] = without_nulls(value)
-        elif value is not None:
-            kept[name] = value
-    return kept
+    if not isinstance(value, dict):
+        return value
+    return {name: without_nulls(x) for name, x in value.items() if x is not None}
 
 
 def shape_of(
@@ -342,9 +337,6 @@ def shape_of(
 
 
 # --- Whole checkpoints ----------------------------------------------------------------------------
-
-# Fields of Kiwi-Edit's mllm_encoder/config.json that we use, and our names for them.
-KIWI_LIMITS = {"max_frames": "max_mllm_frames", "max_pixels_per_frame": "max_mllm_pixels"}
 
 
 def open_kiwi_release(folder: Path) -> Opened:
@@ -367,25 +359,22 @@ def open_kiwi_release(folder: Path) -> Opened:
     )
     file = folder / "mllm_encoder" / "config.json"
     encoder = weights.read_json(file)
-    for theirs, ours in KIWI_LIMITS.items():
-        if theirs in encoder:
-            fields[ours] = weights.checked(encoder[theirs], int, file, ours)
+    for name, ours in (
+        ("max_frames", "max_mllm_frames"),
+        ("max_pixels_per_frame", "max_mllm_pixels"),
+    ):
+        if name in encoder:
+            fields[ours] = weights.checked(encoder[name], int, file, ours)
     tensors = with_native_connectors(tensors)
     return Opened(folder, fields, file, tokenizer, tensors, LORA, files)
 
 
 def open_wan_and_qwen(wan: Path, qwen: Path) -> Opened:
     """A start for training: with L_s = L/2, and without queries, connectors and LoRA."""
-    tensors = open_wan(wan) | open_qwen(qwen)
+    tensors, files = open_wan(wan)
+    files["qwen"] = qwen / "config.json"
+    tensors |= open_qwen(qwen)
     tokenizer = weights.read_tokenizer(qwen)
-    files = {
-        "dit": wan / "config.json",
-        "vae": wan / "Wan2.2_VAE.pth",
-        "qwen": qwen / "config.json",
-    }
-    if (wan / "transformer").is_dir():
-        files["dit"] = wan / "transformer" / "config.json"
-        files["vae"] = wan / "vae" / "config.json"
     dit = dit_config(files["dit"], tensors)
     fields = dict(
         dit=dit,
@@ -397,29 +386,43 @@ def open_wan_and_qwen(wan: Path, qwen: Path) -> Opened:
     return Opened(source, fields, wan, tokenizer, tensors, NEW_TO_WAN_AND_QWEN, files)
 
 
-def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
-    """Kiwi-Edit's training state: what it changed and added, laid over Wan and Qwen.
+def open_kiwi_training(file: Path) -> dict[str, Stored]:
+    """What Kiwi-Edit's training script has saved: the tensors that it changed and added."""
+    stored = weights.open_file(file)
+    if "encoder.queries" in stored:  # our name for them, not Kiwi-Edit's
+        raise ValueError(f"{file} is a file of our checkpoint: give its folder")
+    trained = renamed(stored, kiwi_training_key)
+    if trained.keys().isdisjoint(("encoder.queries", "encoder.image_queries")):
+        raise ValueError(
+            f"{file} is no training state of Kiwi-Edit's, which has queries: "
+            f"it holds {weights.few(stored) or 'nothing'}"
+        )
+    note_references(stored, file)
+    return trained
+
+
+def over_wan_and_qwen(trained: dict[str, Stored], file: Path, wan: Path, qwen: Path) -> Opened:
+    """A training state of Kiwi-Edit's, from `file`, laid over Wan and Qwen.
 
     Its first stage trains the connector and the queries for stills alone, and LoRA if there is one.
     Then clips begin with the queries for stills, and the source embedding is new.
     """
     base = open_wan_and_qwen(wan, qwen)
-    stored = weights.open_file(file)
-    if "encoder.queries" in stored:  # our name for them, not Kiwi-Edit's
-        raise ValueError(f"{file} is a file of our checkpoint: give its folder")
-    trained = renamed(stored, kiwi_training_key)
     may_lack = []
-
-    dit = dataclasses.replace(base.fields["dit"], bf16_timestep=True)
-    first_stage = not any(key.startswith("dit.") for key in trained)
-    if first_stage:
+    lacking = [key for key in base.tensors if key.startswith("dit.") and key not in trained]
+    if not any(key.startswith("dit.") for key in trained):
         may_lack.append(SOURCE_EMBEDDING)
-        if "encoder.image_queries" in trained:
-            trained.setdefault("encoder.queries", trained["encoder.image_queries"])
+        trained.setdefault("encoder.queries", trained.get("encoder.image_queries"))
+        cli.note(
+            f"{file} is of Kiwi-Edit's first stage, which trains no DiT: train it before editing"
+        )
+    elif lacking:  # Wan's own would stand in for them, and nobody would see it
+        raise ValueError(
+            f"{file} lacks {len(lacking)} of the DiT's tensors ({weights.few(lacking)}): "
+            f"is it one shard of several?"
+        )
     trained = with_image_queries(trained)
-    if "encoder.queries" not in trained and any("lora" in key for key in stored):
-        if trained.keys().isdisjoint(base.tensors):  # else it is a part of a training state
-            raise ValueError(f"{file} is a LoRA, which is not supported")
+    dit = dataclasses.replace(base.fields["dit"], bf16_timestep=True)  # as it was trained
     fields = base.fields | dict(
         dit=dit,
         routing_depth=dit.num_blocks,  # it never saw native tokens
@@ -431,20 +434,11 @@ def open_kiwi_training(file: Path, wan: Path, qwen: Path) -> Opened:
         fields["lora_rank"] = shape_of(trained, lora, 2, file)[0]
     else:
         may_lack.append(LORA)
-    lacking = [key for key in base.tensors if key.startswith("dit.") and key not in trained]
-    if lacking and not first_stage:  # Wan's own would stand in for them, and nobody would see it
-        raise ValueError(
-            f"{file} lacks {len(lacking)} of the DiT's tensors ({weights.few(lacking)}): "
-            f"is it one shard of several?"
-        )
-    if first_stage:
-        cli.note(
-            f"{file} is of Kiwi-Edit's first stage, which trains no DiT: train it before editing"
-        )
-    note_references(stored, file)
-    tensors = with_native_connectors(base.tensors | trained)
     return base._replace(
-        source=file, fields=fields, tensors=tensors, may_lack="|".join(may_lack) or None
+        source=file,
+        fields=fields,
+        tensors=with_native_connectors(base.tensors | trained),
+        may_lack="|".join(may_lack) or None,
     )
 
 

@@ -382,12 +382,13 @@ def _open(
         if wan is not None or qwen is not None:
             raise ValueError(f"{path} holds its own Wan and Qwen: leave out --wan and --qwen")
         return _open_ours(path) if kind == "rvedit" else convert.open_kiwi_release(path)
+    trained = None if path is None else convert.open_kiwi_training(path)
     if wan is None or qwen is None:
         what = f"{path} (Kiwi-Edit's training state)" if path else "a start without a checkpoint"
         raise ValueError(f"{what} needs both --wan DIR and --qwen DIR")
-    if path is None:
+    if trained is None:
         return convert.open_wan_and_qwen(wan, qwen)
-    return convert.open_kiwi_training(path, wan, qwen)
+    return convert.over_wan_and_qwen(trained, path, wan, qwen)
 
 
 def _open_ours(folder: Path) -> weights.Opened:
@@ -419,10 +420,9 @@ def layout(path: str | Path) -> str:
         return "rvedit"
     if (path / "model" / "config.json").is_file():
         raise ValueError(f"{path} is the folder of a training: its checkpoint is {path / 'model'}")
-    names = sorted(entry.name for entry in path.iterdir())
-    holds = ", ".join(names[:5]) or "nothing"
     raise ValueError(
-        f"{path} is neither a checkpoint of ours nor Kiwi-Edit's release: it holds {holds}"
+        f"{path} is neither a checkpoint of ours nor Kiwi-Edit's release: "
+        f"it holds {weights.contents(path)}"
     )
 
 

@@ -9,13 +9,11 @@ second copy. Nothing is unpickled, and nothing is fetched from the network. `rve
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
-import time
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +32,15 @@ import cli
 MAX_SHARD_BYTES = 5_000_000_000
 
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
+
+# What may stand in the place of a file, by its first bytes in lower case.
+INSTEAD = {
+    LFS_POINTER: "it is a Git LFS pointer: run `git lfs pull`",
+    b"<!doctype": "it is a web page: download it again",
+    b"<html": "it is a web page: download it again",
+    b"gguf": "it is GGUF, which is not supported",
+    bytes(8): "it begins with zeros: download it again",
+}
 
 # The tokens of Qwen's chat text that stand for more than their letters.
 CHAT_TOKENS = (
@@ -55,7 +62,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     key: str = ""  # its name there
-    kind: str = "float"  # "integer", as weights are that somebody quantised, or "other"
+    is_float: bool = True  # and not float8, which is quantised as integers are
 
 
 class Opened(NamedTuple):
@@ -75,8 +82,19 @@ class Opened(NamedTuple):
 
 def open_file(path: Path) -> dict[str, Stored]:
     """The tensors of a .safetensors file, or of a PyTorch state dict."""
-    tensors = _open_safetensors(path) if path.suffix == ".safetensors" else _open_state_dict(path)
-    return unique((_without_wrappers(key), tensor) for key, tensor in tensors.items())
+    download = path.with_name(f"{path.name}.aria2")
+    if download.exists():  # such a file has its full length from the start
+        raise ValueError(f"{path} is not downloaded to its end, says {download.name} beside it")
+    open_it = _open_safetensors if path.suffix == ".safetensors" else _open_state_dict
+    tensors = open_it(path)
+    # Read without their scales, such weights would be noise, or worse than they should be.
+    quantised = [key for key, x in tensors.items() if not x.is_float and len(x.shape) > 1]
+    if quantised:
+        raise ValueError(
+            f"{path} is quantised, which is not supported: {len(quantised)} of its tensors are "
+            f"integers or float8 ({few(quantised)}). Take the float32 or bfloat16 weights"
+        )
+    return tensors
 
 
 def unique(named: Iterable[tuple[str, Stored]]) -> dict[str, Stored]:
@@ -97,11 +115,6 @@ def joined(*parts: dict[str, Stored]) -> dict[str, Stored]:
     return unique(item for part in parts for item in part.items())
 
 
-def _without_wrappers(key: str) -> str:
-    """A name without what DistributedDataParallel and torch.compile add to it."""
-    return key.removeprefix("module.").replace("_orig_mod.", "")
-
-
 def _open_safetensors(path: Path) -> dict[str, Stored]:
     try:
         file = safe_open(path, framework="pt")
@@ -112,9 +125,9 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
     tensors = {}
     for key, part in slices.items():
         shape = tuple(part.get_shape())
-        kind = _kind(part.get_dtype())
+        is_float = part.get_dtype() in ("F64", "F32", "F16", "BF16")
         # key=key: without it, each of these functions would read the last key of the loop.
-        tensors[key] = Stored(path, shape, lambda key=key: file.get_tensor(key), key, kind)
+        tensors[key] = Stored(path, shape, lambda key=key: file.get_tensor(key), key, is_float)
     return tensors
 
 
@@ -125,7 +138,10 @@ def _open_state_dict(path: Path) -> dict[str, Stored]:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception:  # its message would be the advice to unpickle the file after all
         state = None
-    if not isinstance(state, dict) or not all(map(_is_plain, state.keys(), state.values())):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and type(value) in (Tensor, nn.Parameter)
+        for key, value in state.items()
+    ):
         reason = _what_it_is(path) or "or is damaged"
         raise ValueError(
             f"{path} is not a plain state dict of tensors (by PyTorch 1.6 or newer), {reason}"
@@ -133,56 +149,43 @@ def _open_state_dict(path: Path) -> dict[str, Stored]:
     tensors = {}
     for key, value in state.items():
         shape = tuple(value.shape)
-        kind = _kind(str(value.dtype).removeprefix("torch."))
-        tensors[key] = Stored(path, shape, lambda value=value: value, key, kind)
+        is_float = value.is_floating_point() and value.itemsize > 1
+        tensors[key] = Stored(path, shape, lambda value=value: value, key, is_float)
     return tensors
-
-
-def _kind(dtype: str) -> str:
-    """Of a dtype by its name in safetensors or in PyTorch, where quantised ones begin with q."""
-    dtype = dtype.lower()
-    if dtype.startswith(("f", "bf")):
-        return "float"
-    return "integer" if dtype.startswith(("i", "u", "q")) else "other"
-
-
-def _is_plain(key: Any, value: Any) -> bool:
-    """Whether an entry of a state dict is a name and a tensor with all its values."""
-    if not isinstance(key, str) or type(value) not in (Tensor, nn.Parameter):
-        return False
-    return value.layout == torch.strided and not value.is_nested and not value.is_meta
 
 
 def open_folder(folder: Path, stem: str) -> dict[str, Stored]:
     """The tensors of `stem`.safetensors in a folder, or of the shards that its index lists."""
     single = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_index(index)
-        shards = sorted(set(weight_map.values()))
-        absent = [shard for shard in shards if not shard.is_file()]
-        if single.is_file() and single not in shards:
-            if absent == shards:
-                return open_file(single)  # the index is of former shards
-            if absent:
-                raise ValueError(
-                    f"{index} lists {absent[0].name}, which is not there: its download was cut "
-                    f"short, and an older {single.name} lies beside it"
-                )
-            raise ValueError(
-                f"{folder} has weights twice, in {single.name} and in the shards of "
-                f"{index.name}: move the old ones away"
-            )
-        if absent:
-            raise ValueError(
-                f"{index} lists {absent[0].name}, which is not there: download it again"
-            )
-        return _open_shards(index, shards, weight_map)
-    if single.is_file():
-        return open_file(single)
-    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".ckpt"))
-    hint = f" ({pickles[0]} is a pickle, which is never loaded)" if pickles else ""
-    raise ValueError(f"{folder} has neither {single.name} nor {index.name}{hint}")
+    if not index.is_file():
+        if single.is_file():
+            return open_file(single)
+        raise ValueError(
+            f"{folder} has neither {single.name} nor {index.name}: it holds {contents(folder)}"
+        )
+    weight_map = _read_index(index)
+    shards = sorted(set(weight_map.values()))
+    absent = [shard for shard in shards if not shard.is_file()]
+    if single.is_file() and absent == shards:
+        return open_file(single)  # it has taken the place of former shards
+    if single.is_file() and single not in shards:
+        raise ValueError(
+            f"{folder} has weights twice, in {single.name} and in the shards of {index.name}: "
+            f"move the old ones away"
+        )
+    if absent:
+        raise ValueError(f"{index} lists {absent[0].name}, which is not there: download it again")
+    tensors = joined(*(open_file(shard) for shard in shards))
+    # A download that was cut short, or shards of two versions in one folder, show here.
+    stored = {key: tensor.file for key, tensor in tensors.items()}
+    wrong = {key for key, _ in weight_map.items() ^ stored.items()}
+    if wrong:
+        raise ValueError(
+            f"{index} and its shards disagree on {len(wrong)} tensors ({few(wrong)}): "
+            f"download them again"
+        )
+    return tensors
 
 
 def _read_index(index: Path) -> dict[str, Path]:
@@ -190,27 +193,13 @@ def _read_index(index: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of names and files: download it again")
-    return {
-        _without_wrappers(key): index.parent / os.path.normpath(name)
-        for key, name in weight_map.items()
-    }
+    return {key: index.parent / name for key, name in weight_map.items()}
 
 
-def _open_shards(index: Path, shards: list[Path], weight_map: dict[str, Path]) -> dict[str, Stored]:
-    tensors = joined(*(open_file(shard) for shard in shards))
-    # A download that was cut short, or shards of two versions in one folder, show in one of these.
-    nowhere = weight_map.keys() - tensors.keys()
-    if nowhere:
-        raise ValueError(
-            f"{index} lists {len(nowhere)} tensors that none of its files has ({few(nowhere)}): "
-            f"download it again"
-        )
-    wrong = [key for key, tensor in tensors.items() if tensor.file != weight_map.get(key)]
-    if wrong:
-        raise ValueError(
-            f"{index} and its shards disagree on {len(wrong)} keys, such as {few(wrong)}"
-        )
-    return tensors
+def contents(folder: Path) -> str:
+    """The first names in a folder, for messages. A link that leads nowhere is not there."""
+    names = sorted(path.name for path in folder.glob("[!.]*") if path.exists())
+    return ", ".join(names[:5]) or "nothing"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -244,44 +233,24 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 # --- Configurations -------------------------------------------------------------------------------
 
-# The smallest and the largest value of each number. The bounds are wide: they keep a damaged file
-# from building for ever, filling the memory or dividing by zero. Whether sizes fit the weights is
-# found by `match`.
+# The smallest and the largest value of the numbers that may be others than 1 to 65,536. The bounds
+# are wide: they keep a damaged file from building for ever, filling the memory or dividing by zero.
+# Whether sizes fit the weights is found by `match`.
+USUAL_BOUNDS = (1, 65_536)
 BOUNDS: dict[str, tuple[float, float]] = {
-    "dit.dim": (1, 65_536),
-    "dit.ffn_dim": (1, 262_144),
-    "dit.num_heads": (1, 1024),
     "dit.num_blocks": (1, 256),
-    "dit.in_channels": (1, 1024),
-    "dit.out_channels": (1, 1024),
     "dit.patch_size": (1, 16),
-    "dit.freq_dim": (2, 65_536),
-    "dit.home_grid": (1, 65_536),
     "dit.eps": (1e-12, 0.1),
-    "vae.dim": (1, 4096),
-    "vae.dec_dim": (1, 4096),
-    "vae.z_dim": (1, 1024),
     "vae.dim_mult": (1, 64),
     "vae.num_res_blocks": (1, 32),
     "vae.latents_mean": (-1e4, 1e4),
     "vae.latents_std": (1e-4, 1e4),
-    "vae.patch_size": (1, 16),
     "qwen.vision.depth": (1, 256),
-    "qwen.vision.hidden_size": (1, 65_536),
-    "qwen.vision.intermediate_size": (1, 262_144),
-    "qwen.vision.num_heads": (1, 1024),
     "qwen.vision.patch_size": (1, 256),
-    "qwen.vision.temporal_patch_size": (1, 16),
     "qwen.vision.spatial_merge_size": (1, 16),
-    "qwen.vision.window_size": (1, 65_536),
     "qwen.vision.fullatt_block_indexes": (0, 255),
-    "qwen.vision.tokens_per_second": (1, 1000),
     "qwen.vocab_size": (1, 2**24),
-    "qwen.hidden_size": (1, 65_536),
-    "qwen.intermediate_size": (1, 262_144),
     "qwen.num_hidden_layers": (1, 256),
-    "qwen.num_attention_heads": (1, 1024),
-    "qwen.num_key_value_heads": (1, 1024),
     "qwen.max_position_embeddings": (512, 2**24),  # the chat text alone may take some hundreds
     "qwen.rms_norm_eps": (1e-12, 0.1),
     "qwen.rope_theta": (1, 1e12),
@@ -290,18 +259,14 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "qwen.video_token_id": (0, 2**24),
     "qwen.query_token_id": (0, 2**24),
     "routing_depth": (0, 256),
-    "num_editing_tokens": (1, 65_536),
     "num_image_tokens": (0, 65_536),
     "align_weight": (0, 1e6),
     "temperature": (1e-4, 1e4),
     "lora_rank": (0, 65_536),
-    "max_mllm_frames": (1, 4096),
     "min_mllm_pixels": (1, 2**24),
     "max_mllm_pixels": (1, 2**24),
     "max_pixels": (1, 2**26),
     "min_pixels": (0, 2**26),
-    "max_frames": (1, 10_001),
-    "sampling_steps": (1, 1000),
 }
 
 ADDED_LATER = {  # fields that older checkpoints of ours lack
@@ -350,7 +315,7 @@ def checked(value: Any, expected: Any, file: Path, path: str) -> Any:
     if typing.get_origin(expected) is tuple:  # a list in JSON
         return _checked_tuple(value, typing.get_args(expected), file, path)
     kinds, name = ((int,), "a whole number") if expected is int else ((int, float), "a number")
-    low, high = BOUNDS[path]
+    low, high = BOUNDS.get(path, USUAL_BOUNDS)
     if type(value) not in kinds or not low <= value <= high:  # true is no number; nan is refused
         raise ValueError(f"{file}: {path} is {_short(value)}, not {name} from {low:,} to {high:,}")
     return value
@@ -361,8 +326,8 @@ def _checked_tuple(value: Any, kinds: tuple[Any, ...], file: Path, path: str) ->
     if not isinstance(value, list | tuple):
         raise ValueError(f"{file}: {path} is {_short(value)}, not a list")
     length = len(value) if kinds[-1] is Ellipsis else len(kinds)
-    if len(value) != length or length > 4096:
-        raise ValueError(f"{file}: {path} has {len(value)} values, not {min(length, 4096)}")
+    if len(value) != length or length > 1024:
+        raise ValueError(f"{file}: {path} has {len(value)} values, not {min(length, 1024)}")
     return tuple(checked(item, kinds[0], file, path) for item in value)
 
 
@@ -375,42 +340,29 @@ def check_together(
     """
     dit, vae, qwen = config.dit, config.vae, config.qwen
     vision = qwen.vision
-    head_dim = qwen.hidden_size // qwen.num_attention_heads
     video_pad, image_pad, query = (
         tokenizer.token_to_id(token)
         for token in ("<|video_pad|>", "<|image_pad|>", "<|object_ref_start|>")
     )
+    # What shapes of weights do not tell. A rule begins with the field that it is about.
     rules = {
         "dit.in_channels and dit.out_channels must be vae.z_dim": (
             dit.in_channels == dit.out_channels == vae.z_dim
         ),
-        "dit.patch_size must be 1 in time, and as high as wide": (
-            dit.patch_size[0] == 1 and dit.patch_size[1] == dit.patch_size[2]
-        ),
-        "dit.freq_dim must be even": dit.freq_dim % 2 == 0,
         "dit.home_grid must have 2 values, or none": len(dit.home_grid) in (0, 2),
-        "vae.dim_mult must have 2 to 8 values": 2 <= len(vae.dim_mult) <= 8,
-        "vae.latents_mean must have vae.z_dim values, or none": (
-            len(vae.latents_mean) in (0, vae.z_dim)
-        ),
-        "vae.latents_std must have vae.z_dim values, or none": (
-            len(vae.latents_std) in (0, vae.z_dim)
+        "vae.latents_mean and vae.latents_std must have vae.z_dim values each, or none": (
+            {len(vae.latents_mean), len(vae.latents_std)} <= {0, vae.z_dim}
         ),
         "qwen.vision.hidden_size must divide into qwen.vision.num_heads heads of 4n channels": (
             vision.hidden_size % (4 * vision.num_heads) == 0
         ),
-        "qwen.vision.fullatt_block_indexes must be below qwen.vision.depth": (
-            all(index < vision.depth for index in vision.fullatt_block_indexes)
-        ),
         "qwen.vision.window_size must hold a visual token": vision.window_size >= vision.token_side,
-        "qwen.hidden_size must divide into qwen.num_attention_heads heads": (
-            qwen.hidden_size % qwen.num_attention_heads == 0
-        ),
         "qwen.num_attention_heads must be a multiple of qwen.num_key_value_heads": (
             qwen.num_attention_heads % qwen.num_key_value_heads == 0
         ),
         "qwen.mrope_section must be three numbers with half of a head's channels as their sum": (
-            len(qwen.mrope_section) == 3 and 2 * sum(qwen.mrope_section) == head_dim
+            len(qwen.mrope_section) == 3
+            and 2 * sum(qwen.mrope_section) * qwen.num_attention_heads == qwen.hidden_size
         ),
         "qwen.vocab_size must not be less than the tokenizer's": (
             qwen.vocab_size >= tokenizer.get_vocab_size()
@@ -420,7 +372,9 @@ def check_together(
         ),
         f"qwen.query_token_id must be the tokenizer's {query}": qwen.query_token_id == query,
         f"qwen.image_token_id must be the tokenizer's {image_pad}": (
-            config.num_image_tokens == 0 or qwen.image_token_id == image_pad
+            qwen.image_token_id == image_pad
+            # Older checkpoints, which read stills as clips, have one that no text contains.
+            or (config.num_image_tokens == 0 and qwen.image_token_id >= qwen.vocab_size)
         ),
         "min_mllm_pixels must not exceed max_mllm_pixels": (
             config.min_mllm_pixels <= config.max_mllm_pixels
@@ -459,14 +413,7 @@ def match(
     those may be absent whose names match the regular expression `may_lack`. Any other missing,
     unexpected or misshapen key raises ValueError, which names `source`.
     """
-    # Said first, because quantised weights are often misshapen as well.
     parameters = dict(module.named_parameters())
-    integers = [key for key in parameters if key in tensors and tensors[key].kind == "integer"]
-    if integers:
-        raise ValueError(
-            f"{source} is quantised, which is not supported: {len(integers)} of its tensors are "
-            f"integers ({few(integers)}). Take the float32 or bfloat16 weights"
-        )
     absent = [key for key in parameters if key not in tensors]
     fresh = [key for key in absent if may_lack is not None and re.search(may_lack, key)]
     misshapen = [
@@ -474,12 +421,9 @@ def match(
         for key, parameter in parameters.items()
         if key in tensors and tensors[key].shape != tuple(parameter.shape)
     ]
-    unexpected = [
-        key for key, tensor in tensors.items() if key not in parameters or tensor.kind == "other"
-    ]
     problems = {
         "missing": set(absent) - set(fresh),
-        "unexpected": unexpected,
+        "unexpected": tensors.keys() - parameters.keys(),
         "misshapen": misshapen,
     }
     found = [f"{len(keys)} {kind} ({few(keys)})" for kind, keys in problems.items() if keys]
@@ -590,20 +534,19 @@ def _remove_leftovers(folder: Path) -> None:
     partial = re.compile(rf"\.partial-(\d+)-{re.escape(folder.name)}")
     for path in folder.parent.glob(".partial-*"):
         name = partial.fullmatch(path.name)
-        if name and not _is_being_written(path, int(name[1])):
+        if name and not _runs(int(name[1])):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_being_written(partial: Path, process: int) -> bool:
-    """Whether another process is at work on a checkpoint, as far as can be told."""
+def _runs(process: int) -> bool:
+    """Whether another process has this number, so that it may be writing."""
     try:
-        with contextlib.suppress(PermissionError):  # it runs, as another user's
-            os.kill(process, 0)  # sends nothing, but fails if there is no such process
-        age = time.time() - partial.stat().st_mtime
-    except (ProcessLookupError, OverflowError, FileNotFoundError):
+        os.kill(process, 0)  # sends nothing, but fails if there is no such process
+    except PermissionError:  # it is another user's
+        return True
+    except (OSError, OverflowError):
         return False
-    # A restarted machine or container gives the numbers of its former processes to new ones.
-    return process != os.getpid() and age < 24 * 3600
+    return process != os.getpid()  # a restarted container gives its numbers out again
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
@@ -645,19 +588,13 @@ def few(keys: Iterable[str]) -> str:
 
 
 def _what_it_is(path: Path) -> str | None:
-    """What a download has left in the place of a file, if its first bytes tell."""
+    """What stands in the place of a file, if its first bytes tell."""
     try:
         with open(path, "rb") as file:
-            start = file.read(200).lower()
+            start = file.read(200).lower().lstrip()
     except OSError:
         return None
-    if start.startswith(LFS_POINTER):
-        return "it is a Git LFS pointer: run `git lfs pull`"
-    if start.lstrip().startswith((b"<!doctype", b"<html")):
-        return "it is a web page: download it again"
-    if start and not any(start):
-        return "it begins with zeros: download it again"
-    return None
+    return next((what for first, what in INSTEAD.items() if start.startswith(first)), None)
 
 
 def _first_line(error: Exception) -> str:

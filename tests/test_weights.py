@@ -19,6 +19,7 @@ import subprocess
 import weakref
 from pathlib import Path
 
+import peers
 import pytest
 import torch
 from helpers import make_clip, merge_lora, randomise, relative_error, tiny_config, tiny_model
@@ -541,6 +542,39 @@ def test_wan_and_qwen_are_a_start_for_training(folders, tmp_path, wan, newer, ne
     assert torch.equal(loaded_vae.decode(latents), vae.decode(latents))
 
 
+@torch.no_grad()
+def test_what_diffusers_and_transformers_save_loads(tmp_path):
+    """Their modules, saved by themselves, give what ours give with the weights so loaded."""
+    model, vae = original()
+    transformer, autoencoder = peers.wan_transformer(model.dit), peers.wan_vae(vae)
+    statistics = {name: getattr(vae.config, name) for name in ("latents_mean", "latents_std")}
+    autoencoder.register_to_config(**statistics)
+    qwen = peers.qwen2_5_vl(model.encoder.qwen)
+    transformer.save_pretrained(tmp_path / "wan/transformer", max_shard_size="50KB")
+    autoencoder.save_pretrained(tmp_path / "wan/vae")
+    qwen.save_pretrained(tmp_path / "qwen")
+    (tmp_path / "qwen/tokenizer.json").write_text(model.encoder.tokenizer.to_str())
+    assert len([*(tmp_path / "wan/transformer").glob("*.safetensors")]) > 1
+    loaded, loaded_vae = rvedit.load(wan=tmp_path / "wan", qwen=tmp_path / "qwen")
+    assert loaded.config.dit == model.config.dit and loaded.config.qwen == model.config.qwen
+
+    generator = torch.Generator().manual_seed(0)
+    z_t = torch.randn(1, 48, 2, 4, 4, generator=generator)
+    context = torch.randn(1, 5, 24, generator=generator)
+    expected = transformer(z_t, torch.tensor([400.0]), context, return_dict=False)[0]
+    velocity = loaded.dit(z_t, torch.tensor([0.4]), [context] * 3)
+    assert relative_error(velocity, expected) < 1e-5
+    video = torch.rand(1, 3, 5, 32, 32, generator=generator) * 2 - 1
+    latents = loaded_vae.encode(video)
+    assert relative_error(latents, peers.encode(autoencoder, loaded_vae.config, video)) < 1e-5
+    frames = peers.decode(autoencoder, loaded_vae.config, latents)
+    assert relative_error(loaded_vae.decode(latents), frames) < 1e-5
+    inputs = model.encoder.prepare([make_clip(5, 32, 32)], ["make it snow"])
+    inputs = [*inputs[:3], model.encoder.queries, inputs[3]]
+    expected = peers.hidden_states(qwen, model.config.qwen, *inputs)
+    assert relative_error(loaded.encoder.qwen(*inputs), expected) < 1e-5
+
+
 # --- Kiwi-Edit ------------------------------------------------------------------------------------
 
 
@@ -600,6 +634,7 @@ FORMS = {  # how a key may stand in a training state, from how Kiwi-Edit's scrip
     "without the DiT's name": lambda key: key.removeprefix("dit."),
     "the pipeline's, without the DiT's": lambda key: f"pipe.{key}".removeprefix("pipe.dit."),
     "LoRA without an adapter": lambda key: key.replace(".default.weight", ".weight"),
+    "their connector in its right spelling": lambda key: key.replace("connetor", "connector"),
 }
 
 
@@ -670,21 +705,30 @@ def test_kiwi_edits_first_stage_is_a_start_for_training(folders, tmp_path, capsy
     assert err.count("\n") == 1
 
 
-LORAS = {
-    "PEFT": "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
-    "kohya": "lora_unet_blocks_0_self_attn_q.lora_down.weight",
-    "diffusers": "transformer.blocks.0.attn1.to_q.lora_A.weight",
-    "Wan's names": "blocks.0.self_attn.q.lora_A.weight",
+OTHER_FILES = {  # what people have as one file, by a name in it
+    "PEFT's LoRA": "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    "musubi-tuner's LoRA": "lora_unet_blocks_0_self_attn_q.lora_down.weight",
+    "diffusers' LoRA": "transformer.blocks.0.attn1.to_q.lora_A.weight",
+    "DiffSynth's LoRA": "blocks.0.self_attn.q.lora_A.default.weight",
+    "ComfyUI's Wan": "model.diffusion_model.blocks.0.self_attn.q.weight",
+    "a VAE": "decoder.conv1.weight",
+    "nothing": None,
 }
 
 
-@pytest.mark.parametrize("kind", [*LORAS, "VAE", "empty"])
-def test_what_is_no_training_state_is_refused_without_a_note(folders, tmp_path, capsys, kind):
-    state = {LORAS[kind]: torch.ones(2, 24)} if kind in LORAS else {}
-    path = folders / VAE if kind == "VAE" else tmp_path / "file.safetensors"
-    save_file(state, tmp_path / "file.safetensors")
-    message = "is a LoRA, which is not supported" if kind in LORAS else "has no encoder.queries"
-    refused(f"{path.name} {message}", path=path, wan=folders / "wan", qwen=folders / "qwen")
+@pytest.mark.parametrize("kind", OTHER_FILES)
+@pytest.mark.parametrize("parts", [{}, {"wan": "wan", "qwen": "qwen"}])
+def test_what_is_no_training_state_is_refused_without_a_note(
+    folders, tmp_path, capsys, kind, parts
+):
+    """At once, and not only when Wan and Qwen are there, which nobody should download for it."""
+    key = OTHER_FILES[kind]
+    save_file({key: torch.ones(2, 24)} if key else {}, tmp_path / "file.safetensors")
+    refused(
+        f"file.safetensors is no training state of Kiwi-Edit's, .* it holds {key or 'nothing'}$",
+        path=tmp_path / "file.safetensors",
+        **{name: folders / folder for name, folder in parts.items()},
+    )
     assert capsys.readouterr().err == ""
 
 
@@ -951,14 +995,10 @@ def dead_process():
 
 
 def test_what_another_process_is_writing_is_left_alone(tmp_path):
-    """Until it is a day old: then the number is that of a process which has come later."""
     partial = tmp_path / f".partial-{os.getppid()}-ours"
     partial.mkdir()
     rvedit.save(tmp_path / "ours", *original())
     assert names(tmp_path) == [partial.name, "ours"]
-    os.utime(partial, (0, 0))
-    rvedit.save(tmp_path / "ours", *original())
-    assert names(tmp_path) == ["ours"]
 
 
 def test_saving_to_a_link_writes_where_it_leads(tmp_path):
@@ -985,7 +1025,7 @@ def test_the_leavings_of_a_killed_run_are_cleaned_up(tmp_path, killed):
     if killed != "between the renames":
         rvedit.save(tmp_path / "ours", *original())
     if killed != "behind the renames":
-        for process in (dead_process(), os.getpid(), 10**12):  # a restart may give its own number
+        for process in (dead_process(), os.getpid(), 10**12):  # a container gives numbers again
             (tmp_path / f".partial-{process}-ours").mkdir()
             (tmp_path / f".partial-{process}-ours" / "1").write_bytes(b"half a shard")
     if killed != "while writing":
@@ -1129,7 +1169,6 @@ def test_a_key_removed_added_or_misshapen_is_named(copied, layout):
 
 
 TWICE = [  # a layout, a file of it, and another name for a tensor that the layout has
-    ("ours", OURS, "module.dit.head.modulation"),
     ("wan", WAN, "scale_shift_table"),
     ("wan", VAE, "quant_conv.bias"),
     ("qwen", "qwen/model-00001-of-00002.safetensors", "model.language_model.norm.weight"),
@@ -1236,10 +1275,7 @@ def test_what_a_pickle_holds_is_not_run(copied):
 
 ODD_STATES = {
     "numbers for names": lambda: {0: torch.ones(2)},
-    "sparse": lambda: {"a": torch.eye(2).to_sparse()},
-    "compressed rows": lambda: {"a": torch.eye(2).to_sparse_csr()},
-    "without values": lambda: {"a": torch.ones(2, device="meta")},
-    "nested": lambda: {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+    "other than tensors": lambda: {"a": torch.ones(2), "step": 3},
 }
 
 
@@ -1298,6 +1334,7 @@ def to_another_shard(index):
 
 DAMAGED, NOT_JSON = "is damaged or not a safetensors file: ", "cannot be read as JSON: "
 NEITHER = "is neither a checkpoint of ours nor Kiwi-Edit's release: it holds "
+DISAGREE = rf"{INDEX} and its shards disagree on 1 tensors \({{}}\): download them again$"
 # The layout that is loaded, what is damaged, how, and the message, which begins with a path.
 DAMAGES = [
     ("ours", OURS, truncate, f"{OURS} {DAMAGED}"),
@@ -1314,23 +1351,18 @@ DAMAGES = [
         f"ours/model.safetensors.index.json lists {OURS[5:]}, which is not there: download it",
     ),
     ("wan", WAN, remove, f"{INDEX} lists {WAN[4:]}, which is not there: download it again"),
-    (
-        "wan",
-        INDEX,
-        edited(to_another_shard),
-        f"{INDEX} and its shards disagree on 1 keys, such as head.modulation$",
-    ),
+    ("wan", INDEX, edited(to_another_shard), DISAGREE.format("head.modulation")),
     (
         "wan",
         INDEX,
         edited(lambda index: index["weight_map"].pop("head.modulation")),
-        f"{INDEX} and its shards disagree on 1 keys, such as head.modulation$",
+        DISAGREE.format("head.modulation"),
     ),
     (
         "wan",
         INDEX,
         edited(lambda index: index["weight_map"].update({"more": WAN[4:]})),
-        rf"{INDEX} lists 1 tensors that none of its files has \(more\): download it again",
+        DISAGREE.format("more"),
     ),
     ("wan", INDEX, becomes(b"[]"), f"{INDEX} holds no JSON object"),
     ("wan", INDEX, becomes(b"{}"), f"{INDEX} has no weight_map of names"),
@@ -1341,15 +1373,15 @@ DAMAGES = [
         "wan",
         "wan",
         only_pickles,
-        rf"wan has neither {STEM}.* \(pytorch_model.bin is a pickle, which is never loaded",
+        rf"wan has neither {STEM}.*: it holds Wan2.2_VAE.pth, config.json, pytorch_model.bin$",
     ),
     (
         "qwen",
         "qwen",
         only_pickles,
-        r"qwen has neither model.* \(pytorch_model.bin is a pickle, which is never loaded",
+        r"qwen has neither model.*: it holds config.json, pytorch_model.bin, tokenizer.json$",
     ),
-    ("wan", VAE, remove, "wan has no Wan2.2_VAE.pth: download it again"),
+    ("wan", VAE, remove, "wan has no Wan2.2_VAE.pth, as Wan2.2-TI2V-5B has: it holds config.json"),
     (
         "wan_diffusers",
         "wan_diffusers/vae",
@@ -1483,25 +1515,45 @@ def test_weights_that_overflow_the_wanted_dtype_are_refused(copied, stored, valu
         rvedit.load(copied / "ours", dtype=wanted)
 
 
-def test_float8_weights_are_checked_too(copied):
-    def change(state):
-        state["dit.head.modulation"] = torch.full((1, 2, 24), math.nan).to(torch.float8_e5m2)
-
-    change_tensors(copied / OURS, change)
-    with pytest.raises(ValueError, match=f"{OURS}: dit.head.modulation has values that are not"):
-        rvedit.load(copied / "ours")
+def int32(*shape):
+    return torch.ones(shape, dtype=torch.int32)
 
 
-def test_integers_are_called_quantised(copied):
-    """int8 without its scales has the right shapes, so that it would load as noise."""
+QUANTISED = {  # how one weight of Qwen is stored, by the end of its name
+    "int8 without scales": lambda weight: {"weight": weight.to(torch.int8)},
+    "bitsandbytes": lambda weight: {
+        "weight": torch.ones(weight.numel() // 2, 1, dtype=torch.uint8),
+        "weight.absmax": torch.ones(3, dtype=torch.uint8),
+    },
+    "float8": lambda weight: {"weight": weight.to(torch.float8_e4m3fn)},
+    "scaled float8": lambda weight: {
+        "weight": weight.to(torch.float8_e4m3fn),
+        "scale_weight": torch.ones(1),
+    },
+    "AWQ": lambda weight: {
+        "qweight": int32(24, 3),
+        "qzeros": int32(1, 3),
+        "scales": torch.ones(1, 24),
+    },
+    "GPTQ": lambda weight: {"qweight": int32(3, 24), "g_idx": int32(24)},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_weights_are_called_so(copied, kind):
+    """Without their scales they have the right shapes, so that they would load as noise or worse
+    than they should be.
+    """
+    layer = "model.layers.0.mlp.up_proj."
 
     def quantise(state):
-        for key in state:
-            if key.endswith("ffn.0.weight"):
-                state[key] = (100 * state[key]).to(torch.int8)
+        weight = state.pop(f"{layer}weight", None)
+        if weight is not None:
+            state |= {layer + end: value for end, value in QUANTISED[kind](weight).items()}
 
-    change_tensors(copied / OURS, quantise)
-    refused("ours is quantised, .* 3 of its tensors are integers", path=copied / "ours")
+    for shard in (copied / "qwen").glob("model-*"):
+        change_tensors(shard, quantise)
+    refused("qwen/model-.* is quantised, .*: [12] of its tensors are", **places(copied, "qwen"))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -1510,8 +1562,6 @@ def test_integers_are_called_quantised(copied):
     [
         {"global_step": torch.tensor(5)},
         {"mask": torch.ones(24, dtype=torch.bool)},
-        {"dit.head.modulation": torch.ones(1, 2, 24, dtype=torch.complex64)},
-        {"dit.head.modulation": torch.ones(1, 2, 24, dtype=torch.bool)},
     ],
 )
 def test_what_is_neither_a_weight_nor_quantised_is_unexpected(folders, tmp_path, suffix, more):
@@ -1542,13 +1592,23 @@ def test_names_of_wrappers_are_taken_off(copied, prefix, layout):
     assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
-def test_compiled_blocks_leave_their_name_in_the_middle(copied):
-    def wrap(state):
-        for key in list(state):
-            state[re.sub(r"(blocks\.\d+\.)", r"\1_orig_mod.", key)] = state.pop(key)
+def test_wans_vae_may_be_safetensors(copied):
+    """As DiffSynth has converted it."""
+    save_file(torch.load(copied / VAE), copied / "wan/Wan2.2_VAE.safetensors")
+    (copied / VAE).unlink()
+    _, vae = rvedit.load(**places(copied, "wan"))
+    assert vae.config == original()[1].config
+    expected = original()[1].state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in vae.state_dict().items())
 
-    change_tensors(copied / OURS, wrap)
-    assert_same(rvedit.load(copied / "ours"), original())
+
+def test_comfyuis_names_of_wan_are_known(copied):
+    expected = rvedit.load(**places(copied, "wan"))[0].state_dict()
+    for shard in (copied / "wan").glob("*.safetensors"):
+        state = {f"model.diffusion_model.{key}": value for key, value in load_file(shard).items()}
+        change_tensors(shard, lambda old, new=state: (old.clear(), old.update(new)))
+    state = rvedit.load(**places(copied, "wan"))[0].state_dict()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
 def test_an_index_of_former_shards_does_not_count(copied):
@@ -1561,7 +1621,7 @@ def test_an_index_of_former_shards_does_not_count(copied):
     save_file(whole, copied / "qwen" / "model.safetensors")
     refused("qwen has weights twice, in model.safetensors and in", **places(copied, "qwen"))
     shards[1].unlink()
-    refused("its download was cut short, and an older model.safetensors", **places(copied, "qwen"))
+    refused("qwen has weights twice, in model.safetensors and in", **places(copied, "qwen"))
     shards[0].unlink()
     state = rvedit.load(**places(copied, "qwen"))[0].state_dict()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
@@ -1620,6 +1680,7 @@ INSTEAD = [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
     (b"\n<!DOCTYPE html><html><title>404</title></html>", "a web page"),
     (bytes(4096), "begins with zeros"),
+    (b"GGUF\x03\0\0\0", "GGUF, which is not supported"),
 ]
 
 
@@ -1629,6 +1690,25 @@ def test_what_a_download_left_in_place_of_a_file_is_named(copied, file, content,
     (copied / file).write_bytes(content)
     layout = "ours" if file == OURS else "wan"
     refused(f"^{copied / file} .* it (is )?{what}", **places(copied, layout))
+
+
+def test_a_file_that_aria2_has_begun_is_refused(copied):
+    """It has its full length, and zeros where nothing has come yet, which load as weights."""
+    content = (copied / OURS).read_bytes()
+    (copied / OURS).write_bytes(content[:-4096] + bytes(4096))
+    (copied / f"{OURS}.aria2").touch()
+    refused(f"{OURS} is not downloaded to its end, says model-.*.aria2", **places(copied, "ours"))
+
+
+def test_links_of_a_download_that_was_cut_short_are_not_there(copied, tmp_path):
+    """In the cache of Hugging Face each file is a link to a blob."""
+    (tmp_path / "blobs").mkdir()
+    for path in (copied / "kiwi/transformer").iterdir():
+        path.rename(tmp_path / "blobs" / path.name)
+        path.symlink_to(tmp_path / "blobs" / path.name)
+    assert_same(rvedit.load(copied / "kiwi"), merged())
+    (tmp_path / "blobs" / f"{STEM}.safetensors").unlink()
+    refused(f"transformer has neither {STEM}.* holds config.json$", **places(copied, "kiwi"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn, "float32", None])
@@ -1715,7 +1795,7 @@ def test_numbers_that_do_not_go_together_are_named_with_their_own_file(copied, l
         vae = copied / layout / "vae/config.json"
         backup = vae.read_bytes()
         edited(lambda config: config.update(latents_mean=[0.5]))(vae)
-        refused(f"^{vae}: vae.latents_mean must have", **places(copied, layout))
+        refused(f"^{vae}: vae.latents_mean and vae.latents_std must have", **places(copied, layout))
         vae.write_bytes(backup)
     edited(lambda config: config["vision_config"].update(num_heads=5))(qwen)
     refused(f"^{qwen}: qwen.vision.hidden_size must divide", **places(copied, layout))
@@ -1768,12 +1848,14 @@ def test_arguments_that_do_not_go_together_are_refused(folders, tmp_path):
     refused("absent is not a folder", wan=absent, qwen=qwen)
     refused("training.safetensors is not a folder", wan=wan, qwen=training)
     refused(
-        f"empty has neither {STEM}.safetensors nor {STEM}.safetensors.index.json$",
+        f"empty has neither {STEM}.safetensors nor {STEM}.safetensors.index.json: it holds nothing",
         wan=empty,
         qwen=qwen,
     )
     refused(
-        "empty has neither model.safetensors nor model.safetensors.index.json$", wan=wan, qwen=empty
+        "empty has neither model.safetensors nor model.safetensors.index.json: it holds",
+        wan=wan,
+        qwen=empty,
     )
     refused(f"qwen has neither {STEM}.safetensors", wan=qwen, qwen=wan)
 
