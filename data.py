@@ -48,8 +48,9 @@ OPTIONAL_COLUMNS = ("caption", "category", "dataset")
 PATH_COLUMNS = {"src_video", "tgt_video", "original_video", "vace_video", "video"}
 
 DELIMITERS = ",;\t"  # of a CSV file: the one that its header has most of
+# What R, pandas and databases write where there is nothing.
+MISSING = (None, "", "NA", "N/A", "<NA>", "NaN", "nan", "None", "NULL", "null")
 MAX_CHARACTERS = 10_000  # of an instruction or a caption: a longer text is a mistake in the data
-MAX_NAME, MAX_PATH = 255, 4095  # bytes of a file's name and of a path, on Linux
 MIN_FRAMES = 5  # of a clip that is not a still: two frames of latents
 MAX_ASPECT = 200  # of a frame's sides: Qwen's preprocessing takes no more
 MAX_STRETCH = 1.03  # of a target beside its source: sizes are rounded, 832x480 is 16:9 to most
@@ -109,7 +110,8 @@ def _json_list(path: Path, text: str) -> list[Any]:
 
 def _json_row(place: str, line: str) -> Row:
     try:
-        return _object_row(place, json.loads(line))
+        # pandas' NaN is nothing, like null.
+        return _object_row(place, json.loads(line, parse_constant=lambda name: None))
     except ValueError as error:  # a JSONDecodeError, or a number of thousands of digits
         return Row(place, {}, f"not JSON: {one_line(error)}")
     except RecursionError:
@@ -250,35 +252,19 @@ def read_table(path: Path, *names: str) -> Iterator[Row]:
 
 def _checked_texts(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, str]:
     """The texts of a row in the columns COLUMNS and OPTIONAL_COLUMNS; ValueError for a bad row."""
-    texts = {}
-    for column, name in zip(COLUMNS, names, strict=True):
+    texts = dict.fromkeys(OPTIONAL_COLUMNS, "")
+    named = dict(zip(COLUMNS, names, strict=True)) | {name: name for name in OPTIONAL_COLUMNS}
+    for column, name in named.items():
         text = fields.get(name)
-        if text is None or text == "":
+        if text not in MISSING:
+            texts[column] = checked_text(name, text)
+            if not texts[column]:  # one of spaces was meant to be a text, and got lost
+                raise ValueError(f"its {name} is blank")
+        elif column in COLUMNS:
             raise ValueError(f"no {name} in columns {', '.join(map(str, fields))}")
-        texts[column] = checked_text(name, text)
-        if not texts[column]:
-            raise ValueError(f"its {name} is blank")
-        if column != "prompt":
-            _check_path(name, texts[column])
     if os.path.normpath(texts["src_video"]) == os.path.normpath(texts["tgt_video"]):
         raise ValueError(f"its {names[1]} is its {names[0]}")
-    for name in OPTIONAL_COLUMNS:
-        text = fields.get(name)
-        if text is None:
-            text = ""
-        texts[name] = checked_text(name, text)
-        # Nothing means that there is no caption. A blank one was meant to be one, and got lost.
-        if text and not texts[name]:
-            raise ValueError(f"its {name} is blank")
     return texts
-
-
-def _check_path(name: str, path: str) -> None:
-    # Found here, because an operating system would only say so when the clip is opened, in the
-    # middle of a run.
-    longest = max(len(part.encode()) for part in path.split("/"))
-    if "\0" in path or longest > MAX_NAME or len(path.encode()) > MAX_PATH:
-        raise ValueError(f"its {name} is not a path that can be opened: {path!r}")
 
 
 def checked_text(name: str, text: object) -> str:
@@ -332,7 +318,7 @@ class TripletDataset(Dataset):
         self.max_frames = max_frames
         if self.path.suffix.lower() not in (".csv", ".jsonl"):
             raise ValueError(f"{path}: triplets come in .csv or .jsonl files")
-        root = Path(root or self.path.parent).absolute()
+        root = str(Path(root or self.path.parent).absolute())
         self.bad: dict[int, str] = {}  # what is wrong with bad rows, by index
         self.captions = 0  # number of good rows with a caption
         rows: list[bytes] = []
@@ -343,7 +329,7 @@ class TripletDataset(Dataset):
                 continue
             fields = {name: row.fields[name] for name in (*COLUMNS, *OPTIONAL_COLUMNS)}
             for name in ("src_video", "tgt_video"):
-                fields[name] = str(root / fields[name])
+                fields[name] = os.path.join(root, fields[name])  # faster than a Path
             self.captions += fields["caption"] != ""
             rows.append(json.dumps(fields).encode())
         if not rows:
@@ -430,14 +416,12 @@ def require_captions(dataset: Dataset) -> None:
             )
 
 
-def fingerprint(paths: list[Path]) -> dict[str, int | str]:
-    """The number of rows of some tables, and a hash of their bytes: what a resumed run compares."""
-    rows = 0
+def fingerprint(paths: list[Path]) -> str:
+    """A hash of the bytes of some tables: what a resumed run compares."""
     digest = hashlib.sha256()
     for path in paths:
-        rows += sum(1 for _ in read_rows(path))
         digest.update(path.read_bytes())
-    return dict(rows=rows, sha256=digest.hexdigest())
+    return digest.hexdigest()
 
 
 # --- From clips to the sizes of a step ------------------------------------------------------------
@@ -556,17 +540,11 @@ class Latents:
 
     def file(self, source_path: str, target_path: str, size: tuple[int, int, int]) -> Path:
         """Where the latents of a triplet are. OSError if one of its clips is not there."""
-        sizes = [os.path.getsize(path) for path in (source_path, target_path)]
-        # Earlier versions took the paths as they were spelt, such as /clips/../clips/a.mp4.
-        for spelling in (str, os.path.normpath):
-            paths = spelling(source_path), spelling(target_path)
-            clips = list(zip(paths, sizes, strict=True))
-            name = hashlib.sha256(repr((clips, *size)).encode()).hexdigest()
-            # 256 folders, because some file systems are slow with 100,000 files in one.
-            file = self.folder / name[:2] / f"{name[2:]}.safetensors"
-            if file.is_file():
-                break
-        return file
+        paths = (source_path, target_path)
+        clips = [(os.path.normpath(path), os.path.getsize(path)) for path in paths]
+        name = hashlib.sha256(repr((clips, *size)).encode()).hexdigest()
+        # 256 folders, because some file systems are slow with 100,000 files in one.
+        return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
     def read(self, item: dict[str, Any], size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """The latents of a triplet's source and target. ValueError if they are not there."""

@@ -396,7 +396,7 @@ def write_shards(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
 def read_shards(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
     """Fill the tensors of `state`, in place, with what any number of ranks has written.
 
-    Ends all ranks if a file is damaged, or if the tensors are those of another model.
+    Ends all ranks if a file is damaged, or if the tensors are not those that were written.
     """
     on_first_rank(check_format, folder)
     # The ranks share the work: each looks at some of the files.
@@ -408,12 +408,20 @@ def read_shards(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
             problem = f"{file} is damaged or missing: delete {folder} to go on from the one before"
     fail_together(problem)
 
-    problem = None
+    reader = HuggingFaceStorageReader(folder)
+    names = {f"{group}.{name}" for group, tensors in state.items() for name in tensors}
+    # By itself dcp leaves out what `state` lacks, such as a LoRA that is frozen from now on.
+    fits = reader.read_metadata().state_dict_metadata.keys() == names
     try:
-        dcp.load(state, storage_reader=HuggingFaceStorageReader(folder))
-    except dcp.api.CheckpointException:
-        problem = f"{folder} is of another model"
-    fail_together(problem)
+        if fits:
+            dcp.load(state, storage_reader=reader)
+    except dcp.api.CheckpointException:  # on all ranks, such as for other shapes
+        fits = False
+    if not fits:
+        fail_together(
+            f"{folder} holds other weights than these options train: resume with those of the "
+            "run, or train its OUT/model in a new one, by --checkpoint"
+        )
 
 
 def check_format(folder: Path) -> None:

@@ -54,14 +54,9 @@ NOT_SAVED = {"out", "resume", "plan", "export", "warmup", "decay", "muon", "aver
 # --- State and checkpoints ------------------------------------------------------------------------
 
 
-def groups_of_ranks(args: argparse.Namespace) -> int:
-    """How many groups of ranks have a minibatch each: all ranks, without --sequence-parallel."""
-    return dist.get_world_size() // args.sequence_parallel
-
-
 def samples_per_pass(args: argparse.Namespace) -> int:
     """Samples that all ranks together pass forward at once; a step makes --accumulate passes."""
-    return args.batch * groups_of_ranks(args)
+    return args.batch * (dist.get_world_size() // args.sequence_parallel)
 
 
 def samples_per_step(args: argparse.Namespace) -> int:
@@ -91,9 +86,10 @@ class Run:
         self.out = args.out
         self.rank = dist.get_rank()
         self.ranks = dist.get_world_size()
-        self.groups = groups_of_ranks(args)
-        self.group = self.rank // args.sequence_parallel
-        self.leads = self.rank % args.sequence_parallel == 0  # the first rank of its group
+        self.ranks_per_clip = args.sequence_parallel
+        self.groups = self.ranks // self.ranks_per_clip  # of ranks that share their clips
+        self.group = self.rank // self.ranks_per_clip
+        self.leads = self.rank % self.ranks_per_clip == 0  # the first rank of its group
         self.step = 0  # optimiser steps done
         self.samples = 0  # samples trained on, over all ranks
         self.weights = trainable(model)
@@ -102,7 +98,8 @@ class Run:
         self.average: dict[str, Tensor] = {}
         if args.average:
             self.average = {name: p.detach().clone() for name, p in self.weights.items()}
-        checkpoints = finished(self.out)
+        # Of rank 0: other nodes may not see yet what was written last.
+        checkpoints = parallel.from_first_rank(finished(self.out))
         if checkpoints:
             self.load(checkpoints[-1])
         self.keep = args.keep  # so many checkpoints stay
@@ -378,7 +375,7 @@ class SavedOptions(cli.Parser):
         raise ValueError(message.removeprefix("argument "))
 
 
-def read_run(out: Path, presets: Iterable[str]) -> dict[str, Any]:
+def read_run(out: Path) -> dict[str, Any]:
     """The run.json that `begin_log` writes. ValueError if OUT holds no run, or a damaged one."""
     file = out / "run.json"
     if not file.is_file():
@@ -386,10 +383,10 @@ def read_run(out: Path, presets: Iterable[str]) -> dict[str, Any]:
     run = weights.read_json(file)
     try:
         # Parsed again, so that a damaged value is found now and not in the middle of the run.
-        parser = cli.train_parser(presets, SavedOptions)
+        parser = cli.train_parser(SavedOptions)
         run["options"] = vars(parser.parse_args(as_words(run["options"])))
         run["samples_per_step"] = int(run["samples_per_step"])
-        run["tables"] = run["tables"] and dict(run["tables"])
+        run["tables"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{file} is damaged or of an earlier version ({error}): give another --out"
@@ -416,12 +413,13 @@ def as_words(options: dict[str, Any]) -> list[str]:
     return words
 
 
-def resumed_accumulation(args: argparse.Namespace, presets: Iterable[str]) -> int:
+def resumed_accumulation(args: argparse.Namespace) -> int:
     """The accumulation steps with which an optimiser step has as many samples as before.
 
-    Raises ValueError if there is no such number, or if the tables are not those of the run.
+    They take the place of --accumulate, with a note if that is another number.
+    Raises ValueError if there is none, or if the tables are not those of the run.
     """
-    former = read_run(args.out, presets)
+    former = read_run(args.out)
     if args.data and data.fingerprint(args.data) != former["tables"]:
         files = ", ".join(str(file) for file in args.data)
         raise ValueError(
@@ -436,7 +434,10 @@ def resumed_accumulation(args: argparse.Namespace, presets: Iterable[str]) -> in
             f"{dist.get_world_size()} processes with --batch {args.batch} cannot make: change "
             "--batch, --sequence-parallel or the number of processes"
         )
-    return samples // in_a_pass
+    accumulate = samples // in_a_pass
+    if accumulate != args.accumulate:
+        cli.note(f"an optimiser step keeps its {samples} clips, by --accumulate {accumulate}")
+    return accumulate
 
 
 # --- Worker processes -----------------------------------------------------------------------------

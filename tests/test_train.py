@@ -543,9 +543,20 @@ def test_another_batch_keeps_the_samples_of_a_step_or_is_refused(alone, tmp_path
         train.main(["--out", str(out), "--resume", "--batch", "3"])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and "has 4 samples in an optimiser step" in error
-    train.main(["--out", str(out), "--resume", "--batch", "2"])
+    train.main(["--out", str(out), "--resume", "--batch", "2", "--accumulate", "4"])
+    assert "keeps its 4 clips, by --accumulate 2" in capsys.readouterr().err
     assert losses_differ_by(log(out), log(alone)) < 1e-5
     assert distance(trained(out), trained(alone)) < 1e-4
+
+
+@pytest.mark.parametrize("change", [("--freeze-lora",), ("--routing-depth", "3")])
+def test_weights_that_would_not_train_any_more_do_not_fall_back(alone, tmp_path, capsys, change):
+    """LoRA, or the connectors of native tokens, which would start again where the run began."""
+    out = fork_at(alone, 5, tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(out), "--resume", *change])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "holds other weights than these options train" in error
 
 
 def test_logging_gradients_changes_nothing(start, alone, tmp_path):
@@ -979,7 +990,7 @@ def test_a_damaged_run_json_is_found_before_the_run_begins(alone, tmp_path, caps
         "no samples": json.dumps({**run, "samples_per_step": "many"}),
         "bad batch": json.dumps({**run, "options": {**run["options"], "batch": "-1"}}),
         "bad size": json.dumps({**run, "options": {**run["options"], "size": 5}}),
-        "bad tables": json.dumps({**run, "tables": 3}),
+        "no tables": json.dumps({k: v for k, v in run.items() if k != "tables"}),
         "unknown": json.dumps({**run, "options": {**run["options"], "wings": 2}}),
         "earlier": json.dumps(run["options"]),
     }
@@ -1254,7 +1265,7 @@ def test_mistakes_get_one_line_and_exit_code_2(start, alone, tmp_path, capsys):
         "add --resume": options(start, alone),
         "needs --data": ["--preset", "wan2.2-ti2v-5b", "--wan", str(tmp_path)],
         "leave one of them out": ["--world", "small", "--data", "a.csv"],
-        "is of another model": options(other, tmp_path / "run", "--resume"),
+        "holds other weights": options(other, tmp_path / "run", "--resume"),
         "holds no run": options(start, tmp_path / "empty", "--export"),
         "holds no run to resume": options(start, tmp_path / "empty", "--resume"),
         "link/model would be replaced": options(start, tmp_path / "link"),
