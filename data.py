@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import dataclasses
 import functools
 import hashlib
 import json
@@ -640,6 +641,7 @@ def max_text_tokens(config: RVEDiTConfig, tokenizer: Tokenizer, max_pixels: int)
     return config.qwen.max_position_embeddings - others
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Batches(Dataset):
     """The minibatches of one rank: `batches[step, micro]`, where micro counts accumulation steps.
 
@@ -663,53 +665,39 @@ class Batches(Dataset):
     for a table without captions, unless `caption_fallback` lets it read instructions instead.
     """
 
-    def __init__(
-        self,
-        triplets: Dataset,
-        encoder: EditEncoder,
-        config: RVEDiTConfig,
-        *,
-        sizes: list[tuple[int, int, int]],  # (T, H, W)
-        batch: int,
-        accumulate: int,
-        seed: int,
-        timestep_shift: float,
-        broken_file: Path,
-        rank: int = 0,
-        ranks: int = 1,
-        first_step: int = 0,
-        first_sample: int = 0,
-        caption_fallback: bool = False,
-        latents: Latents | None = None,
-    ) -> None:
-        for T, H, W in sizes:
+    triplets: Dataset
+    encoder: EditEncoder
+    config: RVEDiTConfig
+    _: dataclasses.KW_ONLY
+    sizes: list[tuple[int, int, int]]  # (T, H, W)
+    batch: int
+    accumulate: int
+    seed: int
+    timestep_shift: float
+    broken_file: Path
+    rank: int = 0
+    ranks: int = 1
+    first_step: int = 0
+    first_sample: int = 0
+    caption_fallback: bool = False
+    latents: Latents | None = None
+
+    def __post_init__(self) -> None:
+        config = self.config
+        for T, H, W in self.sizes:
             factor = config.spatial_factor
             if (T - 1) % config.vae.temporal_factor or H % factor or W % factor:
                 raise ValueError(
                     f"--size {T} {H} {W}: this model takes {config.vae.temporal_factor}k + 1 "
                     f"frames, and sides that are multiples of {factor}"
                 )
-        if config.align_weight > 0 and not caption_fallback:
-            require_captions(triplets)
-        self.triplets = triplets
-        self.encoder = encoder
-        self.config = config
-        self.sizes = sizes
-        self.batch = batch
-        self.accumulate = accumulate
-        self.seed = seed
-        self.timestep_shift = timestep_shift
-        self.broken_file = broken_file
-        self.rank = rank
-        self.ranks = ranks
-        self.first_step = first_step
-        self.first_sample = first_sample
-        self.keep_aspect = batch == 1 and not isinstance(triplets, ShapesDataset)
-        self.latents = latents
-        if latents and not self.keep_aspect:
+        if config.align_weight > 0 and not self.caption_fallback:
+            require_captions(self.triplets)
+        self.keep_aspect = self.batch == 1 and not isinstance(self.triplets, ShapesDataset)
+        if self.latents and not self.keep_aspect:
             raise ValueError("--latents works with --data and a --batch of 1")
-        max_pixels = max(height * width for _, height, width in sizes)
-        self.max_text_tokens = max_text_tokens(config, encoder.tokenizer, max_pixels)
+        max_pixels = max(height * width for _, height, width in self.sizes)
+        self.max_text_tokens = max_text_tokens(config, self.encoder.tokenizer, max_pixels)
         if self.max_text_tokens < 1:
             raise ValueError(
                 f"--size: a still of {max_pixels} pixels leaves no room for text in the MLLM's "

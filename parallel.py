@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -361,6 +362,11 @@ def shard(
     # Entries to the networks besides `forward`, which have to gather weights as well.
     register_fsdp_forward_method(model.dit, "features")
     register_fsdp_forward_method(model.encoder, "encode")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, gathered on all ranks at once if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # --- Training checkpoints -------------------------------------------------------------------------

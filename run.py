@@ -18,6 +18,7 @@ import argparse
 import atexit
 import contextlib
 import fcntl
+import itertools
 import json
 import math
 import multiprocessing
@@ -34,7 +35,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import cli
@@ -228,7 +228,7 @@ class Run:
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and value of the model's tensors, gathered one at a time on all ranks at once."""
         for name, tensor in self.model.state_dict().items():
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield name, parallel.whole(tensor)
 
     def validate(self, clips: data.Batches) -> None:
         """Edit at least four clips, and write source, edit and target side by side.
@@ -349,14 +349,7 @@ def peak_memory() -> int:
 
 def write_log(out: Path, report: dict[str, Any]) -> None:
     """Add a line to log.jsonl, with null for numbers that are not finite: JSON has none."""
-    line = {}
-    for name, value in report.items():
-        if isinstance(value, list):
-            line[name] = [x if x is not None and math.isfinite(x) else None for x in value]
-        elif isinstance(value, float) and not math.isfinite(value):
-            line[name] = None
-        else:
-            line[name] = value
+    line = json.loads(json.dumps(report), parse_constant=lambda name: None)
     file = out / "log.jsonl"
     try:
         with open(file, "a", encoding="utf-8") as log:
@@ -470,10 +463,7 @@ def load_in_workers(
     batches: data.Batches, run: Run, args: argparse.Namespace
 ) -> Iterator[data.Batch]:
     """The minibatches that are left to train on, made by worker processes."""
-    keys = []
-    for step in range(run.step, args.steps):
-        for micro in range(args.accumulate):
-            keys.append((step, micro))
+    keys = list(itertools.product(range(run.step, args.steps), range(args.accumulate)))
     loader = DataLoader(
         batches,
         batch_size=None,  # an item is a minibatch already
@@ -488,16 +478,12 @@ def load_in_workers(
     # Workers ignore SIGTERM, by which Python ends them at exit and then waits for them: after an
     # error that nobody foresaw it would wait for ever.
     atexit.register(kill_workers)
-    minibatches = iter(loader)
-    while True:
-        try:
-            yield next(minibatches)
-        except StopIteration:
-            return
-        except (ValueError, OSError) as error:
-            # One from a worker has the worker's whole traceback before its own message.
-            message = str(error).strip().splitlines()[-1]
-            raise ValueError(message.removeprefix("ValueError: ")) from None
+    try:
+        yield from loader
+    except (ValueError, OSError) as error:
+        # One from a worker has the worker's whole traceback before its own message.
+        message = str(error).strip().splitlines()[-1]
+        raise ValueError(message.removeprefix("ValueError: ")) from None
 
 
 def ignore_signals(worker: int) -> None:

@@ -54,7 +54,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
@@ -363,7 +362,7 @@ def train(
 def clip_gradients(weights: dict[str, Tensor]) -> float:
     """Scale all gradients so that their norm over all weights and ranks is at most 1; that norm."""
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), max_norm=1.0, foreach=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(parallel.whole(norm))
 
 
 def norms_by_loss(
@@ -374,28 +373,24 @@ def norms_by_loss(
     Under FSDP a backward pass adds to `.grad`, so the first of the two gradients takes a second
     pass over the same minibatches, with λ = 0; the other one is what is left of the sum.
     """
-    total = {p: p.grad for p in run.weights.values() if p.grad is not None}
+    weights = [p for p in run.weights.values() if p.grad is not None]
+    total = [p.grad for p in weights]
     config = run.model.config
     run.optimizer.zero_grad()
     run.model.config = dataclasses.replace(config, align_weight=0.0)
     compute_gradients(run, minibatches, args)
     run.model.config = config
 
-    flow = {p: p.grad for p in total if p.grad is not None}
-    flow_norm = whole_norm(list(flow.values()))
-    align = []
-    for p, gradient in total.items():
-        align.append(gradient - flow[p] if p in flow else gradient)
-    align_norm = whole_norm(align)
-    for p, gradient in total.items():
+    flow = [p.grad for p in weights]
+    align = torch._foreach_sub(total, flow)
+    for p, gradient in zip(weights, total, strict=True):
         p.grad = gradient
-    return dict(grad_norm_flow=flow_norm, grad_norm_align=align_norm)
+    return dict(grad_norm_flow=whole_norm(flow), grad_norm_align=whole_norm(align))
 
 
-def whole_norm(gradients: list[Tensor]) -> float:
+def whole_norm(gradients: Iterable[Tensor]) -> float:
     """The norm over all tensors, and over all ranks if they are sharded."""
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(parallel.whole(torch.nn.utils.get_total_norm(gradients, foreach=True)))
 
 
 # --- The model and what of it trains --------------------------------------------------------------

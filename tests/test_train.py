@@ -569,6 +569,29 @@ def test_logging_gradients_changes_nothing(start, alone, tmp_path):
     assert logged == [5, 10]
 
 
+def test_the_tokens_of_all_clips_of_a_step_are_counted(tmp_path, process_group):
+    """Minibatches need not have the same: clips of a table keep their length and size."""
+    model, vae = tiny_model()
+    args = train.parse_arguments(["--preset", "toy", "--out", str(tmp_path), "--accumulate", "2"])
+    run = train.make_run(model, vae, torch.device("cpu"), args)
+    minibatches = [make_batch(model, vae, lengths)[0] for lengths in ((6, 19), (6,))]
+    report = train.compute_gradients(run, minibatches, args)
+    assert report["tokens"] == 3 * 2 * 2**2  # clips, frames of latents, and their sides
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_rank_0_sees(
+    alone, tmp_path, monkeypatch, process_group
+):
+    """On a network file system another node may not see the last one yet."""
+    newest = finished(alone)[-1]
+    out = fork_at(alone, 5, tmp_path / "run")
+    monkeypatch.setattr(parallel, "from_first_rank", lambda value: [newest])
+    args = train.parse_arguments(["--out", str(out), "--resume"])
+    device = torch.device("cpu")
+    run = train.make_run(*train.load_model(args, None, device), device, args)
+    assert run.step == 10
+
+
 def test_logged_gradients_are_those_of_the_two_losses(tmp_path, process_group):
     """Their norms against autograd on each loss alone."""
     model, vae = tiny_model()
@@ -1010,6 +1033,18 @@ def test_a_table_that_has_changed_is_noticed_at_resume(start, tmp_path, capsys):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "2"])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and f"{file} changed since the run began" in error
+    shutil.rmtree(tmp_path / "data")
+    train.main(["--out", str(tmp_path / "run"), "--export"])  # needs no clips
+
+
+def test_a_table_that_is_not_there_is_found_before_the_networks_are_read(
+    start, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "load_model", None)
+    with pytest.raises(SystemExit) as stop:
+        train.main(options(start, tmp_path / "run", "--data", tmp_path / "none.csv"))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "none.csv: no such file" in error
 
 
 def test_a_run_is_resumed_from_another_folder(start, tmp_path, monkeypatch):
