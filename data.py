@@ -81,6 +81,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises OSError, and ValueError, in one line that names the file, for a file that is no table.
     """
     kind = path.suffix.lower()
+    if kind not in (".csv", ".tsv", ".jsonl", ".json"):
+        raise ValueError(f"{path}: a table is a .csv, .tsv, .jsonl or .json file")
     with open(path, "rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise ValueError(f'{path}: it is UTF-16: save it as UTF-8 (in Excel, "CSV UTF-8")')
@@ -299,7 +301,7 @@ def triplets(path: Path, *names: str) -> Iterator[dict[str, Any]]:
 
 
 class TripletDataset(Dataset):
-    """Triplets of a CSV or JSONL file with the columns COLUMNS, and perhaps OPTIONAL_COLUMNS.
+    """Triplets of a table with the columns COLUMNS, and perhaps OPTIONAL_COLUMNS.
 
     Relative paths start at `root`, by default the folder of the file. An item is a dict:
     - source, target: uint8 (T, H, W, 3), each of its own size; the same first frames of both, at
@@ -317,8 +319,6 @@ class TripletDataset(Dataset):
     ) -> None:
         self.path = Path(path)
         self.max_frames = max_frames
-        if self.path.suffix.lower() not in (".csv", ".jsonl"):
-            raise ValueError(f"{path}: triplets come in .csv or .jsonl files")
         root = str(Path(root or self.path.parent).absolute())
         self.bad: dict[int, str] = {}  # what is wrong with bad rows, by index
         self.captions = 0  # number of good rows with a caption

@@ -159,6 +159,11 @@ def gloo_on_one_thread(
 dist.Backend.register_backend("gloo_on_one_thread", gloo_on_one_thread, devices="cpu")
 
 
+def ranks_per_node() -> int:
+    """As torchrun says; without it, all ranks are taken to be on one node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or dist.get_world_size())
+
+
 def make_mesh(device: torch.device, dtype: torch.dtype) -> DeviceMesh | None:
     """The ranks to shard over: all in a row, or on several nodes a row for each node (HSDP).
 
@@ -169,10 +174,9 @@ def make_mesh(device: torch.device, dtype: torch.dtype) -> DeviceMesh | None:
     ranks = dist.get_world_size()
     if ranks == 1 and dtype == torch.float32:
         return None
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
-    nodes = ranks // ranks_per_node
-    if nodes > 1 and ranks_per_node > 1:
-        shape, names = (nodes, ranks_per_node), ("replicate", "shard")
+    nodes = ranks // ranks_per_node()
+    if nodes > 1 and ranks_per_node() > 1:
+        shape, names = (nodes, ranks_per_node()), ("replicate", "shard")
         return init_device_mesh(device.type, shape, mesh_dim_names=names)
     return init_device_mesh(device.type, (ranks,))
 
@@ -184,16 +188,14 @@ def neighbours(ranks: int, device: torch.device) -> dist.ProcessGroup | None:
     """
     if ranks == 1:
         return None
-    world = dist.get_world_size()
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
     problem = None
-    if ranks_per_node % ranks:
+    if ranks_per_node() % ranks:
         problem = (
             f"--sequence-parallel {ranks} must divide the number of processes of a node, which is "
-            f"{ranks_per_node}"
+            f"{ranks_per_node()}"
         )
     fail_together(problem)
-    shape, names = (world // ranks, ranks), ("clips", "tokens")
+    shape, names = (dist.get_world_size() // ranks, ranks), ("clips", "tokens")
     return init_device_mesh(device.type, shape, mesh_dim_names=names).get_group("tokens")
 
 

@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import re
 import resource
 import shutil
@@ -215,14 +214,15 @@ class Run:
             raise SystemExit(2)  # rank 0 prints the message
         if isinstance(error, dcp.api.CheckpointException):
             error, _ = next(iter(error.failures.values()))
-        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path} ")
+        said = str(error).removeprefix(f"{path} cannot be written: ")
+        reason = getattr(error, "strerror", None) or said
         needed = sum(t.numel() * t.element_size() for group in groups for t in group.values())
         free = shutil.disk_usage(self.out).free
         checkpoints = finished(self.out)
-        kept = f"{checkpoints[-1]} is whole" if checkpoints else "there was no earlier checkpoint"
+        kept = f"{checkpoints[-1]} is whole" if checkpoints else "There is no earlier checkpoint"
         raise cli.Stop(
             f"{path} cannot be written: {reason} (it needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} "
-            f"GB are free). Nothing is lost, {kept}: make room and continue with --resume"
+            f"GB are free). {kept}: make room and continue with --resume"
         )
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -281,7 +281,8 @@ def check_out(args: argparse.Namespace) -> None:
         )
     if (checkpoints or steps) and not (args.resume or args.export):
         raise ValueError(f"{out} holds a run: add --resume to go on with it, or give another --out")
-    if steps >= args.save_every and not checkpoints:
+    # With so many steps and no more, it may be the first checkpoint that could not be written.
+    if steps > args.save_every and not checkpoints:
         raise ValueError(
             f"{log} has {steps} steps, and their checkpoints are gone: bring them back to "
             f"{out / 'checkpoints'}, or give another --out"
@@ -448,8 +449,7 @@ def check_shared_memory(config: RVEDiTConfig, args: argparse.Namespace) -> None:
     clip = 0 if args.latents else T * H * W * 3
     mllm_frames = min(T, config.max_mllm_frames) * config.max_mllm_pixels * 3 * 4  # float32
     minibatch = args.batch * 2 * (clip + mllm_frames)  # source and target
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    needed = ranks_here * args.workers * PREFETCH * minibatch
+    needed = parallel.ranks_per_node() * args.workers * PREFETCH * minibatch
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(

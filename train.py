@@ -78,6 +78,7 @@ from run import (
     write_log,
 )
 from rvedit import RVEDiT, RVEDiTConfig
+from sample import say_last
 from shapes import training_set
 from vae import WanVAE
 
@@ -275,7 +276,7 @@ def train(
     """Algorithm 1, lines 2-21: all optimiser steps that are left to do.
 
     Raises SystemExit(0) after a signal and ValueError if too many clips are broken, both when the
-    state is saved; SystemExit(1) if too many steps in a row were not finite.
+    state is saved; ValueError too if too many steps in a row were not finite.
     """
     num_samples = samples_per_step(args)
     num_read = num_broken = bad_steps = 0
@@ -326,8 +327,8 @@ def train(
             # Give up on a run that has diverged. Its last good checkpoints stay.
             bad_steps = 0 if finite else bad_steps + 1
             if bad_steps == MAX_BAD_STEPS:
-                raise SystemExit(
-                    f"error: the loss or its gradient was not finite in {bad_steps} steps in a row"
+                raise ValueError(
+                    f"the loss or its gradient was not finite in {bad_steps} steps in a row"
                 )
 
             # Save, and leave if a signal to any rank asked for it.
@@ -352,9 +353,9 @@ def train(
             if run.step % args.validate_every == 0:
                 run.validate(validation)
 
-    if num_broken and run.rank == 0:
+    if num_broken:
         broken = run.out / "broken.txt"
-        print(f"note: {num_broken} of {num_read} clips were broken and replaced: see {broken}")
+        cli.note(f"{num_broken} of {num_read} clips were broken and replaced: see {broken}")
 
     # Line 21: end while. Line 22, "return θ and φ": `launch` writes them to OUT/model.
 
@@ -689,7 +690,7 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
     run.export()
     if run.rank == 0:
         model = args.out / "model"
-        print(f"{model}: edit with `python sample.py --checkpoint {model} --video ...`", flush=True)
+        say_last(f"{model}: edit with `python sample.py --checkpoint {model} --video ...`")
     if lock is not None:
         lock.close()
 

@@ -57,6 +57,7 @@ FILES = {
     "blank.csv": "src_video,tgt_video,prompt,,\n,,,,\nvideos/a.mkv,videos/b.mkv,go,,\n",
     "rows.jsonl": json.dumps(ROW | {"caption": None}) + "\n\n",
     "UPPER.JSONL": json.dumps(ROW),
+    "list.json": json.dumps([ROW]),
 }
 
 
@@ -145,7 +146,7 @@ def test_empty_cells_behind_the_last_column_are_left_out(tmp_path: Path, capsys,
         ("a.csv", b"src_video,tgt_video,prompt,prompt\na,b,go,stop\n", "has two columns prompt"),
         ("a.csv", HEADER.encode(), "no rows"),
         ("a.jsonl", b"\n", "no rows"),
-        ("a.txt", f"{HEADER}a,b,c\n".encode(), r"\.csv or \.jsonl"),
+        ("a.txt", f"{HEADER}a,b,c\n".encode(), r"a table is a \.csv, \.tsv, \.jsonl or \.json"),
         (
             "a.csv",
             b"src_video,video,prompt\na,b,c\n",

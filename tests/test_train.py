@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from helpers import make_clip, relative_error, tiny_config, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 
+import cli
 import data
 import losses
 import parallel
@@ -843,7 +844,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     folders = tmp_path / "checkpoints"
     assert stop.value.code == 2
     assert error.startswith(f"error: {folders / 'step-00000002'} cannot be written: File too large")
-    assert "it needs 0.00" in error and f"Nothing is lost, {folders / 'step-00000001'}" in error
+    assert "it needs 0.00" in error and f"{folders / 'step-00000001'} is whole: make room" in error
     assert [folder.name for folder in folders.iterdir()] == ["step-00000001"]
     train.main([*arguments, "--resume"])
     assert [line["step"] for line in log(tmp_path)] == [1, 2, 3]
@@ -851,7 +852,8 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
 
 def test_a_full_disk_at_the_export_loses_nothing(start, tmp_path, monkeypatch, capsys):
     def fail(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        with cli.replacing(tmp_path / "model"):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(rvedit, "save", fail)
@@ -941,12 +943,13 @@ def test_a_run_whose_checkpoints_are_gone_is_left_alone(
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(alone, tmp_path, capsys):
+@pytest.mark.parametrize("steps", (3, 5))  # of 5 to the first checkpoint, which may have failed
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(alone, tmp_path, capsys, steps):
     out = tmp_path / "run"
     out.mkdir()
     shutil.copy(alone / "run.json", out)
     lines = (alone / "log.jsonl").read_text().splitlines(keepends=True)
-    (out / "log.jsonl").write_text("".join(lines[:3]))
+    (out / "log.jsonl").write_text("".join(lines[:steps]))
     train.main(["--out", str(out), "--resume", "--steps", "2"])
     assert "ended before its first checkpoint, and begins again" in capsys.readouterr().err
     assert losses_differ_by(log(out), log(alone)[:2]) == 0
@@ -1088,13 +1091,14 @@ def poison(result):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(start, tmp_path, monkeypatch, capsys):
-    """It is skipped and logged; ten in a row end the run with exit code 1, and checkpoints stay."""
+    """It is skipped and logged; ten in a row end the run in one line, and its checkpoints stay."""
     during(monkeypatch, 4, poison)
     with pytest.raises(SystemExit) as stop:
         train.main(
             options(start, tmp_path, "--steps", 50, "--batch", 1, "--save-every", 1, "--keep", 2)
         )
-    assert "10 steps in a row" in str(stop.value.code) and "\n" not in stop.value.code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.endswith("was not finite in 10 steps in a row")
     lines = log(tmp_path)
     assert [line["skipped"] for line in lines] == [False] * 3 + [True] * 10
     assert lines[3]["loss"] is None and lines[2]["loss"] > 0
