@@ -99,9 +99,14 @@ def read_rows(path: Path) -> Iterator[Row]:
                 yield _object_row(f"entry {number}", entry)
 
 
+def _parsed(text: str) -> Any:
+    """The JSON value in a text. NaN, which pandas writes where there is nothing, is null."""
+    return json.loads(text, parse_constant=lambda name: None)
+
+
 def _json_list(path: Path, text: str) -> list[Any]:
     try:
-        entries = json.loads(text)
+        entries = _parsed(text)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON, or damaged: {one_line(error)}") from None
     except RecursionError:
@@ -113,8 +118,7 @@ def _json_list(path: Path, text: str) -> list[Any]:
 
 def _json_row(place: str, line: str) -> Row:
     try:
-        # pandas' NaN is nothing, like null.
-        return _object_row(place, json.loads(line, parse_constant=lambda name: None))
+        return _object_row(place, _parsed(line))
     except ValueError as error:  # a JSONDecodeError, or a number of thousands of digits
         return Row(place, {}, f"not JSON: {one_line(error)}")
     except RecursionError:

@@ -88,7 +88,6 @@ class Run:
         self.ranks_per_clip = args.sequence_parallel
         self.groups = self.ranks // self.ranks_per_clip  # of ranks that share their clips
         self.group = self.rank // self.ranks_per_clip
-        self.leads = self.rank % self.ranks_per_clip == 0  # the first rank of its group
         self.step = 0  # optimiser steps done
         self.samples = 0  # samples trained on, over all ranks
         self.weights = trainable(model)
@@ -159,12 +158,9 @@ class Run:
         folder = self.out / "checkpoints" / f"step-{self.step:08d}"
         state = self.state()
         try:
-            with contextlib.ExitStack() as stack:
-                partial = None
-                if self.rank == 0:
-                    partial = stack.enter_context(cli.replacing(folder))
-                partial = parallel.from_first_rank(partial)
-                parallel.write_shards(partial, state)
+            replacing = cli.replacing(folder) if self.rank == 0 else contextlib.nullcontext()
+            with replacing as partial:
+                parallel.write_shards(parallel.from_first_rank(partial), state)
         except (OSError, dcp.api.CheckpointException) as error:
             self.fail_to_write(folder, error, state.values())
         self.saved = self.step
@@ -245,7 +241,7 @@ class Run:
                 edit = edit_video(self.model, self.vae, triplet.source, triplet.instruction)
                 side_by_side = torch.cat((triplet.source, edit, triplet.target), dim=2)
                 name = f"step-{self.step:08d}-{index}.mp4"
-                if self.leads:
+                if self.rank % self.ranks_per_clip == 0:  # the first of its group
                     video.write_video(self.out / "validation" / name, side_by_side)
 
 

@@ -415,19 +415,15 @@ def choose_trained(model: RVEDiT, freeze_lora: bool = False) -> None:
 
 def parameter_table(model: RVEDiT, vae: WanVAE) -> str:
     """The number of trainable and of frozen parameters of each part, as a table to print."""
-    trainable: dict[str, int] = {}
-    frozen: dict[str, int] = {}
+    counts: dict[str, list[int]] = {}  # trainable and frozen
     for name, parameter in (*model.named_parameters(), *vae.named_parameters("vae")):
-        part = part_of_model(name)
-        trainable.setdefault(part, 0)
-        frozen.setdefault(part, 0)
-        counts = trainable if parameter.requires_grad else frozen
-        counts[part] += parameter.numel()
+        both = counts.setdefault(part_of_model(name), [0, 0])
+        both[not parameter.requires_grad] += parameter.numel()
+    counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
 
     lines = [f"{'parameters':<28}{'trainable':>16}{'frozen':>16}"]
-    for part in trainable:
-        lines.append(f"{part:<28}{trainable[part]:>16,}{frozen[part]:>16,}")
-    lines.append(f"{'all':<28}{sum(trainable.values()):>16,}{sum(frozen.values()):>16,}")
+    for part, (trained, frozen) in counts.items():
+        lines.append(f"{part:<28}{trained:>16,}{frozen:>16,}")
     if model.config.lora_rank == 0:
         lines.append("This model has no LoRA on a pretrained Qwen, so it trains whole.")
     return "\n".join(lines)

@@ -264,10 +264,11 @@ def test_what_tools_write_for_a_missing_text_is_none(tmp_path: Path, nothing: st
 
 
 def test_pandas_nan_in_json_is_no_text(tmp_path: Path):
-    table = tmp_path / "t.jsonl"
-    table.write_bytes(json_row(caption=math.nan) + b"\n" + json_row(prompt=math.nan))
-    dataset = TripletDataset(table)
-    assert dataset.row(0)["caption"] == "" and "no prompt" in dataset.bad[1]
+    rows = [json_row(caption=math.nan), json_row(prompt=math.nan)]
+    for name, content in (("t.jsonl", b"\n".join(rows)), ("t.json", b"[%b, %b]" % (*rows,))):
+        (tmp_path / name).write_bytes(content)
+        dataset = TripletDataset(tmp_path / name)
+        assert dataset.row(0)["caption"] == "" and "no prompt" in dataset.bad[1]
 
 
 @pytest.mark.parametrize("name", ["a\0.mp4", "x" * 256, "x/" * 2048])

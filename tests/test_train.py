@@ -1143,7 +1143,7 @@ def test_a_broken_clip_is_replaced_and_listed(start, tmp_path, capsys):
     lines = log(tmp_path / "run")
     assert len(lines) == 2 and sum(line["broken"] for line in lines) == 1
     listed = (tmp_path / "run/broken.txt").read_text()
-    assert "note: 1 of 5 clips were broken" in capsys.readouterr().out
+    assert "note: 1 of 5 clips were broken" in capsys.readouterr().err
     assert listed.startswith("triplet 4: ") and "source-3.mp4" in listed and listed.count("\n") == 1
     assert lines[0]["lr"] == lines[1]["lr"] == 1e-5
 
