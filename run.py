@@ -329,7 +329,7 @@ def begin_log(run: Run, args: argparse.Namespace) -> None:
     description = dict(
         options=saved_options(args),
         samples_per_step=samples_per_step(args),
-        tables=data.fingerprint(args.data) if args.data else None,
+        tables=dict(sha256=data.fingerprint(args.data)) if args.data else None,
     )
     cli.write_text(run.out / "run.json", json.dumps(description, default=str, indent=1))
     log = run.out / "log.jsonl"
@@ -376,7 +376,7 @@ def read_run(out: Path) -> dict[str, Any]:
         parser = cli.train_parser(SavedOptions)
         run["options"] = vars(parser.parse_args(as_words(run["options"])))
         run["samples_per_step"] = int(run["samples_per_step"])
-        run["tables"]
+        run["tables"] = run["tables"] and run["tables"]["sha256"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{file} is damaged or of an earlier version ({error}): give another --out"

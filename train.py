@@ -680,9 +680,11 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
             share = data.caption_share(triplets)
             print(f"captions: {share:.0%} of the {len(triplets):,} triplets have one")
         check_shared_memory(model.config, args)
+        batches = make_batches(triplets, run, args)
+        validation = make_batches(validation, run, args)
+        # Only now, when no option is refused any more: --resume takes them all up again.
         parallel.on_first_rank(begin_log, run, args)
-        minibatches = load_in_workers(make_batches(triplets, run, args), run, args)
-        train(run, minibatches, make_batches(validation, run, args), args, signals)
+        train(run, load_in_workers(batches, run, args), validation, args, signals)
     run.export()
     if run.rank == 0:
         model = args.out / "model"

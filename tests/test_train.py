@@ -1016,7 +1016,7 @@ def test_a_damaged_run_json_is_found_before_the_run_begins(alone, tmp_path, caps
         "no samples": json.dumps({**run, "samples_per_step": "many"}),
         "bad batch": json.dumps({**run, "options": {**run["options"], "batch": "-1"}}),
         "bad size": json.dumps({**run, "options": {**run["options"], "size": 5}}),
-        "no tables": json.dumps({k: v for k, v in run.items() if k != "tables"}),
+        "bad tables": json.dumps({**run, "tables": 3}),
         "unknown": json.dumps({**run, "options": {**run["options"], "wings": 2}}),
         "earlier": json.dumps(run["options"]),
     }
@@ -1026,6 +1026,15 @@ def test_a_damaged_run_json_is_found_before_the_run_begins(alone, tmp_path, caps
             train.main(["--out", str(out), "--resume"])
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert stop.value.code == 2 and error.startswith(f"error: {out / 'run.json'} "), error
+
+
+def test_an_option_that_was_refused_is_not_taken_up_again(alone, tmp_path, capsys):
+    out = fork_at(alone, 10, tmp_path / "run")
+    before = (out / "run.json").read_text()
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(out), "--resume", "--size", "5", "64", "60"])
+    assert stop.value.code == 2 and "--size 5 64 60: this model takes" in capsys.readouterr().err
+    assert (out / "run.json").read_text() == before
 
 
 def test_a_table_that_has_changed_is_noticed_at_resume(start, tmp_path, capsys):
