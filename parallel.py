@@ -406,10 +406,9 @@ def read_shards(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
 
     Ends all ranks if a file is damaged, or if the tensors are not those that were written.
     """
-    on_first_rank(check_format, folder)
+    checksums = from_first_rank(on_first_rank(weights.read_json, folder / CHECKSUMS))
     # The ranks share the work: each looks at some of the files.
     problem = None
-    checksums = weights.read_json(folder / CHECKSUMS)
     for name in sorted(checksums)[dist.get_rank() :: dist.get_world_size()]:
         file = folder / name
         if not file.is_file() or sha256(file) != checksums[name]:
@@ -430,18 +429,6 @@ def read_shards(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
             f"{folder} holds other weights than these options train: resume with those of the "
             "run, or train its OUT/model in a new one, by --checkpoint"
         )
-
-
-def check_format(folder: Path) -> None:
-    """Raise ValueError for a checkpoint of an earlier version, which only a pickle can read."""
-    if (folder / CHECKSUMS).is_file():
-        return
-    if (folder / ".metadata").exists():
-        raise ValueError(
-            f"{folder} was written by an earlier version, in a format that could run code when it "
-            "is read: go on with that version, or start a new run from its OUT/model"
-        )
-    raise ValueError(f"{folder} has no {CHECKSUMS}: it is not a training checkpoint, or damaged")
 
 
 def sha256(file: Path) -> str:
