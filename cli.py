@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -354,7 +354,7 @@ def edit_parser() -> Parser:
 # --- The options of train.py ----------------------------------------------------------------------
 
 
-def train_parser(presets: Iterable[str], kind: type[Parser] = Parser) -> Parser:
+def train_parser(kind: type[Parser] = Parser) -> Parser:
     """Options that are not given are left out of the result: `train.parse_arguments` adds them."""
     parser = kind(
         description="Train RVEDiT. Defaults that are not given here are those of the preset.",
@@ -366,7 +366,7 @@ def train_parser(presets: Iterable[str], kind: type[Parser] = Parser) -> Parser:
     group = parser.add_argument_group("the model")
     group.add_argument(
         "--preset",
-        choices=list(presets),
+        choices=("wan2.2-ti2v-5b", "toy"),
         help="sizes, rates and steps, and what a start without --checkpoint looks like; default: "
         "that of the checkpoint, else toy, or wan2.2-ti2v-5b with --data or --wan",
     )

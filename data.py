@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import dataclasses
 import functools
 import hashlib
 import json
@@ -48,8 +49,9 @@ OPTIONAL_COLUMNS = ("caption", "category", "dataset")
 PATH_COLUMNS = {"src_video", "tgt_video", "original_video", "vace_video", "video"}
 
 DELIMITERS = ",;\t"  # of a CSV file: the one that its header has most of
+# What R, pandas and databases write where there is nothing.
+MISSING = (None, "", "NA", "N/A", "<NA>", "NaN", "nan", "None", "NULL", "null")
 MAX_CHARACTERS = 10_000  # of an instruction or a caption: a longer text is a mistake in the data
-MAX_NAME, MAX_PATH = 255, 4095  # bytes of a file's name and of a path, on Linux
 MIN_FRAMES = 5  # of a clip that is not a still: two frames of latents
 MAX_ASPECT = 200  # of a frame's sides: Qwen's preprocessing takes no more
 MAX_STRETCH = 1.03  # of a target beside its source: sizes are rounded, 832x480 is 16:9 to most
@@ -79,6 +81,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises OSError, and ValueError, in one line that names the file, for a file that is no table.
     """
     kind = path.suffix.lower()
+    if kind not in (".csv", ".tsv", ".jsonl", ".json"):
+        raise ValueError(f"{path}: a table is a .csv, .tsv, .jsonl or .json file")
     with open(path, "rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise ValueError(f'{path}: it is UTF-16: save it as UTF-8 (in Excel, "CSV UTF-8")')
@@ -95,9 +99,14 @@ def read_rows(path: Path) -> Iterator[Row]:
                 yield _object_row(f"entry {number}", entry)
 
 
+def _parsed(text: str) -> Any:
+    """The JSON value in a text. NaN, which pandas writes where there is nothing, is null."""
+    return json.loads(text, parse_constant=lambda name: None)
+
+
 def _json_list(path: Path, text: str) -> list[Any]:
     try:
-        entries = json.loads(text)
+        entries = _parsed(text)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON, or damaged: {one_line(error)}") from None
     except RecursionError:
@@ -109,7 +118,7 @@ def _json_list(path: Path, text: str) -> list[Any]:
 
 def _json_row(place: str, line: str) -> Row:
     try:
-        return _object_row(place, json.loads(line))
+        return _object_row(place, _parsed(line))
     except ValueError as error:  # a JSONDecodeError, or a number of thousands of digits
         return Row(place, {}, f"not JSON: {one_line(error)}")
     except RecursionError:
@@ -250,35 +259,19 @@ def read_table(path: Path, *names: str) -> Iterator[Row]:
 
 def _checked_texts(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, str]:
     """The texts of a row in the columns COLUMNS and OPTIONAL_COLUMNS; ValueError for a bad row."""
-    texts = {}
-    for column, name in zip(COLUMNS, names, strict=True):
+    texts = dict.fromkeys(OPTIONAL_COLUMNS, "")
+    named = dict(zip(COLUMNS, names, strict=True)) | {name: name for name in OPTIONAL_COLUMNS}
+    for column, name in named.items():
         text = fields.get(name)
-        if text is None or text == "":
+        if text not in MISSING:
+            texts[column] = checked_text(name, text)
+            if not texts[column]:  # one of spaces was meant to be a text, and got lost
+                raise ValueError(f"its {name} is blank")
+        elif column in COLUMNS:
             raise ValueError(f"no {name} in columns {', '.join(map(str, fields))}")
-        texts[column] = checked_text(name, text)
-        if not texts[column]:
-            raise ValueError(f"its {name} is blank")
-        if column != "prompt":
-            _check_path(name, texts[column])
     if os.path.normpath(texts["src_video"]) == os.path.normpath(texts["tgt_video"]):
         raise ValueError(f"its {names[1]} is its {names[0]}")
-    for name in OPTIONAL_COLUMNS:
-        text = fields.get(name)
-        if text is None:
-            text = ""
-        texts[name] = checked_text(name, text)
-        # Nothing means that there is no caption. A blank one was meant to be one, and got lost.
-        if text and not texts[name]:
-            raise ValueError(f"its {name} is blank")
     return texts
-
-
-def _check_path(name: str, path: str) -> None:
-    # Found here, because an operating system would only say so when the clip is opened, in the
-    # middle of a run.
-    longest = max(len(part.encode()) for part in path.split("/"))
-    if "\0" in path or longest > MAX_NAME or len(path.encode()) > MAX_PATH:
-        raise ValueError(f"its {name} is not a path that can be opened: {path!r}")
 
 
 def checked_text(name: str, text: object) -> str:
@@ -312,7 +305,7 @@ def triplets(path: Path, *names: str) -> Iterator[dict[str, Any]]:
 
 
 class TripletDataset(Dataset):
-    """Triplets of a CSV or JSONL file with the columns COLUMNS, and perhaps OPTIONAL_COLUMNS.
+    """Triplets of a table with the columns COLUMNS, and perhaps OPTIONAL_COLUMNS.
 
     Relative paths start at `root`, by default the folder of the file. An item is a dict:
     - source, target: uint8 (T, H, W, 3), each of its own size; the same first frames of both, at
@@ -330,9 +323,7 @@ class TripletDataset(Dataset):
     ) -> None:
         self.path = Path(path)
         self.max_frames = max_frames
-        if self.path.suffix.lower() not in (".csv", ".jsonl"):
-            raise ValueError(f"{path}: triplets come in .csv or .jsonl files")
-        root = Path(root or self.path.parent).absolute()
+        root = str(Path(root or self.path.parent).absolute())
         self.bad: dict[int, str] = {}  # what is wrong with bad rows, by index
         self.captions = 0  # number of good rows with a caption
         rows: list[bytes] = []
@@ -343,7 +334,7 @@ class TripletDataset(Dataset):
                 continue
             fields = {name: row.fields[name] for name in (*COLUMNS, *OPTIONAL_COLUMNS)}
             for name in ("src_video", "tgt_video"):
-                fields[name] = str(root / fields[name])
+                fields[name] = os.path.join(root, fields[name])  # faster than a Path
             self.captions += fields["caption"] != ""
             rows.append(json.dumps(fields).encode())
         if not rows:
@@ -430,14 +421,12 @@ def require_captions(dataset: Dataset) -> None:
             )
 
 
-def fingerprint(paths: list[Path]) -> dict[str, int | str]:
-    """The number of rows of some tables, and a hash of their bytes: what a resumed run compares."""
-    rows = 0
+def fingerprint(paths: list[Path]) -> str:
+    """A hash of the bytes of some tables: what a resumed run compares."""
     digest = hashlib.sha256()
     for path in paths:
-        rows += sum(1 for _ in read_rows(path))
         digest.update(path.read_bytes())
-    return dict(rows=rows, sha256=digest.hexdigest())
+    return digest.hexdigest()
 
 
 # --- From clips to the sizes of a step ------------------------------------------------------------
@@ -556,17 +545,11 @@ class Latents:
 
     def file(self, source_path: str, target_path: str, size: tuple[int, int, int]) -> Path:
         """Where the latents of a triplet are. OSError if one of its clips is not there."""
-        sizes = [os.path.getsize(path) for path in (source_path, target_path)]
-        # Earlier versions took the paths as they were spelt, such as /clips/../clips/a.mp4.
-        for spelling in (str, os.path.normpath):
-            paths = spelling(source_path), spelling(target_path)
-            clips = list(zip(paths, sizes, strict=True))
-            name = hashlib.sha256(repr((clips, *size)).encode()).hexdigest()
-            # 256 folders, because some file systems are slow with 100,000 files in one.
-            file = self.folder / name[:2] / f"{name[2:]}.safetensors"
-            if file.is_file():
-                break
-        return file
+        paths = (source_path, target_path)
+        clips = [(os.path.normpath(path), os.path.getsize(path)) for path in paths]
+        name = hashlib.sha256(repr((clips, *size)).encode()).hexdigest()
+        # 256 folders, because some file systems are slow with 100,000 files in one.
+        return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
     def read(self, item: dict[str, Any], size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """The latents of a triplet's source and target. ValueError if they are not there."""
@@ -662,6 +645,7 @@ def max_text_tokens(config: RVEDiTConfig, tokenizer: Tokenizer, max_pixels: int)
     return config.qwen.max_position_embeddings - others
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Batches(Dataset):
     """The minibatches of one rank: `batches[step, micro]`, where micro counts accumulation steps.
 
@@ -685,53 +669,39 @@ class Batches(Dataset):
     for a table without captions, unless `caption_fallback` lets it read instructions instead.
     """
 
-    def __init__(
-        self,
-        triplets: Dataset,
-        encoder: EditEncoder,
-        config: RVEDiTConfig,
-        *,
-        sizes: list[tuple[int, int, int]],  # (T, H, W)
-        batch: int,
-        accumulate: int,
-        seed: int,
-        timestep_shift: float,
-        broken_file: Path,
-        rank: int = 0,
-        ranks: int = 1,
-        first_step: int = 0,
-        first_sample: int = 0,
-        caption_fallback: bool = False,
-        latents: Latents | None = None,
-    ) -> None:
-        for T, H, W in sizes:
+    triplets: Dataset
+    encoder: EditEncoder
+    config: RVEDiTConfig
+    _: dataclasses.KW_ONLY
+    sizes: list[tuple[int, int, int]]  # (T, H, W)
+    batch: int
+    accumulate: int
+    seed: int
+    timestep_shift: float
+    broken_file: Path
+    rank: int = 0
+    ranks: int = 1
+    first_step: int = 0
+    first_sample: int = 0
+    caption_fallback: bool = False
+    latents: Latents | None = None
+
+    def __post_init__(self) -> None:
+        config = self.config
+        for T, H, W in self.sizes:
             factor = config.spatial_factor
             if (T - 1) % config.vae.temporal_factor or H % factor or W % factor:
                 raise ValueError(
                     f"--size {T} {H} {W}: this model takes {config.vae.temporal_factor}k + 1 "
                     f"frames, and sides that are multiples of {factor}"
                 )
-        if config.align_weight > 0 and not caption_fallback:
-            require_captions(triplets)
-        self.triplets = triplets
-        self.encoder = encoder
-        self.config = config
-        self.sizes = sizes
-        self.batch = batch
-        self.accumulate = accumulate
-        self.seed = seed
-        self.timestep_shift = timestep_shift
-        self.broken_file = broken_file
-        self.rank = rank
-        self.ranks = ranks
-        self.first_step = first_step
-        self.first_sample = first_sample
-        self.keep_aspect = batch == 1 and not isinstance(triplets, ShapesDataset)
-        self.latents = latents
-        if latents and not self.keep_aspect:
+        if config.align_weight > 0 and not self.caption_fallback:
+            require_captions(self.triplets)
+        self.keep_aspect = self.batch == 1 and not isinstance(self.triplets, ShapesDataset)
+        if self.latents and not self.keep_aspect:
             raise ValueError("--latents works with --data and a --batch of 1")
-        max_pixels = max(height * width for _, height, width in sizes)
-        self.max_text_tokens = max_text_tokens(config, encoder.tokenizer, max_pixels)
+        max_pixels = max(height * width for _, height, width in self.sizes)
+        self.max_text_tokens = max_text_tokens(config, self.encoder.tokenizer, max_pixels)
         if self.max_text_tokens < 1:
             raise ValueError(
                 f"--size: a still of {max_pixels} pixels leaves no room for text in the MLLM's "

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -158,6 +159,11 @@ def gloo_on_one_thread(
 dist.Backend.register_backend("gloo_on_one_thread", gloo_on_one_thread, devices="cpu")
 
 
+def ranks_per_node() -> int:
+    """As torchrun says; without it, all ranks are taken to be on one node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or dist.get_world_size())
+
+
 def make_mesh(device: torch.device, dtype: torch.dtype) -> DeviceMesh | None:
     """The ranks to shard over: all in a row, or on several nodes a row for each node (HSDP).
 
@@ -168,10 +174,9 @@ def make_mesh(device: torch.device, dtype: torch.dtype) -> DeviceMesh | None:
     ranks = dist.get_world_size()
     if ranks == 1 and dtype == torch.float32:
         return None
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
-    nodes = ranks // ranks_per_node
-    if nodes > 1 and ranks_per_node > 1:
-        shape, names = (nodes, ranks_per_node), ("replicate", "shard")
+    nodes = ranks // ranks_per_node()
+    if nodes > 1 and ranks_per_node() > 1:
+        shape, names = (nodes, ranks_per_node()), ("replicate", "shard")
         return init_device_mesh(device.type, shape, mesh_dim_names=names)
     return init_device_mesh(device.type, (ranks,))
 
@@ -183,16 +188,14 @@ def neighbours(ranks: int, device: torch.device) -> dist.ProcessGroup | None:
     """
     if ranks == 1:
         return None
-    world = dist.get_world_size()
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
     problem = None
-    if ranks_per_node % ranks:
+    if ranks_per_node() % ranks:
         problem = (
             f"--sequence-parallel {ranks} must divide the number of processes of a node, which is "
-            f"{ranks_per_node}"
+            f"{ranks_per_node()}"
         )
     fail_together(problem)
-    shape, names = (world // ranks, ranks), ("clips", "tokens")
+    shape, names = (dist.get_world_size() // ranks, ranks), ("clips", "tokens")
     return init_device_mesh(device.type, shape, mesh_dim_names=names).get_group("tokens")
 
 
@@ -363,6 +366,11 @@ def shard(
     register_fsdp_forward_method(model.encoder, "encode")
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, gathered on all ranks at once if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 # --- Training checkpoints -------------------------------------------------------------------------
 
 
@@ -396,36 +404,31 @@ def write_shards(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
 def read_shards(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
     """Fill the tensors of `state`, in place, with what any number of ranks has written.
 
-    Ends all ranks if a file is damaged, or if the tensors are those of another model.
+    Ends all ranks if a file is damaged, or if the tensors are not those that were written.
     """
-    on_first_rank(check_format, folder)
+    checksums = from_first_rank(on_first_rank(weights.read_json, folder / CHECKSUMS))
     # The ranks share the work: each looks at some of the files.
     problem = None
-    checksums = weights.read_json(folder / CHECKSUMS)
     for name in sorted(checksums)[dist.get_rank() :: dist.get_world_size()]:
         file = folder / name
         if not file.is_file() or sha256(file) != checksums[name]:
             problem = f"{file} is damaged or missing: delete {folder} to go on from the one before"
     fail_together(problem)
 
-    problem = None
+    reader = HuggingFaceStorageReader(folder)
+    names = {f"{group}.{name}" for group, tensors in state.items() for name in tensors}
+    # By itself dcp leaves out what `state` lacks, such as a LoRA that is frozen from now on.
+    fits = reader.read_metadata().state_dict_metadata.keys() == names
     try:
-        dcp.load(state, storage_reader=HuggingFaceStorageReader(folder))
-    except dcp.api.CheckpointException:
-        problem = f"{folder} is of another model"
-    fail_together(problem)
-
-
-def check_format(folder: Path) -> None:
-    """Raise ValueError for a checkpoint of an earlier version, which only a pickle can read."""
-    if (folder / CHECKSUMS).is_file():
-        return
-    if (folder / ".metadata").exists():
-        raise ValueError(
-            f"{folder} was written by an earlier version, in a format that could run code when it "
-            "is read: go on with that version, or start a new run from its OUT/model"
+        if fits:
+            dcp.load(state, storage_reader=reader)
+    except dcp.api.CheckpointException:  # on all ranks, such as for other shapes
+        fits = False
+    if not fits:
+        fail_together(
+            f"{folder} holds other weights than these options train: resume with those of the "
+            "run, or train its OUT/model in a new one, by --checkpoint"
         )
-    raise ValueError(f"{folder} has no {CHECKSUMS}: it is not a training checkpoint, or damaged")
 
 
 def sha256(file: Path) -> str:

@@ -18,10 +18,10 @@ import argparse
 import atexit
 import contextlib
 import fcntl
+import itertools
 import json
 import math
 import multiprocessing
-import os
 import re
 import resource
 import shutil
@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import cli
@@ -54,14 +53,9 @@ NOT_SAVED = {"out", "resume", "plan", "export", "warmup", "decay", "muon", "aver
 # --- State and checkpoints ------------------------------------------------------------------------
 
 
-def groups_of_ranks(args: argparse.Namespace) -> int:
-    """How many groups of ranks have a minibatch each: all ranks, without --sequence-parallel."""
-    return dist.get_world_size() // args.sequence_parallel
-
-
 def samples_per_pass(args: argparse.Namespace) -> int:
     """Samples that all ranks together pass forward at once; a step makes --accumulate passes."""
-    return args.batch * groups_of_ranks(args)
+    return args.batch * (dist.get_world_size() // args.sequence_parallel)
 
 
 def samples_per_step(args: argparse.Namespace) -> int:
@@ -91,9 +85,9 @@ class Run:
         self.out = args.out
         self.rank = dist.get_rank()
         self.ranks = dist.get_world_size()
-        self.groups = groups_of_ranks(args)
-        self.group = self.rank // args.sequence_parallel
-        self.leads = self.rank % args.sequence_parallel == 0  # the first rank of its group
+        self.ranks_per_clip = args.sequence_parallel
+        self.groups = self.ranks // self.ranks_per_clip  # of ranks that share their clips
+        self.group = self.rank // self.ranks_per_clip
         self.step = 0  # optimiser steps done
         self.samples = 0  # samples trained on, over all ranks
         self.weights = trainable(model)
@@ -102,7 +96,8 @@ class Run:
         self.average: dict[str, Tensor] = {}
         if args.average:
             self.average = {name: p.detach().clone() for name, p in self.weights.items()}
-        checkpoints = finished(self.out)
+        # Of rank 0: other nodes may not see yet what was written last.
+        checkpoints = parallel.from_first_rank(finished(self.out))
         if checkpoints:
             self.load(checkpoints[-1])
         self.keep = args.keep  # so many checkpoints stay
@@ -163,12 +158,9 @@ class Run:
         folder = self.out / "checkpoints" / f"step-{self.step:08d}"
         state = self.state()
         try:
-            with contextlib.ExitStack() as stack:
-                partial = None
-                if self.rank == 0:
-                    partial = stack.enter_context(cli.replacing(folder))
-                partial = parallel.from_first_rank(partial)
-                parallel.write_shards(partial, state)
+            replacing = cli.replacing(folder) if self.rank == 0 else contextlib.nullcontext()
+            with replacing as partial:
+                parallel.write_shards(parallel.from_first_rank(partial), state)
         except (OSError, dcp.api.CheckpointException) as error:
             self.fail_to_write(folder, error, state.values())
         self.saved = self.step
@@ -218,20 +210,21 @@ class Run:
             raise SystemExit(2)  # rank 0 prints the message
         if isinstance(error, dcp.api.CheckpointException):
             error, _ = next(iter(error.failures.values()))
-        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path} ")
+        said = str(error).removeprefix(f"{path} cannot be written: ")
+        reason = getattr(error, "strerror", None) or said
         needed = sum(t.numel() * t.element_size() for group in groups for t in group.values())
         free = shutil.disk_usage(self.out).free
         checkpoints = finished(self.out)
-        kept = f"{checkpoints[-1]} is whole" if checkpoints else "there was no earlier checkpoint"
+        kept = f"{checkpoints[-1]} is whole" if checkpoints else "There is no earlier checkpoint"
         raise cli.Stop(
             f"{path} cannot be written: {reason} (it needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} "
-            f"GB are free). Nothing is lost, {kept}: make room and continue with --resume"
+            f"GB are free). {kept}: make room and continue with --resume"
         )
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and value of the model's tensors, gathered one at a time on all ranks at once."""
         for name, tensor in self.model.state_dict().items():
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield name, parallel.whole(tensor)
 
     def validate(self, clips: data.Batches) -> None:
         """Edit at least four clips, and write source, edit and target side by side.
@@ -248,7 +241,7 @@ class Run:
                 edit = edit_video(self.model, self.vae, triplet.source, triplet.instruction)
                 side_by_side = torch.cat((triplet.source, edit, triplet.target), dim=2)
                 name = f"step-{self.step:08d}-{index}.mp4"
-                if self.leads:
+                if self.rank % self.ranks_per_clip == 0:  # the first of its group
                     video.write_video(self.out / "validation" / name, side_by_side)
 
 
@@ -284,7 +277,8 @@ def check_out(args: argparse.Namespace) -> None:
         )
     if (checkpoints or steps) and not (args.resume or args.export):
         raise ValueError(f"{out} holds a run: add --resume to go on with it, or give another --out")
-    if steps >= args.save_every and not checkpoints:
+    # With so many steps and no more, it may be the first checkpoint that could not be written.
+    if steps > args.save_every and not checkpoints:
         raise ValueError(
             f"{log} has {steps} steps, and their checkpoints are gone: bring them back to "
             f"{out / 'checkpoints'}, or give another --out"
@@ -335,7 +329,7 @@ def begin_log(run: Run, args: argparse.Namespace) -> None:
     description = dict(
         options=saved_options(args),
         samples_per_step=samples_per_step(args),
-        tables=data.fingerprint(args.data) if args.data else None,
+        tables=dict(sha256=data.fingerprint(args.data)) if args.data else None,
     )
     cli.write_text(run.out / "run.json", json.dumps(description, default=str, indent=1))
     log = run.out / "log.jsonl"
@@ -352,14 +346,7 @@ def peak_memory() -> int:
 
 def write_log(out: Path, report: dict[str, Any]) -> None:
     """Add a line to log.jsonl, with null for numbers that are not finite: JSON has none."""
-    line = {}
-    for name, value in report.items():
-        if isinstance(value, list):
-            line[name] = [x if x is not None and math.isfinite(x) else None for x in value]
-        elif isinstance(value, float) and not math.isfinite(value):
-            line[name] = None
-        else:
-            line[name] = value
+    line = json.loads(json.dumps(report), parse_constant=lambda name: None)
     file = out / "log.jsonl"
     try:
         with open(file, "a", encoding="utf-8") as log:
@@ -378,7 +365,7 @@ class SavedOptions(cli.Parser):
         raise ValueError(message.removeprefix("argument "))
 
 
-def read_run(out: Path, presets: Iterable[str]) -> dict[str, Any]:
+def read_run(out: Path) -> dict[str, Any]:
     """The run.json that `begin_log` writes. ValueError if OUT holds no run, or a damaged one."""
     file = out / "run.json"
     if not file.is_file():
@@ -386,10 +373,10 @@ def read_run(out: Path, presets: Iterable[str]) -> dict[str, Any]:
     run = weights.read_json(file)
     try:
         # Parsed again, so that a damaged value is found now and not in the middle of the run.
-        parser = cli.train_parser(presets, SavedOptions)
+        parser = cli.train_parser(SavedOptions)
         run["options"] = vars(parser.parse_args(as_words(run["options"])))
         run["samples_per_step"] = int(run["samples_per_step"])
-        run["tables"] = run["tables"] and dict(run["tables"])
+        run["tables"] = run["tables"] and run["tables"]["sha256"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{file} is damaged or of an earlier version ({error}): give another --out"
@@ -416,12 +403,13 @@ def as_words(options: dict[str, Any]) -> list[str]:
     return words
 
 
-def resumed_accumulation(args: argparse.Namespace, presets: Iterable[str]) -> int:
+def resumed_accumulation(args: argparse.Namespace) -> int:
     """The accumulation steps with which an optimiser step has as many samples as before.
 
-    Raises ValueError if there is no such number, or if the tables are not those of the run.
+    They take the place of --accumulate, with a note if that is another number.
+    Raises ValueError if there is none, or if the tables are not those of the run.
     """
-    former = read_run(args.out, presets)
+    former = read_run(args.out)
     if args.data and data.fingerprint(args.data) != former["tables"]:
         files = ", ".join(str(file) for file in args.data)
         raise ValueError(
@@ -436,7 +424,10 @@ def resumed_accumulation(args: argparse.Namespace, presets: Iterable[str]) -> in
             f"{dist.get_world_size()} processes with --batch {args.batch} cannot make: change "
             "--batch, --sequence-parallel or the number of processes"
         )
-    return samples // in_a_pass
+    accumulate = samples // in_a_pass
+    if accumulate != args.accumulate:
+        cli.note(f"an optimiser step keeps its {samples} clips, by --accumulate {accumulate}")
+    return accumulate
 
 
 # --- Worker processes -----------------------------------------------------------------------------
@@ -454,8 +445,7 @@ def check_shared_memory(config: RVEDiTConfig, args: argparse.Namespace) -> None:
     clip = 0 if args.latents else T * H * W * 3
     mllm_frames = min(T, config.max_mllm_frames) * config.max_mllm_pixels * 3 * 4  # float32
     minibatch = args.batch * 2 * (clip + mllm_frames)  # source and target
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    needed = ranks_here * args.workers * PREFETCH * minibatch
+    needed = parallel.ranks_per_node() * args.workers * PREFETCH * minibatch
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
@@ -469,10 +459,7 @@ def load_in_workers(
     batches: data.Batches, run: Run, args: argparse.Namespace
 ) -> Iterator[data.Batch]:
     """The minibatches that are left to train on, made by worker processes."""
-    keys = []
-    for step in range(run.step, args.steps):
-        for micro in range(args.accumulate):
-            keys.append((step, micro))
+    keys = list(itertools.product(range(run.step, args.steps), range(args.accumulate)))
     loader = DataLoader(
         batches,
         batch_size=None,  # an item is a minibatch already
@@ -487,16 +474,12 @@ def load_in_workers(
     # Workers ignore SIGTERM, by which Python ends them at exit and then waits for them: after an
     # error that nobody foresaw it would wait for ever.
     atexit.register(kill_workers)
-    minibatches = iter(loader)
-    while True:
-        try:
-            yield next(minibatches)
-        except StopIteration:
-            return
-        except (ValueError, OSError) as error:
-            # One from a worker has the worker's whole traceback before its own message.
-            message = str(error).strip().splitlines()[-1]
-            raise ValueError(message.removeprefix("ValueError: ")) from None
+    try:
+        yield from loader
+    except (ValueError, OSError) as error:
+        # One from a worker has the worker's whole traceback before its own message.
+        message = str(error).strip().splitlines()[-1]
+        raise ValueError(message.removeprefix("ValueError: ")) from None
 
 
 def ignore_signals(worker: int) -> None:

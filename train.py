@@ -54,7 +54,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
@@ -79,6 +78,7 @@ from run import (
     write_log,
 )
 from rvedit import RVEDiT, RVEDiTConfig
+from sample import say_last
 from shapes import training_set
 from vae import WanVAE
 
@@ -185,7 +185,9 @@ def compute_gradients(
     depth = int(torch.randint(1, config.dit.num_blocks + 1, (), generator=random))
 
     # Sums in float64 of what is logged, over all samples of the step.
-    flow_mean, align_mean, num_broken = torch.zeros(3, dtype=torch.float64, device=run.device)
+    flow_mean, align_mean, num_tokens, num_broken = torch.zeros(
+        4, dtype=torch.float64, device=run.device
+    )
     flow_by_t, count_by_t = torch.zeros(2, NUM_T_BINS, dtype=torch.float64, device=run.device)
 
     # Line 3: each minibatch (v, ℓ, v*, ℓ*) comes with its t ~ U[0, 1] and ε ~ N(0, I).
@@ -202,6 +204,7 @@ def compute_gradients(
         share = args.accumulate * run.ranks
         flow_mean += flow.mean() / share
         align_mean += align / share
+        num_tokens += batch.noise[:, 0].numel() // math.prod(config.dit.patch_size)
         num_broken += batch.broken
         bins = (batch.t * NUM_T_BINS).long().clamp(max=NUM_T_BINS - 1)  # (B,)
         one_hot = F.one_hot(bins, NUM_T_BINS).double()  # (B, NUM_T_BINS)
@@ -209,10 +212,11 @@ def compute_gradients(
         count_by_t += one_hot.sum(0)
 
     # One collective for all sums: on many GPUs each has a price, whatever its size.
-    sums = torch.cat((torch.stack((flow_mean, align_mean, num_broken)), flow_by_t, count_by_t))
+    sums = torch.stack((flow_mean, align_mean, num_tokens, num_broken))
+    sums = torch.cat((sums, flow_by_t, count_by_t))
     dist.all_reduce(sums)
-    flow_mean, align_mean, num_broken = sums[:3].tolist()
-    flow_by_t, count_by_t = sums[3:].view(2, NUM_T_BINS).tolist()
+    flow_mean, align_mean, num_tokens, num_broken = sums[:4].tolist()
+    flow_by_t, count_by_t = sums[4:].view(2, NUM_T_BINS).tolist()
     return dict(
         step=run.step + 1,
         loss=flow_mean + config.align_weight * align_mean,
@@ -221,7 +225,7 @@ def compute_gradients(
         flow_by_t=[x / n if n else None for x, n in zip(flow_by_t, count_by_t, strict=True)],
         depth=depth,
         broken=broken_clips(run, int(num_broken)),
-        tokens=batch.noise[0, 0].numel() // math.prod(config.dit.patch_size),  # of one sample
+        tokens=int(num_tokens) // run.ranks_per_clip,  # of all samples
     )
 
 
@@ -231,14 +235,13 @@ def broken_clips(run: Run, found: int) -> int:
     Ranks that share clips read them each for itself, and would make a gradient of different ones:
     raises ValueError if some of them have read what others could not.
     """
-    ranks_per_clip = run.ranks // run.groups
-    if found % ranks_per_clip:
+    if found % run.ranks_per_clip:
         run.save_progress()
         raise ValueError(
             "a clip could be read by some of the ranks that share it, and not by others: see "
             f"{run.out / 'broken.txt'}, and go on with --resume"
         )
-    return found // ranks_per_clip
+    return found // run.ranks_per_clip
 
 
 def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
@@ -273,7 +276,7 @@ def train(
     """Algorithm 1, lines 2-21: all optimiser steps that are left to do.
 
     Raises SystemExit(0) after a signal and ValueError if too many clips are broken, both when the
-    state is saved; SystemExit(1) if too many steps in a row were not finite.
+    state is saved; ValueError too if too many steps in a row were not finite.
     """
     num_samples = samples_per_step(args)
     num_read = num_broken = bad_steps = 0
@@ -287,12 +290,12 @@ def train(
 
             # Lines 3-19: the gradients of the loss.
             minibatches = (run.read(next, batches) for _ in range(args.accumulate))
-            if args.log_gradients and (run.step + 1) % args.log_gradients == 0:
+            log_norms = args.log_gradients and (run.step + 1) % args.log_gradients == 0
+            if log_norms:
                 minibatches = list(minibatches)  # to be read twice
-                report = compute_gradients(run, minibatches, args)
+            report = compute_gradients(run, minibatches, args)
+            if log_norms:
                 report |= norms_by_loss(run, minibatches, args)
-            else:
-                report = compute_gradients(run, minibatches, args)
 
             # Line 20: update θ and φ. A step with a number that is not finite is skipped; the loss
             # and the norm are the same on all ranks, so they all skip it.
@@ -306,11 +309,13 @@ def train(
             run.samples += num_samples
 
             # Log the step. The speed includes waiting for data and for other ranks.
-            speed = num_samples / (time.perf_counter() - start)
-            report |= dict(grad_norm=grad_norm, lr=lr, skipped=not finite)
+            seconds = time.perf_counter() - start
             report |= dict(
-                samples_per_s=speed,
-                tokens_per_s=speed * report["tokens"],
+                grad_norm=grad_norm,
+                lr=lr,
+                skipped=not finite,
+                samples_per_s=num_samples / seconds,
+                tokens_per_s=report["tokens"] / seconds,
                 peak_gb=peak_memory() / 1e9,
             )
             if run.rank == 0:
@@ -322,8 +327,8 @@ def train(
             # Give up on a run that has diverged. Its last good checkpoints stay.
             bad_steps = 0 if finite else bad_steps + 1
             if bad_steps == MAX_BAD_STEPS:
-                raise SystemExit(
-                    f"error: the loss or its gradient was not finite in {bad_steps} steps in a row"
+                raise ValueError(
+                    f"the loss or its gradient was not finite in {bad_steps} steps in a row"
                 )
 
             # Save, and leave if a signal to any rank asked for it.
@@ -348,9 +353,9 @@ def train(
             if run.step % args.validate_every == 0:
                 run.validate(validation)
 
-    if num_broken and run.rank == 0:
+    if num_broken:
         broken = run.out / "broken.txt"
-        print(f"note: {num_broken} of {num_read} clips were broken and replaced: see {broken}")
+        cli.note(f"{num_broken} of {num_read} clips were broken and replaced: see {broken}")
 
     # Line 21: end while. Line 22, "return θ and φ": `launch` writes them to OUT/model.
 
@@ -358,7 +363,7 @@ def train(
 def clip_gradients(weights: dict[str, Tensor]) -> float:
     """Scale all gradients so that their norm over all weights and ranks is at most 1; that norm."""
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), max_norm=1.0, foreach=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(parallel.whole(norm))
 
 
 def norms_by_loss(
@@ -369,28 +374,24 @@ def norms_by_loss(
     Under FSDP a backward pass adds to `.grad`, so the first of the two gradients takes a second
     pass over the same minibatches, with λ = 0; the other one is what is left of the sum.
     """
-    total = {p: p.grad for p in run.weights.values() if p.grad is not None}
+    weights = [p for p in run.weights.values() if p.grad is not None]
+    total = [p.grad for p in weights]
     config = run.model.config
     run.optimizer.zero_grad()
     run.model.config = dataclasses.replace(config, align_weight=0.0)
     compute_gradients(run, minibatches, args)
     run.model.config = config
 
-    flow = {p: p.grad for p in total if p.grad is not None}
-    flow_norm = whole_norm(list(flow.values()))
-    align = []
-    for p, gradient in total.items():
-        align.append(gradient - flow[p] if p in flow else gradient)
-    align_norm = whole_norm(align)
-    for p, gradient in total.items():
+    flow = [p.grad for p in weights]
+    align = torch._foreach_sub(total, flow)
+    for p, gradient in zip(weights, total, strict=True):
         p.grad = gradient
-    return dict(grad_norm_flow=flow_norm, grad_norm_align=align_norm)
+    return dict(grad_norm_flow=whole_norm(flow), grad_norm_align=whole_norm(align))
 
 
-def whole_norm(gradients: list[Tensor]) -> float:
+def whole_norm(gradients: Iterable[Tensor]) -> float:
     """The norm over all tensors, and over all ranks if they are sharded."""
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(parallel.whole(torch.nn.utils.get_total_norm(gradients, foreach=True)))
 
 
 # --- The model and what of it trains --------------------------------------------------------------
@@ -414,19 +415,15 @@ def choose_trained(model: RVEDiT, freeze_lora: bool = False) -> None:
 
 def parameter_table(model: RVEDiT, vae: WanVAE) -> str:
     """The number of trainable and of frozen parameters of each part, as a table to print."""
-    trainable: dict[str, int] = {}
-    frozen: dict[str, int] = {}
+    counts: dict[str, list[int]] = {}  # trainable and frozen
     for name, parameter in (*model.named_parameters(), *vae.named_parameters("vae")):
-        part = part_of_model(name)
-        trainable.setdefault(part, 0)
-        frozen.setdefault(part, 0)
-        counts = trainable if parameter.requires_grad else frozen
-        counts[part] += parameter.numel()
+        both = counts.setdefault(part_of_model(name), [0, 0])
+        both[not parameter.requires_grad] += parameter.numel()
+    counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
 
     lines = [f"{'parameters':<28}{'trainable':>16}{'frozen':>16}"]
-    for part in trainable:
-        lines.append(f"{part:<28}{trainable[part]:>16,}{frozen[part]:>16,}")
-    lines.append(f"{'all':<28}{sum(trainable.values()):>16,}{sum(frozen.values()):>16,}")
+    for part, (trained, frozen) in counts.items():
+        lines.append(f"{part:<28}{trained:>16,}{frozen:>16,}")
     if model.config.lora_rank == 0:
         lines.append("This model has no LoRA on a pretrained Qwen, so it trains whole.")
     return "\n".join(lines)
@@ -611,10 +608,10 @@ DEFAULTS: dict[str, Any] = dict(
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options: as given, else those of the run that goes on, else the preset's and DEFAULTS."""
-    given = vars(cli.train_parser(RECIPES).parse_args(argv))
+    given = vars(cli.train_parser().parse_args(argv))
     saved = {}
     if given.get("resume") or given.get("export"):
-        saved = read_run(given.get("out", DEFAULTS["out"]), RECIPES)["options"]
+        saved = read_run(given.get("out", DEFAULTS["out"]))["options"]
     chosen = saved | given
     if "preset" not in chosen:
         chosen["preset"] = fitting_preset(chosen)
@@ -662,33 +659,36 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
     lock = parallel.on_first_rank(lock_out, args.out)
     parallel.check_shared(args.out)
     if args.resume:
-        accumulate = parallel.on_first_rank(resumed_accumulation, args, RECIPES)
+        accumulate = parallel.on_first_rank(resumed_accumulation, args)
         args.accumulate = parallel.from_first_rank(accumulate)
 
-    # The networks, sharded over the ranks, and the clips.
+    # The tables come before the networks, because a mistake in them takes seconds to find.
+    if not args.export:
+        triplets, validation = open_triplets(args)
+
+    # The networks, sharded over the ranks; the optimiser, and all that a former checkpoint holds.
     mesh = parallel.make_mesh(device, getattr(torch, args.dtype))
     model, vae = load_model(args, mesh, device, group)
-    triplets, validation = open_triplets(args)
-    check_shared_memory(model.config, args)
-    if args.steps is None:
-        args.steps = max(1, len(triplets) // samples_per_step(args))
-
-    # The optimiser, and all that a former checkpoint holds.
     run = make_run(model, vae, device, args)
-    if run.rank == 0:
-        print(parameter_table(model, vae))
-        share = data.caption_share(triplets)
-        print(f"captions: {share:.0%} of the {len(triplets):,} triplets have one")
 
     # Train, and write the model that sample.py takes.
     if not args.export:
+        if args.steps is None:
+            args.steps = max(1, len(triplets) // samples_per_step(args))
+        if run.rank == 0:
+            print(parameter_table(model, vae))
+            share = data.caption_share(triplets)
+            print(f"captions: {share:.0%} of the {len(triplets):,} triplets have one")
+        check_shared_memory(model.config, args)
+        batches = make_batches(triplets, run, args)
+        validation = make_batches(validation, run, args)
+        # Only now, when no option is refused any more: --resume takes them all up again.
         parallel.on_first_rank(begin_log, run, args)
-        minibatches = load_in_workers(make_batches(triplets, run, args), run, args)
-        train(run, minibatches, make_batches(validation, run, args), args, signals)
+        train(run, load_in_workers(batches, run, args), validation, args, signals)
     run.export()
     if run.rank == 0:
         model = args.out / "model"
-        print(f"{model}: edit with `python sample.py --checkpoint {model} --video ...`", flush=True)
+        say_last(f"{model}: edit with `python sample.py --checkpoint {model} --video ...`")
     if lock is not None:
         lock.close()
 

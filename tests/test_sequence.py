@@ -293,7 +293,7 @@ def test_ranks_that_share_clips_find_the_gradients_of_one(ranks, tmp_path):
     assert expected["broken"] == 1 and expected["align"] > 0
     largest = max(gradient.abs().max() for gradient in expected_gradients.values())
     for report, gradients in on_ranks(ranks, step_and_gradients, tmp_path, 2, tmp_path):
-        assert report["broken"] == 1 and report["tokens"] == 27
+        assert report["broken"] == 1 and report["tokens"] == 4 * 27
         by_t, expected_by_t = ([x or 0 for x in r["flow_by_t"]] for r in (report, expected))
         assert by_t == pytest.approx(expected_by_t, rel=1e-5)
         for name in ("loss", "flow", "align"):

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from helpers import make_clip, relative_error, tiny_config, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 
+import cli
 import data
 import losses
 import parallel
@@ -543,9 +544,20 @@ def test_another_batch_keeps_the_samples_of_a_step_or_is_refused(alone, tmp_path
         train.main(["--out", str(out), "--resume", "--batch", "3"])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and "has 4 samples in an optimiser step" in error
-    train.main(["--out", str(out), "--resume", "--batch", "2"])
+    train.main(["--out", str(out), "--resume", "--batch", "2", "--accumulate", "4"])
+    assert "keeps its 4 clips, by --accumulate 2" in capsys.readouterr().err
     assert losses_differ_by(log(out), log(alone)) < 1e-5
     assert distance(trained(out), trained(alone)) < 1e-4
+
+
+@pytest.mark.parametrize("change", [("--freeze-lora",), ("--routing-depth", "3")])
+def test_weights_that_would_not_train_any_more_do_not_fall_back(alone, tmp_path, capsys, change):
+    """LoRA, or the connectors of native tokens, which would start again where the run began."""
+    out = fork_at(alone, 5, tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(out), "--resume", *change])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "holds other weights than these options train" in error
 
 
 def test_logging_gradients_changes_nothing(start, alone, tmp_path):
@@ -556,6 +568,29 @@ def test_logging_gradients_changes_nothing(start, alone, tmp_path):
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     logged = [line["step"] for line in log(tmp_path) if "grad_norm_flow" in line]
     assert logged == [5, 10]
+
+
+def test_the_tokens_of_all_clips_of_a_step_are_counted(tmp_path, process_group):
+    """Minibatches need not have the same: clips of a table keep their length and size."""
+    model, vae = tiny_model()
+    args = train.parse_arguments(["--preset", "toy", "--out", str(tmp_path), "--accumulate", "2"])
+    run = train.make_run(model, vae, torch.device("cpu"), args)
+    minibatches = [make_batch(model, vae, lengths)[0] for lengths in ((6, 19), (6,))]
+    report = train.compute_gradients(run, minibatches, args)
+    assert report["tokens"] == 3 * 2 * 2**2  # clips, frames of latents, and their sides
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_rank_0_sees(
+    alone, tmp_path, monkeypatch, process_group
+):
+    """On a network file system another node may not see the last one yet."""
+    newest = finished(alone)[-1]
+    out = fork_at(alone, 5, tmp_path / "run")
+    monkeypatch.setattr(parallel, "from_first_rank", lambda value: [newest])
+    args = train.parse_arguments(["--out", str(out), "--resume"])
+    device = torch.device("cpu")
+    run = train.make_run(*train.load_model(args, None, device), device, args)
+    assert run.step == 10
 
 
 def test_logged_gradients_are_those_of_the_two_losses(tmp_path, process_group):
@@ -809,7 +844,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     folders = tmp_path / "checkpoints"
     assert stop.value.code == 2
     assert error.startswith(f"error: {folders / 'step-00000002'} cannot be written: File too large")
-    assert "it needs 0.00" in error and f"Nothing is lost, {folders / 'step-00000001'}" in error
+    assert "it needs 0.00" in error and f"{folders / 'step-00000001'} is whole: make room" in error
     assert [folder.name for folder in folders.iterdir()] == ["step-00000001"]
     train.main([*arguments, "--resume"])
     assert [line["step"] for line in log(tmp_path)] == [1, 2, 3]
@@ -817,7 +852,8 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
 
 def test_a_full_disk_at_the_export_loses_nothing(start, tmp_path, monkeypatch, capsys):
     def fail(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        with cli.replacing(tmp_path / "model"):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(rvedit, "save", fail)
@@ -841,7 +877,9 @@ class RunsCommand:
 
 
 @pytest.mark.parametrize("option", ("--resume", "--export"))
-def test_a_checkpoint_runs_no_code_and_an_old_one_is_refused(alone, tmp_path, capsys, option):
+def test_a_checkpoint_runs_no_code_and_one_without_checksums_is_refused(
+    alone, tmp_path, capsys, option
+):
     """The former format kept its index in `.metadata`, a pickle, which runs what it says."""
     out = fork_at(alone, 10, tmp_path / "run")
     folder = out / "checkpoints/step-00000010"
@@ -851,7 +889,8 @@ def test_a_checkpoint_runs_no_code_and_an_old_one_is_refused(alone, tmp_path, ca
     with pytest.raises(SystemExit) as stop:
         train.main(["--out", str(out), option])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "was written by an earlier version" in error
+    assert stop.value.code == 2
+    assert error.startswith(f"error: {folder}/checksums.json cannot be read as JSON: ")
     assert not (tmp_path / "hacked").exists()
 
 
@@ -907,12 +946,13 @@ def test_a_run_whose_checkpoints_are_gone_is_left_alone(
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(alone, tmp_path, capsys):
+@pytest.mark.parametrize("steps", (3, 5))  # of 5 to the first checkpoint, which may have failed
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(alone, tmp_path, capsys, steps):
     out = tmp_path / "run"
     out.mkdir()
     shutil.copy(alone / "run.json", out)
     lines = (alone / "log.jsonl").read_text().splitlines(keepends=True)
-    (out / "log.jsonl").write_text("".join(lines[:3]))
+    (out / "log.jsonl").write_text("".join(lines[:steps]))
     train.main(["--out", str(out), "--resume", "--steps", "2"])
     assert "ended before its first checkpoint, and begins again" in capsys.readouterr().err
     assert losses_differ_by(log(out), log(alone)[:2]) == 0
@@ -991,6 +1031,15 @@ def test_a_damaged_run_json_is_found_before_the_run_begins(alone, tmp_path, caps
         assert stop.value.code == 2 and error.startswith(f"error: {out / 'run.json'} "), error
 
 
+def test_an_option_that_was_refused_is_not_taken_up_again(alone, tmp_path, capsys):
+    out = fork_at(alone, 10, tmp_path / "run")
+    before = (out / "run.json").read_text()
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(out), "--resume", "--size", "5", "64", "60"])
+    assert stop.value.code == 2 and "--size 5 64 60: this model takes" in capsys.readouterr().err
+    assert (out / "run.json").read_text() == before
+
+
 def test_a_table_that_has_changed_is_noticed_at_resume(start, tmp_path, capsys):
     file = write_triplets(tmp_path / "data", good=2, bad=0)
     train.main(options(start, tmp_path / "run", "--data", file, "--steps", 1))
@@ -999,6 +1048,18 @@ def test_a_table_that_has_changed_is_noticed_at_resume(start, tmp_path, capsys):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "2"])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and f"{file} changed since the run began" in error
+    shutil.rmtree(tmp_path / "data")
+    train.main(["--out", str(tmp_path / "run"), "--export"])  # needs no clips
+
+
+def test_a_table_that_is_not_there_is_found_before_the_networks_are_read(
+    start, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "load_model", None)
+    with pytest.raises(SystemExit) as stop:
+        train.main(options(start, tmp_path / "run", "--data", tmp_path / "none.csv"))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "none.csv: no such file" in error
 
 
 def test_a_run_is_resumed_from_another_folder(start, tmp_path, monkeypatch):
@@ -1042,13 +1103,14 @@ def poison(result):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(start, tmp_path, monkeypatch, capsys):
-    """It is skipped and logged; ten in a row end the run with exit code 1, and checkpoints stay."""
+    """It is skipped and logged; ten in a row end the run in one line, and its checkpoints stay."""
     during(monkeypatch, 4, poison)
     with pytest.raises(SystemExit) as stop:
         train.main(
             options(start, tmp_path, "--steps", 50, "--batch", 1, "--save-every", 1, "--keep", 2)
         )
-    assert "10 steps in a row" in str(stop.value.code) and "\n" not in stop.value.code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.endswith("was not finite in 10 steps in a row")
     lines = log(tmp_path)
     assert [line["skipped"] for line in lines] == [False] * 3 + [True] * 10
     assert lines[3]["loss"] is None and lines[2]["loss"] > 0
@@ -1093,7 +1155,7 @@ def test_a_broken_clip_is_replaced_and_listed(start, tmp_path, capsys):
     lines = log(tmp_path / "run")
     assert len(lines) == 2 and sum(line["broken"] for line in lines) == 1
     listed = (tmp_path / "run/broken.txt").read_text()
-    assert "note: 1 of 5 clips were broken" in capsys.readouterr().out
+    assert "note: 1 of 5 clips were broken" in capsys.readouterr().err
     assert listed.startswith("triplet 4: ") and "source-3.mp4" in listed and listed.count("\n") == 1
     assert lines[0]["lr"] == lines[1]["lr"] == 1e-5
 
@@ -1254,7 +1316,7 @@ def test_mistakes_get_one_line_and_exit_code_2(start, alone, tmp_path, capsys):
         "add --resume": options(start, alone),
         "needs --data": ["--preset", "wan2.2-ti2v-5b", "--wan", str(tmp_path)],
         "leave one of them out": ["--world", "small", "--data", "a.csv"],
-        "is of another model": options(other, tmp_path / "run", "--resume"),
+        "holds other weights": options(other, tmp_path / "run", "--resume"),
         "holds no run": options(start, tmp_path / "empty", "--export"),
         "holds no run to resume": options(start, tmp_path / "empty", "--resume"),
         "link/model would be replaced": options(start, tmp_path / "link"),
