@@ -959,7 +959,7 @@ def test_what_is_edited_is_not_edited_again(checkpoint, tmp_path, capsys, monkey
     assert "editor.json: the clips there are from another" in fails(
         capsys, *command, "--steps", "3"
     )
-    monkeypatch.setattr(sample, "edit_frames", None)  # nothing is left to do
+    monkeypatch.setattr(sample.Inference, "edit_latents", None)  # nothing is left to do
     edited(bench, out, checkpoint)
 
 
