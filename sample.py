@@ -490,11 +490,10 @@ def forecast(model: RVEDiT, vae: WanVAE, shape: tuple[int, int, int], offload: b
     else:
         peak = encoder + dit + decoder + max(denoising, decoding)
 
-    # What grows with the clip: both contexts of each window; noise, source, z, and while a new z is
-    # computed, it, the velocity, and that times the step.
-    contexts = len(slices) * sum(set(context)) * config.dit.dim * model.encoder.queries.itemsize
+    # What grows with the clip: noise, source, z, and while a new z is computed, it, the velocity,
+    # and that times the step.
     latents = 4 * vae.config.z_dim * length * height * width // vae.config.spatial_factor**2
-    return Forecast(len(slices), step, memory=peak + contexts + 6 * latents)
+    return Forecast(len(slices), step, memory=peak + 6 * latents)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, times: int = 3) -> float:
@@ -703,10 +702,6 @@ class Unfinished:
             save_file({"z": z.cpu()}, temporary, self.edit | {"done": str(done)})
         self.saved_at = time.monotonic()
 
-    def remove(self) -> None:
-        """Forget the steps, because the edit is written."""
-        self.path.unlink(missing_ok=True)
-
 
 def share_out(args: Namespace, model: RVEDiT, vae: WanVAE, num_frames: int) -> Spread | None:
     """Share the edit of a clip out over torchrun's processes, if there are several."""
@@ -746,6 +741,7 @@ def say_last(text: str) -> None:
 
 
 @cli.guarded
+@cli.memory_advice("add --offload on a GPU, or --max-pixels with a smaller number")
 def edit(args: Namespace) -> None:
     """Run the command with its parsed options."""
     start = time.perf_counter()
@@ -771,25 +767,20 @@ def edit(args: Namespace) -> None:
     inference = Inference(model, vae, args.device if args.offload else None, spread)
     unfinished = Unfinished(args)
     sampling = (args.steps, args.shift, args.seed)
-    try:
-        latents, kept = inference.edit_latents(clip, args.prompt, *sampling, unfinished)
-        if not change_mask(latents, kept).any():  # without a word, one would look for the change
-            cli.note(
-                "nothing was changed; say it in other words (for the built-in model, in those that "
-                "`sample.py -h` lists)"
-            )
-        # Frames are decoded, scaled and written as they come.
-        blocks = inference.decode_edit(clip, latents, kept if args.keep_source else None)
-        if RANK > 0:
-            for _ in blocks:  # its share of the work; the first process writes
-                pass
-            return
-        height, width = video.write_video(args.out, blocks, like=source)
-    except torch.OutOfMemoryError:
-        raise cli.Stop(
-            f"out of memory on {args.device}: add --offload, or --max-pixels with a smaller number"
-        ) from None
-    unfinished.remove()
+    latents, kept = inference.edit_latents(clip, args.prompt, *sampling, unfinished)
+    if not change_mask(latents, kept).any():  # without a word, one would look for the change
+        cli.note(
+            "nothing was changed; say it in other words (for the built-in model, in those that "
+            "`sample.py -h` lists)"
+        )
+    # Frames are decoded, scaled and written as they come.
+    blocks = inference.decode_edit(clip, latents, kept if args.keep_source else None)
+    if RANK > 0:
+        for _ in blocks:  # its share of the work; the first process writes
+            pass
+        return
+    height, width = video.write_video(args.out, blocks, like=source)
+    unfinished.path.unlink(missing_ok=True)
     if args.compare:
         edited = clip_of(video.open_video(args.out))
         video.write_video(compare, side_by_side(clip.frames(), edited.frames()), like=source)

@@ -41,7 +41,6 @@ if __name__ == "__main__":
     cli.begin()
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import data
@@ -700,17 +699,14 @@ def make_parser() -> cli.Parser:
 
 
 @cli.guarded
+@cli.memory_advice("add --offload on a GPU, or --max-pixels with a smaller number")
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args, args.options = parser.parse_known_args(argv)
     if args.options and args.command != "run":
         parser.error(f"{' '.join(args.options)}: only `run` takes options of sample.py")
     commands = {"run": run, "judge": judge, "table": table, "rubrics": rubrics, "shapes": shapes}
-    try:
-        commands[args.command](args)
-    except torch.OutOfMemoryError:
-        message = "out of memory: add --offload, or --max-pixels with a smaller number"
-        raise cli.Stop(message) from None
+    commands[args.command](args)
 
 
 if __name__ == "__main__":

@@ -519,7 +519,7 @@ def test_bad_videos_are_named(how, message, checkpoint, tmp_path, capsys):
     [
         (["--prompt", " "], "--prompt: it is empty; say what to change"),
         (["--prompt", "snow \udce9"], "--prompt: it is not valid UTF-8"),
-        (["--max-frames", "0"], "--max-frames: '0' is not a whole number at least 1"),
+        (["--max-frames", "0"], "--max-frames: '0' is not a whole number of at least 1"),
         (["--prompt", "x" * 900], "the instruction makes 1091 tokens, the model takes 600"),
         (["--out", "nowhere/out.mp4"], "nowhere"),
         (["--out", "."], "is a folder"),
@@ -528,12 +528,12 @@ def test_bad_videos_are_named(how, message, checkpoint, tmp_path, capsys):
         (["--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
         (["--checkpoint", "."], "is neither a checkpoint of ours nor Kiwi-Edit's release"),
         (["--wan", "."], "leave out --wan and --qwen"),
-        (["--steps", "0"], "--steps: '0' is not a whole number at least 1"),
-        (["--steps", "many"], "--steps: 'many' is not a whole number at least 1"),
-        (["--shift", "-1"], "--shift: '-1' is not a number at least 0.01"),
-        (["--shift", "nan"], "--shift: 'nan' is not a number at least 0.01"),
+        (["--steps", "0"], "--steps: '0' is not a whole number of at least 1"),
+        (["--steps", "many"], "--steps: 'many' is not a whole number of at least 1"),
+        (["--shift", "-1"], "--shift: '-1' is not a number of at least 0.01"),
+        (["--shift", "nan"], "--shift: 'nan' is not a number of at least 0.01"),
         (["--seed", "-3"], "--seed: '-3' is not a whole number from 0 to"),
-        (["--max-pixels", "0"], "--max-pixels: '0' is not a whole number at least 1"),
+        (["--max-pixels", "0"], "--max-pixels: '0' is not a whole number of at least 1"),
         (["--routing-depth", "4"], "--routing-depth 4: the model has only 3 blocks"),
         (["--dtype", "float16"], "--dtype: invalid choice: 'float16'"),
         (["--device", "warp"], "--device: this machine and this PyTorch have no 'warp'"),
@@ -579,6 +579,39 @@ def test_a_read_only_output_folder_is_named_before_any_work(
         out,
     )
     assert str(tmp_path) in error and not out.exists()
+
+
+@pytest.mark.parametrize("stage", ("load_model", "decode"))
+@pytest.mark.parametrize("on_gpu", (True, False))
+def test_too_little_memory_is_one_line(stage, on_gpu, checkpoint, tmp_path, capsys, monkeypatch):
+    """Already while the model is loaded, and on a CPU, where it is a plain RuntimeError."""
+
+    def exhaust(*_):
+        if on_gpu:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        torch.empty(2**60)
+
+    monkeypatch.setattr(sample, stage, exhaust)
+    clip, out = encode(tmp_path / "in.mp4", images=images(2)), tmp_path / "out.mp4"
+    words = ["--video", clip, "--prompt", "x", "--checkpoint", checkpoint, "--out", out]
+    assert "out of memory: add --offload on a GPU" in expect_error(capsys, *words)
+    assert not out.exists()
+
+
+def test_other_errors_of_pytorch_keep_their_traceback(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load_model", lambda _: torch.zeros(2) + torch.zeros(3))
+    clip = encode(tmp_path / "in.mp4", images=images(2))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        run(checkpoint, clip, tmp_path / "out.mp4")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--video", "in.mp4"], ["--video", "in.mp4", "--prompt", "remove", "the", "circle"]],
+    ids=("no prompt", "quotes lost"),
+)
+def test_missing_and_unknown_words_lead_to_the_help(words, capsys):
+    assert "-h lists the options; a text with spaces needs quotes" in expect_error(capsys, *words)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -911,6 +944,7 @@ def test_only_a_long_edit_is_announced(built_in, capsys, monkeypatch):
     expected = f"2 steps of {step / 1e12:.3g} TFLOP, at least {2 * step / 1e10 / 60:.0f} min"
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and expected in error and "38 windows" in error
+    assert "if it is stopped, --resume continues it" in error
 
 
 # --- Compiling ------------------------------------------------------------------------------------
