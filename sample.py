@@ -518,8 +518,7 @@ def announce(args: Namespace, plan: Forecast) -> None:
         in_windows = "1 window" if plan.windows == 1 else f"{plan.windows} windows"
         cli.say(
             f"plan: {in_windows} and {args.steps} steps of {plan.step / 1e12:.3g} TFLOP, at least "
-            f"{minutes:,.0f} min of denoising; {plan.memory / 1e9:.1f} GB of memory; if it is "
-            "stopped, --resume continues it"
+            f"{minutes:,.0f} min of denoising; {plan.memory / 1e9:.2g} GB of memory"
         )
 
 
@@ -653,7 +652,8 @@ def note_foreign_clip(
 class Unfinished:
     """The latents of an edit that was stopped, in a file beside its output, for --resume.
 
-    They are written at most every SAVE_SECONDS, so a short edit leaves no file.
+    They are written at most every SAVE_SECONDS, so a short edit leaves no file. As a context it
+    forgets them when the edit is written, and says that they are there when it is not.
     """
 
     SAVE_SECONDS = 30
@@ -669,6 +669,18 @@ class Unfinished:
         source = args.video.stat()
         self.edit["video"] = f"{source.st_size} bytes, {source.st_mtime_ns}"
         self.saved_at = time.monotonic()
+        self.done = 0  # steps that the file has
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if RANK > 0:
+            return
+        if error is None:
+            self.path.unlink(missing_ok=True)
+        elif self.done:
+            cli.note(f"with --resume this edit goes on after step {self.done}")
 
     def load(self, noise: Tensor) -> tuple[Tensor, int]:
         """z and the number of steps done: the noise and 0 unless --resume finds more.
@@ -692,6 +704,7 @@ class Unfinished:
             raise ValueError(
                 f"--resume: {self.path} is of another edit, which differs in {', '.join(different)}"
             )
+        self.done = done
         return z, done
 
     def save(self, z: Tensor, done: int) -> None:
@@ -700,7 +713,7 @@ class Unfinished:
             return
         with cli.replacing(self.path) as temporary:
             save_file({"z": z.cpu()}, temporary, self.edit | {"done": str(done)})
-        self.saved_at = time.monotonic()
+        self.saved_at, self.done = time.monotonic(), done
 
 
 def share_out(args: Namespace, model: RVEDiT, vae: WanVAE, num_frames: int) -> Spread | None:
@@ -765,22 +778,21 @@ def edit(args: Namespace) -> None:
         compile_networks(model, vae)
 
     inference = Inference(model, vae, args.device if args.offload else None, spread)
-    unfinished = Unfinished(args)
     sampling = (args.steps, args.shift, args.seed)
-    latents, kept = inference.edit_latents(clip, args.prompt, *sampling, unfinished)
-    if not change_mask(latents, kept).any():  # without a word, one would look for the change
-        cli.note(
-            "nothing was changed; say it in other words (for the built-in model, in those that "
-            "`sample.py -h` lists)"
-        )
-    # Frames are decoded, scaled and written as they come.
-    blocks = inference.decode_edit(clip, latents, kept if args.keep_source else None)
-    if RANK > 0:
-        for _ in blocks:  # its share of the work; the first process writes
-            pass
-        return
-    height, width = video.write_video(args.out, blocks, like=source)
-    unfinished.path.unlink(missing_ok=True)
+    with Unfinished(args) as unfinished:
+        latents, kept = inference.edit_latents(clip, args.prompt, *sampling, unfinished)
+        if not change_mask(latents, kept).any():  # without a word, one would look for the change
+            cli.note(
+                "nothing was changed; say it in other words (for the built-in model, in those that "
+                "`sample.py -h` lists)"
+            )
+        # Frames are decoded, scaled and written as they come.
+        blocks = inference.decode_edit(clip, latents, kept if args.keep_source else None)
+        if RANK > 0:
+            for _ in blocks:  # its share of the work; the first process writes
+                pass
+            return
+        height, width = video.write_video(args.out, blocks, like=source)
     if args.compare:
         edited = clip_of(video.open_video(args.out))
         video.write_video(compare, side_by_side(clip.frames(), edited.frames()), like=source)
