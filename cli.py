@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -86,6 +87,18 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@contextlib.contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Decorate a command: where PyTorch runs out of memory, it says what would help."""
+    try:
+        yield
+    except RuntimeError as error:
+        # By its words, because on a CPU it is an error like any other.
+        if not re.search("out of memory|allocate memory|not enough memory", str(error)):
+            raise
+        raise Stop(f"out of memory: {advice}") from None
+
+
 def check_tasks() -> None:
     """Raise Stop if srun has started several processes that do not know of each other.
 
@@ -141,6 +154,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if RANK > 0:  # all processes of torchrun have the same options: one reports
             raise SystemExit(2)
+        if "arguments" in message:  # some are missing, or there is no such option
+            message += " (-h lists the options; a text with spaces needs quotes)"
         fail(message.removeprefix("argument "))
 
 
@@ -155,7 +170,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
         if low <= value <= high and value != math.inf:
             return value
         name = "a whole number" if kind is int else "a number"
-        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
         raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
 
     return parse
@@ -254,6 +269,7 @@ def prompt(text: str) -> str:
 
 def edit_parser() -> Parser:
     parser = Parser(
+        usage="%(prog)s --video VIDEO --prompt PROMPT [options]",
         description="Edit a video or a photo by an instruction. Without --checkpoint this is the "
         "built-in toy, which knows only moving shapes at 128x128; try --video assets/shapes.mp4 "
         '--prompt "remove the red circle".',
@@ -263,86 +279,88 @@ def edit_parser() -> Parser:
         "left, standing still, ...; a black and white film, an old sepia film, a mosaic, ...",
         allow_abbrev=False,
     )
-    clip = parser.add_argument_group("the edit")
-    clip.add_argument(
+    natural = number(int, 1)
+    group = parser.add_argument_group("the edit")
+    group.add_argument(
         "--video",
         type=Path,
         required=True,
         help="video or photo to edit, in any format FFmpeg reads",
     )
-    clip.add_argument(
+    group.add_argument(
         "--prompt", type=prompt, required=True, help='what to change, as "make the circle blue"'
     )
-    clip.add_argument(
+    group.add_argument(
         "--out",
         type=Path,
         help=".mp4 or .mov, for a photo .png, .jpg or .webp; default: NAME_edited in this folder",
     )
-    clip.add_argument(
+    group.add_argument(
         "--compare",
         action="store_true",
-        help="write source and edit side by side, too: OUT_compare",
+        help="also write source and edit side by side: OUT_compare",
     )
-    clip.add_argument(
+    group.add_argument(
         "--keep-source",
         action="store_true",
         help="where nothing was edited, keep the source's own pixels at full resolution",
     )
-    net = parser.add_argument_group("the model")
-    net.add_argument(
+    group = parser.add_argument_group("the model")
+    group.add_argument(
         "--checkpoint", type=Path, help="our or Kiwi-Edit's checkpoint; default: the built-in toy"
     )
-    net.add_argument(
-        "--wan", type=Path, help="Wan2.2-TI2V-5B's folder, which Kiwi-Edit's training states need"
+    group.add_argument(
+        "--wan", type=Path, help="folder of Wan2.2-TI2V-5B, which Kiwi-Edit's training states need"
     )
-    net.add_argument(
-        "--qwen", type=Path, help="Qwen2.5-VL-3B-Instruct's folder, which they need as well"
+    group.add_argument(
+        "--qwen", type=Path, help="folder of Qwen2.5-VL-3B-Instruct, which they need as well"
     )
-    net.add_argument(
+    group.add_argument(
         "--routing-depth", type=number(int, 0), help="L_s of Eq. 3; default: the checkpoint's"
     )
-    run = parser.add_argument_group("sampling")
-    run.add_argument(
-        "--steps", type=number(int, 1), help="Euler steps; default: the checkpoint's, mostly 50"
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--steps", type=natural, help="Euler steps; default: the checkpoint's, mostly 50"
     )
-    run.add_argument(
+    group.add_argument(
         "--shift",
         type=number(float, 0.01),
         default=SHIFT,
         help=f"timestep shift (default {SHIFT:g})",
     )
-    run.add_argument(
-        "--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise (default 0)"
+    group.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (default 0)"
     )
-    run.add_argument(
+    group.add_argument(
         "--max-pixels",
-        type=number(int, 1),
+        type=natural,
         help="the largest frame, in pixels, that the model works on; default: the checkpoint's",
     )
-    run.add_argument(
+    group.add_argument(
         "--max-frames",
-        type=number(int, 1),
+        type=natural,
         help="frames in one pass, longer clips take overlapping windows; default: the checkpoint's",
     )
-    run.add_argument("--device", type=device_of, help="default: a GPU if there is one")
-    run.add_argument(
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an edit that was stopped; its steps are saved every 30 seconds",
+    )
+    group = parser.add_argument_group("the machine")
+    group.add_argument("--device", type=device_of, help="default: a GPU if there is one")
+    group.add_argument(
+        "--offload", action="store_true", help="keep only the network in use on the GPU"
+    )
+    group.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, else float32"
     )
-    run.add_argument(
+    group.add_argument(
         "--decode-dtype",
         choices=("float32", "bfloat16"),
         default="float32",
         help="of the VAE's decoder; bfloat16 halves the memory peak of an edit (default float32)",
     )
-    run.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue an edit that was stopped; its steps are saved every 30 seconds",
-    )
-    run.add_argument(
-        "--offload", action="store_true", help="keep only the network in use on the GPU"
-    )
-    run.add_argument(
+    group.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="compile the DiT's blocks and the VAE's norms by torch.compile (default on GPUs, for "

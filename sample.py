@@ -29,7 +29,7 @@ import cli
 
 if __name__ == "__main__":
     cli.begin()
-    OPTIONS = cli.edit_parser().parse_args()  # before PyTorch, so that mistakes are found at once
+    cli.edit_parser().parse_args()  # before PyTorch is imported, so that mistakes are found at once
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ def timesteps(steps: int, shift: float) -> Tensor:
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Algorithm 2, line 4: z at t = 1, drawn on the CPU: a seed means the same on every device."""
+    """Line 4: z at t = 1, drawn in float32 on the CPU: a seed means the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
@@ -79,7 +79,7 @@ def denoise(
     shift: float,
     unfinished: Unfinished | None = None,
 ) -> Tensor:
-    """Algorithm 2, lines 5-7: Euler's method from noise at t = 1 to clean latents at t = 0.
+    """Lines 5-7: Euler's method from noise at t = 1 to clean latents at t = 0.
 
     velocity(z, t) is dz/dt, of z's shape; t is (1,). noise is (1, C, t, h, w), float32. unfinished:
     where the steps of an edit that may be stopped are kept, and continued from.
@@ -97,61 +97,242 @@ def denoise(
     return z
 
 
-class Unfinished:
-    """The latents of an edit that was stopped, in a file beside its output, for `--resume`.
+class Clip(NamedTuple):
+    """A clip that is read when it is needed, as often as it is needed."""
 
-    They are written at most every SAVE_SECONDS, so a short edit leaves no file.
+    frames: Callable[[], Iterator[Tensor]]  # from the first on, one by one: uint8 (H, W, 3)
+    shape: tuple[int, int, int]  # (T, H, W)
+
+
+class Inference:
+    """Algorithm 2 with the networks of a model.
+
+    device: where to compute if the networks rest on the CPU, of which only the one in use is there
+    (offloading); without it they compute where they are. spread: how several processes share an
+    edit, each of which gets the whole of it. `times` has the seconds that each stage took.
     """
 
-    SAVE_SECONDS = 30
+    def __init__(
+        self,
+        model: RVEDiT,
+        vae: WanVAE,
+        device: torch.device | None = None,
+        spread: Spread | None = None,
+    ) -> None:
+        self.model, self.vae, self.spread = model, vae, spread
+        self.offload = device is not None
+        self.device = device or model.dit.patch_embedding.weight.device
+        self.times: dict[str, float] = {}
 
-    def __init__(self, args: Namespace) -> None:
-        self.path = cli.beside(args.out, "", ".unfinished.safetensors")
-        self.resume = args.resume
-        # What must be the same for the steps to be worth anything. Options that are not named here,
-        # such as --keep-source, do not change them.
-        names = ("checkpoint", "wan", "qwen", "routing_depth", "max_pixels", "max_frames")
-        names += ("prompt", "steps", "shift", "seed", "dtype")
-        self.edit = {name: str(getattr(args, name)) for name in names}
-        source = args.video.stat()
-        self.edit["video"] = f"{source.st_size} bytes, {source.st_mtime_ns}"
-        self.saved_at = time.monotonic()
+    @torch.no_grad()
+    def edit_latents(
+        self,
+        clip: Clip,
+        instruction: str,
+        steps: int,
+        shift: float,
+        seed: int,
+        unfinished: Unfinished | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Lines 1-7: the latents of the edit and those of its source, (1, C, t, h, w) each."""
+        model, vae, spread = self.model, self.vae, self.spread
+        num_frames, height, width = clip.shape
+        size = size_for(model.config, height, width)
+        factor = vae.config.temporal_factor
+        length, slices = clip_windows(num_frames, model.config)  # in latent frames
+        weights = window_weights(slices, length)
+        # Which of the windows this process computes: all of them, unless processes share the edit.
+        mine = slice(None) if spread is None else spread.windows
 
-    def load(self, noise: Tensor) -> tuple[Tensor, int]:
-        """z and the number of steps done: the noise and 0 unless `--resume` finds more.
+        # The clip is read twice, for the MLLM and for the VAE, rather than kept in memory.
+        with self.stage("understand", model.encoder):
+            limit = model.config.max_mllm_frames
+            seen = [window_frames(window, num_frames, factor, limit) for window in slices[mine]]
+            clips = (video.resize(frames, *size) for frames in pick(clip.frames(), seen))
+            contexts = understand(model, clips, instruction)  # lines 2-3
 
-        Raises ValueError if there is nothing to resume, or it is of another edit.
+        with self.stage("encode", vae.encoder, vae.conv1):
+            blocks = latent_blocks(clip.frames(), length, factor)
+            source = encode(vae, (video.resize(block, *size) for block in blocks), length)
+
+        def velocity(z: Tensor, t: Tensor) -> Tensor:
+            """û_θ(z_t, t | C), each window on its own, with positions that start at 0.
+
+            The DiT never saw positions beyond its window, so a later window cannot have its own.
+            """
+            total = torch.zeros_like(z)
+            for window, weight, context in zip(slices[mine], weights[mine], contexts, strict=True):
+                part = model.dit(z[:, :, window], t, context, source[:, :, window])
+                total[:, :, window] += weight.to(z.device) * part
+            return total if spread is None else spread.add_up(total)
+
+        with self.stage("denoise", model.dit):
+            noise = initial_noise(source.shape, seed).to(source.device)  # line 4
+            latents = denoise(velocity, noise, steps, shift, unfinished)  # lines 5-7
+        return latents, source
+
+    @torch.no_grad()
+    def decode_edit(
+        self, clip: Clip, latents: Tensor, source: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Line 8: the edit of a clip as uint8 (n, H, W, 3) blocks, T frames in all.
+
+        source: the latents of the source, if its own pixels are to be kept where nothing was
+        edited (see `change_mask`).
         """
-        if not self.resume:
-            return noise, 0
+        vae = self.vae
+        with self.stage("decode and write", vae.decoder, vae.conv2):
+            edited = decode(vae, latents, clip.shape)
+            if source is not None:
+                mask = change_mask(latents, source).cpu()
+                blocks = latent_blocks(clip.frames(), len(mask), vae.config.temporal_factor)
+                edited = restore_source(edited, blocks, mask)
+            yield from edited
+
+    @contextlib.contextmanager
+    def stage(self, name: str, *modules: nn.Module) -> Iterator[None]:
+        """Time a stage. If offloading, its modules are on the device only while it runs."""
+        start = time.perf_counter()
         try:
-            with safe_open(self.path, framework="pt") as file:
-                edit = dict(file.metadata())
-                z = file.get_tensor("z").to(noise.device)
-        except (OSError, SafetensorError, TypeError):  # TypeError: a file without metadata
-            raise ValueError(
-                f"--resume: there is no unfinished edit at {self.path}; leave --resume out. The "
-                f"steps of an edit are saved every {self.SAVE_SECONDS} seconds"
-            ) from None
-        done = int(edit.pop("done", 0))
-        different = [name for name in self.edit if self.edit[name] != edit.get(name)]
-        if different:
-            raise ValueError(
-                f"--resume: {self.path} is of another edit, which differs in {', '.join(different)}"
-            )
-        return z, done
+            if self.offload:
+                for module in modules:
+                    module.to(self.device)
+            yield
+        finally:  # also after an error, which the caller may live through
+            if self.offload:
+                for module in modules:
+                    module.cpu()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        if self.device.type == "cuda":
+            # A GPU works on while Python goes on: without waiting, the next stage would be charged.
+            torch.cuda.synchronize(self.device)
+        self.times[name] = time.perf_counter() - start
 
-    def save(self, z: Tensor, done: int) -> None:
-        # After every step all processes have the same z, so one of them writes it.
-        if RANK > 0 or time.monotonic() - self.saved_at < self.SAVE_SECONDS:
-            return
-        with cli.replacing(self.path) as temporary:
-            save_file({"z": z.cpu()}, temporary, self.edit | {"done": str(done)})
-        self.saved_at = time.monotonic()
 
-    def remove(self) -> None:
-        """Forget the steps, because the edit is written."""
-        self.path.unlink(missing_ok=True)
+def edit_video(
+    model: RVEDiT,
+    vae: WanVAE,
+    frames: Tensor,
+    instruction: str,
+    steps: int | None = None,
+    shift: float = cli.SHIFT,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    keep_source: bool = False,
+    times: dict[str, float] | None = None,
+) -> Tensor:
+    """Edit a clip: uint8 (T, H, W, 3) of any length and size -> uint8 (T, H, W, 3), the same shape.
+
+    steps and shift set the sampler's schedule; without steps it is the model's own number, which is
+    50 except for the toy. The same seed on the same machine gives the same frames. device: where to
+    compute when the networks rest on the CPU (offloading); without it they compute where they are.
+    keep_source: where nothing was edited, give back the source's own pixels (see `change_mask`).
+    times is filled with the seconds of each stage.
+
+    Raises ValueError for a clip of another form, steps or a shift that make no schedule, and an
+    instruction that is empty or longer than the MLLM's context.
+    """
+    check_frames(frames)
+    if steps is None:
+        steps = model.config.sampling_steps
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, but the sampler needs at least 1")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift is {shift}, not a positive number")
+    inference = Inference(model, vae, None if device is None else torch.device(device))
+    clip = Clip(lambda: iter(frames), tuple(frames.shape[:3]))
+    latents, source = inference.edit_latents(clip, instruction, steps, shift, seed)
+    blocks = inference.decode_edit(clip, latents, source if keep_source else None)
+    edited = torch.cat(list(blocks))
+    if times is not None:
+        times.update(inference.times)
+    return edited
+
+
+def check_frames(frames: Tensor) -> None:
+    """Raise ValueError unless they are a clip, uint8 (T, H, W, 3), of at least one pixel."""
+    if not isinstance(frames, Tensor):
+        raise ValueError(f"frames must be a tensor, not {type(frames).__name__}")
+    shape = tuple(frames.shape)
+    if frames.dtype != torch.uint8 or len(shape) != 4 or shape[3] != 3 or not frames.numel():
+        dtype = str(frames.dtype).removeprefix("torch.")
+        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {dtype} {shape}")
+
+
+# --- The stages of an edit ------------------------------------------------------------------------
+
+
+def window_frames(window: slice, num_frames: int, factor: int, limit: int) -> list[int]:
+    """Which frames, `limit` at most, the MLLM sees of a window of latent frames."""
+    # Latent frame 0 is frame 0. Latent frame k > 0 is frames factor·(k - 1) + 1 to factor·k.
+    first = max(0, factor * (window.start - 1) + 1)
+    last = factor * (window.stop - 1)
+    chosen = first + evenly_spaced(last - first + 1, limit)
+    # A clip is padded to 4k + 1 frames by repeating its last one.
+    return chosen.clamp(max=num_frames - 1).tolist()
+
+
+def pick(frames: Iterator[Tensor], of_windows: list[list[int]]) -> Iterator[Tensor]:
+    """The frames that are wanted of each window, as a clip (n, H, W, 3), in one pass over all."""
+    wanted = {index for indices in of_windows for index in indices}
+    numbered = enumerate(frames)
+    kept: dict[int, Tensor] = {}  # by index
+    for indices in of_windows:
+        while indices[-1] not in kept:
+            index, frame = next(numbered)
+            if index in wanted:
+                kept[index] = frame
+        yield torch.stack([kept[index] for index in indices])
+        # Later windows start later: they may need frames of this one again, but none before it.
+        kept = {index: frame for index, frame in kept.items() if index >= indices[0]}
+
+
+def understand(model: RVEDiT, clips: Iterator[Tensor], instruction: str) -> list[list[Context]]:
+    """Algorithm 2, lines 2-3: C^(1) ... C^(L) for the uint8 (n, h, w, 3) clip of each window."""
+    contexts = []
+    for clip in progress(clips, desc="reading", unit="window"):
+        # Not `encoder(...)`: FSDP2 would move the frames to the GPU before they are prepared.
+        inputs = model.encoder.prepare([clip], [instruction])
+        condition = model.encoder.encode(inputs)
+        contexts.append(model.contexts(condition))
+    return contexts
+
+
+def latent_blocks(frames: Iterator[Tensor], length: int, factor: int) -> Iterator[Tensor]:
+    """The frames in blocks (n, H, W, 3) of one latent frame each: 1 frame, then `factor` at a time.
+
+    The last frame is repeated until there are `length` blocks.
+    """
+    frame = None
+    for number in range(length):
+        block = []
+        for _ in range(1 if number == 0 else factor):
+            frame = next(frames, frame)  # at the end of the clip, its last frame again
+            block.append(frame)
+        yield torch.stack(block)
+
+
+def encode(vae: WanVAE, blocks: Iterator[Tensor], length: int) -> Tensor:
+    """Blocks of uint8 (n, h, w, 3) frames -> source latents (1, C, length, h, w)."""
+    inputs = (video.to_float(block).unsqueeze(0) for block in blocks)  # (1, 3, n, h, w)
+    # The VAE asks for a block when it has encoded the one before, so one is in memory at a time.
+    latents = progress(vae.encode_chunks(inputs), desc="encoding", unit="block", total=length)
+    return torch.cat(list(latents), dim=2)
+
+
+def decode(vae: WanVAE, latents: Tensor, shape: tuple[int, int, int]) -> Iterator[Tensor]:
+    """Algorithm 2, line 8: latents (1, C, t, h, w) -> T frames H x W, uint8 (n, H, W, 3) blocks.
+
+    This, not the DiT, is the memory peak of an edit, so it works on one latent frame at a time.
+    """
+    frames_left, height, width = shape
+    length = latents.shape[2]
+    decoded = vae.decode_chunks(latents)
+    for block in progress(decoded, desc="decoding", unit="block", total=length):
+        frames = video.to_uint8(block[0])[:frames_left]  # the last block may end with padding
+        yield video.resize(frames, height, width)
+        frames_left -= len(frames)
 
 
 # --- Clips longer than the model's window ---------------------------------------------------------
@@ -228,83 +409,6 @@ def size_for(config: RVEDiTConfig, height: int, width: int) -> tuple[int, int]:
     """`model_size` for a model."""
     limits = (config.max_pixels, config.spatial_factor, config.min_pixels)
     return model_size(height, width, *limits)
-
-
-# --- The stages of an edit ------------------------------------------------------------------------
-
-# Each call reads the clip from its start, and gives its frames one by one: uint8 (H, W, 3).
-Frames = Callable[[], Iterator[Tensor]]
-
-
-def window_frames(window: slice, num_frames: int, factor: int, limit: int) -> list[int]:
-    """Which frames, `limit` at most, the MLLM sees of a window of latent frames."""
-    # Latent frame 0 is frame 0. Latent frame k > 0 is frames factor·(k - 1) + 1 to factor·k.
-    first = max(0, factor * (window.start - 1) + 1)
-    last = factor * (window.stop - 1)
-    chosen = first + evenly_spaced(last - first + 1, limit)
-    # A clip is padded to 4k + 1 frames by repeating its last one.
-    return chosen.clamp(max=num_frames - 1).tolist()
-
-
-def pick(frames: Iterator[Tensor], of_windows: list[list[int]]) -> Iterator[Tensor]:
-    """The frames that are wanted of each window, as a clip (n, H, W, 3), in one pass over all."""
-    wanted = {index for indices in of_windows for index in indices}
-    numbered = enumerate(frames)
-    kept: dict[int, Tensor] = {}  # by index
-    for indices in of_windows:
-        while indices[-1] not in kept:
-            index, frame = next(numbered)
-            if index in wanted:
-                kept[index] = frame
-        yield torch.stack([kept[index] for index in indices])
-        # Later windows start later: they may need frames of this one again, but none before it.
-        kept = {index: frame for index, frame in kept.items() if index >= indices[0]}
-
-
-def understand(model: RVEDiT, clips: Iterator[Tensor], instruction: str) -> list[list[Context]]:
-    """Algorithm 2, lines 2-3: C^(1) ... C^(L) for the uint8 (n, h, w, 3) clip of each window."""
-    contexts = []
-    for clip in progress(clips, desc="reading", unit="window"):
-        # Not `encoder(...)`: FSDP2 would move the frames to the GPU before they are prepared.
-        inputs = model.encoder.prepare([clip], [instruction])
-        condition = model.encoder.encode(inputs)
-        contexts.append(model.contexts(condition))
-    return contexts
-
-
-def latent_blocks(frames: Iterator[Tensor], length: int, factor: int) -> Iterator[Tensor]:
-    """The frames in blocks (n, H, W, 3) of one latent frame each: 1 frame, then `factor` at a time.
-
-    The last frame is repeated until there are `length` blocks.
-    """
-    frame = None
-    for number in range(length):
-        block = []
-        for _ in range(1 if number == 0 else factor):
-            frame = next(frames, frame)  # at the end of the clip, its last frame again
-            block.append(frame)
-        yield torch.stack(block)
-
-
-def encode(vae: WanVAE, blocks: Iterator[Tensor], length: int) -> Tensor:
-    """Blocks of uint8 (n, h, w, 3) frames -> source latents (1, C, length, h, w)."""
-    inputs = (video.to_float(block).unsqueeze(0) for block in blocks)  # (1, 3, n, h, w)
-    # The VAE asks for a block when it has encoded the one before, so one is in memory at a time.
-    latents = progress(vae.encode_chunks(inputs), desc="encoding", total=length)
-    return torch.cat(list(latents), dim=2)
-
-
-def decode(vae: WanVAE, latents: Tensor, shape: tuple[int, int, int]) -> Iterator[Tensor]:
-    """Algorithm 2, line 8: latents (1, C, t, h, w) -> T frames H x W, uint8 (n, H, W, 3) blocks.
-
-    This, not the DiT, is the memory peak of an edit, so it works on one latent frame at a time.
-    """
-    frames_left, height, width = shape
-    decoded = progress(vae.decode_chunks(latents), desc="decoding", total=latents.shape[2])
-    for block in decoded:
-        frames = video.to_uint8(block[0])[:frames_left]  # the last block may end with padding
-        yield video.resize(frames, height, width)
-        frames_left -= len(frames)
 
 
 # --- What was not edited stays as it was (--keep-source) ------------------------------------------
@@ -386,11 +490,10 @@ def forecast(model: RVEDiT, vae: WanVAE, shape: tuple[int, int, int], offload: b
     else:
         peak = encoder + dit + decoder + max(denoising, decoding)
 
-    # What grows with the clip: both contexts of each window; noise, source, z, and while a new z is
-    # computed, it, the velocity, and that times the step.
-    contexts = len(slices) * sum(set(context)) * config.dit.dim * model.encoder.queries.itemsize
+    # What grows with the clip: noise, source, z, and while a new z is computed, it, the velocity,
+    # and that times the step.
     latents = 4 * vae.config.z_dim * length * height * width // vae.config.spatial_factor**2
-    return Forecast(len(slices), step, memory=peak + contexts + 6 * latents)
+    return Forecast(len(slices), step, memory=peak + 6 * latents)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, times: int = 3) -> float:
@@ -415,11 +518,9 @@ def announce(args: Namespace, plan: Forecast) -> None:
         in_windows = "1 window" if plan.windows == 1 else f"{plan.windows} windows"
         cli.say(
             f"plan: {in_windows} and {args.steps} steps of {plan.step / 1e12:.3g} TFLOP, at least "
-            f"{minutes:,.0f} min of denoising; {plan.memory / 1e9:.1f} GB of memory"
+            f"{minutes:,.0f} min of denoising; {plan.memory / 1e9:.2g} GB of memory"
         )
 
-
-# --- Compiling ------------------------------------------------------------------------------------
 
 # FLOPs of denoising from which a single edit on a GPU is compiled by default. That is 15 seconds of
 # an H100. Compiling saves some of them, and takes about as long as it saves where it is done for
@@ -442,190 +543,12 @@ def compile_networks(model: RVEDiT, vae: WanVAE) -> None:
     parallel.compile_norms(vae)
 
 
-# --- From clip to clip ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def stage(
-    name: str,
-    times: dict[str, float],
-    device: torch.device,
-    *modules: nn.Module,
-    offload: bool = False,
-) -> Iterator[None]:
-    """Time a stage of the edit. If offloading, its modules are on the device only while it runs."""
-    start = time.perf_counter()
-    try:
-        if offload:
-            for module in modules:
-                module.to(device)
-        yield
-    finally:  # also after an error, which the caller may live through
-        if offload:
-            for module in modules:
-                module.cpu()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    if device.type == "cuda":
-        # A GPU works on while Python goes on: without waiting, the next stage would be charged.
-        torch.cuda.synchronize(device)
-    times[name] = time.perf_counter() - start
-
-
-@torch.no_grad()
-def edit_frames(
-    model: RVEDiT,
-    vae: WanVAE,
-    frames: Frames,
-    shape: tuple[int, int, int],
-    instruction: str,
-    *,
-    steps: int | None = None,
-    shift: float = cli.SHIFT,
-    seed: int = 0,
-    device: torch.device | None = None,
-    keep_source: bool = False,
-    times: dict[str, float] | None = None,
-    spread: Spread | None = None,
-    unfinished: Unfinished | None = None,
-    if_unchanged: Callable[[], None] | None = None,
-) -> Iterator[Tensor]:
-    """`edit_video` for a clip that is read when needed, and whose edit is yielded block by block.
-
-    frames is called for each pass over the clip; shape is the clip's (T, H, W). Yields uint8
-    (n, H, W, 3) blocks, T frames in all. Memory grows with the latents, not with the frames.
-    spread: how several processes share the work; each of them then yields the whole edit.
-    unfinished: where the steps done are kept until the edit is written.
-    if_unchanged: called if the edit differs from its source nowhere.
-    """
-    times = {} if times is None else times
-    offload = device is not None
-    device = device or model.dit.patch_embedding.weight.device
-    config = model.config
-    factor = vae.config.temporal_factor
-    num_frames, full_height, full_width = shape
-    size = size_for(config, full_height, full_width)
-    length, slices = clip_windows(num_frames, config)  # in latent frames
-    weights = window_weights(slices, length)
-    # Which of the windows this process computes: all of them, unless processes share the edit.
-    mine = slice(None) if spread is None else spread.windows
-
-    # The clip is read twice, for the MLLM and for the VAE, rather than kept in memory in between.
-    with stage("understand", times, device, model.encoder, offload=offload):
-        limit = config.max_mllm_frames
-        seen = [window_frames(window, num_frames, factor, limit) for window in slices[mine]]
-        clips = (video.resize(clip, *size) for clip in pick(frames(), seen))
-        contexts = understand(model, clips, instruction)  # Alg. 2, lines 2-3
-
-    with stage("encode", times, device, vae.encoder, vae.conv1, offload=offload):
-        blocks = (video.resize(block, *size) for block in latent_blocks(frames(), length, factor))
-        source = encode(vae, blocks, length)  # (1, C, t, h, w)
-
-    def velocity(z: Tensor, t: Tensor) -> Tensor:
-        """û_θ(z_t, t | C), each window on its own, with positions that start at 0.
-
-        The DiT never saw positions beyond its window, so a later window cannot have its own.
-        """
-        total = torch.zeros_like(z)
-        for window, weight, context in zip(slices[mine], weights[mine], contexts, strict=True):
-            part = model.dit(z[:, :, window], t, context, source[:, :, window])
-            total[:, :, window] += weight.to(z.device) * part
-        return total if spread is None else spread.add_up(total)
-
-    with stage("denoise", times, device, model.dit, offload=offload):
-        noise = initial_noise(source.shape, seed).to(device)  # Alg. 2, line 4
-        steps = steps or config.sampling_steps
-        latents = denoise(velocity, noise, steps, shift, unfinished)  # lines 5-7
-
-    with stage("decode and write", times, device, vae.decoder, vae.conv2, offload=offload):
-        edited = decode(vae, latents, shape)  # Alg. 2, line 8
-        if keep_source or if_unchanged is not None:
-            mask = change_mask(latents, source).cpu()
-        if if_unchanged is not None and not mask.any():
-            if_unchanged()
-        if keep_source:  # a third time that the clip is read
-            edited = restore_source(edited, latent_blocks(frames(), length, factor), mask)
-        yield from edited
-
-
-def check_clip(frames: Tensor) -> None:
-    """Raise ValueError unless a clip is uint8 (T, H, W, 3) with at least one frame of a pixel."""
-    if not isinstance(frames, Tensor):
-        raise ValueError(f"frames must be a tensor, not {type(frames).__name__}")
-    shape = tuple(frames.shape)
-    if frames.dtype != torch.uint8 or len(shape) != 4 or shape[3] != 3 or not frames.numel():
-        dtype = str(frames.dtype).removeprefix("torch.")
-        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {dtype} {shape}")
-
-
-def edit_video(
-    model: RVEDiT,
-    vae: WanVAE,
-    frames: Tensor,
-    instruction: str,
-    steps: int | None = None,
-    shift: float = cli.SHIFT,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    keep_source: bool = False,
-    times: dict[str, float] | None = None,
-) -> Tensor:
-    """Edit a clip: uint8 (T, H, W, 3) of any length and size -> uint8 (T, H, W, 3), the same shape.
-
-    steps and shift set the sampler's schedule; without steps it is the model's own number, which is
-    50 except for the toy. The same seed on the same machine gives the same frames. device: where to
-    compute when the networks rest on the CPU (offloading); without it they compute where they are.
-    keep_source: where nothing was edited, give back the source's own pixels (see `change_mask`).
-    times is filled with the seconds of each stage.
-
-    Raises ValueError for a clip of another form, steps or a shift that make no schedule, and an
-    instruction that is empty or longer than the MLLM's context.
-    """
-    check_clip(frames)
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps is {steps}, but the sampler needs at least 1")
-    if not 0 < shift < math.inf:
-        raise ValueError(f"shift is {shift}, not a positive number")
-    if device is not None:
-        device = torch.device(device)
-    shape = tuple(frames.shape[:3])
-    blocks = edit_frames(
-        model,
-        vae,
-        lambda: iter(frames),
-        shape,
-        instruction,
-        steps=steps,
-        shift=shift,
-        seed=seed,
-        device=device,
-        keep_source=keep_source,
-        times=times,
-    )
-    edited = torch.empty(frames.shape, dtype=torch.uint8)
-    done = 0
-    for block in blocks:
-        edited[done : done + len(block)] = block
-        done += len(block)
-    return edited
-
-
 # --- Command line ---------------------------------------------------------------------------------
-
-# Frames of the built-in model's own world come out of its VAE at this PSNR or more, in dB. Of three
-# real clips the best frame reached 25.1; of 60 synthetic ones of 96 x 96 the worst 28.7.
-OWN_WORLD_PSNR = 26.0
-OWN_WORLD_SIDES = range(64, 193)  # pixels
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
-    """The options of sample.py, with the defaults that depend on other options or the machine."""
+    """The options, with the defaults of --out, --device and --dtype; a model's: `load_model`."""
     args = cli.edit_parser().parse_args(argv)
-    return with_defaults(args)
-
-
-def with_defaults(args: Namespace) -> Namespace:
-    """Fill in the defaults of --out, --device and --dtype; those of the model: see `load_model`."""
     if args.out is None:
         args.out = Path(f"{args.video.stem}_edited{video.default_ending(args.video)}")
     if args.device is None:
@@ -645,25 +568,20 @@ def load_model(args: Namespace) -> tuple[RVEDiT, WanVAE]:
         raise ValueError(
             "--wan and --qwen alone cannot edit yet, but start a training: add --checkpoint"
         )
-    resting = torch.device("cpu") if args.offload else args.device
     model, vae = rvedit.load(
         args.checkpoint,
         args.wan,
         args.qwen,
-        device=resting,
+        device=torch.device("cpu") if args.offload else args.device,
         dtype=getattr(torch, args.dtype),
         decoder_dtype=getattr(torch, args.decode_dtype),
     )
-    # These options change no weights, so they can be applied to a model that is already filled.
-    config = model.config
     if args.routing_depth is not None:
-        check_routing_depth(args.routing_depth, config)
-        config = dataclasses.replace(config, routing_depth=args.routing_depth)
-    if args.max_pixels is not None:
-        config = dataclasses.replace(config, max_pixels=args.max_pixels)
-    if args.max_frames is not None:
-        config = dataclasses.replace(config, max_frames=args.max_frames)
-    model.config = config
+        check_routing_depth(args.routing_depth, model.config)
+    # These options change no weights, so they can be applied to a model that is already filled.
+    names = ("routing_depth", "max_pixels", "max_frames")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    model.config = dataclasses.replace(model.config, **given)
     return model, vae
 
 
@@ -679,43 +597,6 @@ def check_routing_depth(depth: int, config: RVEDiTConfig) -> None:
             f"--routing-depth {depth}: this checkpoint's blocks were never shown visual and "
             "textual tokens; train it at that depth first, or leave the option out"
         )
-
-
-@torch.no_grad()
-def note_foreign_clip(
-    checkpoint: Path | None, model: RVEDiT, vae: WanVAE, frames: Iterator[Tensor]
-) -> None:
-    """Say on stderr if the built-in model is given a clip that is not of its own world.
-
-    checkpoint: where the model came from. frames: of the clip, uint8 (H, W, 3). For other models
-    none is asked for, so that none is decoded.
-    """
-    if checkpoint is not None and checkpoint.resolve() != rvedit.TOY.resolve():
-        return
-    if RANK > 0:
-        return
-    frame = next(frames)
-    sides = frame.shape[:2]
-    size = size_for(model.config, *sides)
-    resized = video.resize(frame.unsqueeze(0), *size)  # (1, h, w, 3)
-    picture = video.to_float(resized).unsqueeze(0)  # (1, 3, 1, h, w)
-    picture = picture.to(vae.conv1.weight.device)
-    # The toy's VAE has only seen shapes, so it blurs everything else: a cheap test of its world.
-    error = (vae.decode(vae.encode(picture)) - picture).square().mean()
-    psnr = 10 * math.log10(4 / error.item())  # of values in [-1, 1]: the peak is 2, its square 4
-    if psnr < OWN_WORLD_PSNR or any(side not in OWN_WORLD_SIDES for side in sides):
-        cli.note(
-            "the built-in model knows only moving shapes at about 128x128, such as "
-            "assets/shapes.mp4; for real footage add --checkpoint (README, Checkpoints)"
-        )
-
-
-def note_unchanged() -> None:
-    """Say on stderr that an edit did nothing: without it, a user would look for the change."""
-    cli.note(
-        "nothing was changed; say it in other words (for the built-in model, in those that "
-        "`sample.py -h` lists)"
-    )
 
 
 def check_output(option: str, path: Path, source: Path) -> None:
@@ -737,17 +618,102 @@ def check_outputs(args: Namespace) -> Path:
     return compare
 
 
-def frames_of(clip: video.Video) -> Iterator[Tensor]:
-    """The frames of a clip, uint8 (H, W, 3), decoded as they are needed."""
-    for block in clip.blocks(8):
-        yield from block
+# Frames of the built-in model's own world come out of its VAE at this PSNR or more, in dB. Of three
+# real clips the best frame reached 25.1; of 60 synthetic ones of 96 x 96 the worst 28.7.
+OWN_WORLD_PSNR = 26.0
+OWN_WORLD_SIDES = range(64, 193)  # pixels
 
 
-def side_by_side(source: Iterator[Tensor], edited: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Pairs of uint8 (H, W, 3) frames, the edit perhaps one pixel smaller -> (1, h, 2 w, 3)."""
-    for left, right in zip(source, edited, strict=True):
-        height, width, _ = right.shape
-        yield torch.cat((left[:height, :width], right), dim=1).unsqueeze(0)
+@torch.no_grad()
+def note_foreign_clip(
+    checkpoint: Path | None, model: RVEDiT, vae: WanVAE, frames: Iterator[Tensor]
+) -> None:
+    """Say on stderr if the built-in model is given a clip that is not of its own world.
+
+    checkpoint: where the model came from. frames: of the clip, uint8 (H, W, 3). For other models
+    none is asked for, so that none is decoded.
+    """
+    if checkpoint is not None and checkpoint.resolve() != rvedit.TOY.resolve():
+        return
+    frame = next(frames)
+    sides = frame.shape[:2]
+    resized = video.resize(frame.unsqueeze(0), *size_for(model.config, *sides))  # (1, h, w, 3)
+    picture = video.to_float(resized).unsqueeze(0).to(vae.conv1.weight.device)  # (1, 3, 1, h, w)
+    # The toy's VAE has only seen shapes, so it blurs everything else: a cheap test of its world.
+    error = (vae.decode(vae.encode(picture)) - picture).square().mean()
+    psnr = 10 * math.log10(4 / error.item())  # of values in [-1, 1]: the peak is 2, its square 4
+    if psnr < OWN_WORLD_PSNR or any(side not in OWN_WORLD_SIDES for side in sides):
+        cli.note(
+            "the built-in model knows only moving shapes at about 128x128, such as "
+            "assets/shapes.mp4; for real footage add --checkpoint (README, Checkpoints)"
+        )
+
+
+class Unfinished:
+    """The latents of an edit that was stopped, in a file beside its output, for --resume.
+
+    They are written at most every SAVE_SECONDS, so a short edit leaves no file. As a context it
+    forgets them when the edit is written, and says that they are there when it is not.
+    """
+
+    SAVE_SECONDS = 30
+
+    def __init__(self, args: Namespace) -> None:
+        self.path = cli.beside(args.out, "", ".unfinished.safetensors")
+        self.resume = args.resume
+        # What must be the same for the steps to be worth anything. Options that are not named here,
+        # such as --keep-source, do not change them.
+        names = ("checkpoint", "wan", "qwen", "routing_depth", "max_pixels", "max_frames")
+        names += ("prompt", "steps", "shift", "seed", "dtype")
+        self.edit = {name: str(getattr(args, name)) for name in names}
+        source = args.video.stat()
+        self.edit["video"] = f"{source.st_size} bytes, {source.st_mtime_ns}"
+        self.saved_at = time.monotonic()
+        self.done = 0  # steps that the file has
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if RANK > 0:
+            return
+        if error is None:
+            self.path.unlink(missing_ok=True)
+        elif self.done:
+            cli.note(f"with --resume this edit goes on after step {self.done}")
+
+    def load(self, noise: Tensor) -> tuple[Tensor, int]:
+        """z and the number of steps done: the noise and 0 unless --resume finds more.
+
+        Raises ValueError if there is nothing to resume, or it is of another edit.
+        """
+        if not self.resume:
+            return noise, 0
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                edit = dict(file.metadata())
+                z = file.get_tensor("z").to(noise.device)
+        except (OSError, SafetensorError, TypeError):  # TypeError: a file without metadata
+            raise ValueError(
+                f"--resume: there is no unfinished edit at {self.path}; leave --resume out. The "
+                f"steps of an edit are saved every {self.SAVE_SECONDS} seconds"
+            ) from None
+        done = int(edit.pop("done", 0))
+        different = [name for name in self.edit if self.edit[name] != edit.get(name)]
+        if different:
+            raise ValueError(
+                f"--resume: {self.path} is of another edit, which differs in {', '.join(different)}"
+            )
+        self.done = done
+        return z, done
+
+    def save(self, z: Tensor, done: int) -> None:
+        # After every step all processes have the same z, so one of them writes it.
+        if RANK > 0 or time.monotonic() - self.saved_at < self.SAVE_SECONDS:
+            return
+        with cli.replacing(self.path) as temporary:
+            save_file({"z": z.cpu()}, temporary, self.edit | {"done": str(done)})
+        self.saved_at, self.done = time.monotonic(), done
 
 
 def share_out(args: Namespace, model: RVEDiT, vae: WanVAE, num_frames: int) -> Spread | None:
@@ -761,6 +727,23 @@ def share_out(args: Namespace, model: RVEDiT, vae: WanVAE, num_frames: int) -> S
     return sequence.Spread(model, vae, len(slices))
 
 
+def clip_of(source: video.Video) -> Clip:
+    """A clip whose frames are decoded as they are needed."""
+
+    def frames() -> Iterator[Tensor]:
+        for block in source.blocks(8):
+            yield from block
+
+    return Clip(frames, (len(source.timestamps), source.height, source.width))
+
+
+def side_by_side(source: Iterator[Tensor], edited: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Pairs of uint8 (H, W, 3) frames, the edit perhaps one pixel smaller -> (1, h, 2 w, 3)."""
+    for left, right in zip(source, edited, strict=True):
+        height, width, _ = right.shape
+        yield torch.cat((left[:height, :width], right), dim=1).unsqueeze(0)
+
+
 def say_last(text: str) -> None:
     """Print what was done. That nobody can read it makes no failure of it."""
     try:
@@ -771,69 +754,55 @@ def say_last(text: str) -> None:
 
 
 @cli.guarded
+@cli.memory_advice("add --offload on a GPU, or --max-pixels with a smaller number")
 def edit(args: Namespace) -> None:
     """Run the command with its parsed options."""
-    times: dict[str, float] = {}  # seconds of each stage, in the order in which they end
+    start = time.perf_counter()
     # All that can be wrong with files is found before the model is loaded.
     compare = check_outputs(args)
-    with stage("read", times, args.device):
-        clip = video.open_video(args.video)
-        if RANK == 0:  # which writes, and says what of the sound is lost
-            video.prepare_edit(clip, args.out)
-        if args.compare:
-            video.check_size(compare, clip.height, 2 * clip.width)
-    shape = (len(clip.timestamps), clip.height, clip.width)
-    with stage("load", times, args.device):
-        model, vae = load_model(args)
+    source = video.open_video(args.video)
+    if RANK == 0:  # which writes, and says what of the sound is lost
+        video.prepare_edit(source, args.out)
+    if args.compare:
+        video.check_size(compare, source.height, 2 * source.width)
+    clip = clip_of(source)
+    num_frames, full_height, full_width = clip.shape
+
+    model, vae = load_model(args)
     args.steps = args.steps or model.config.sampling_steps
-    note_foreign_clip(args.checkpoint, model, vae, frames_of(clip))
-    spread = share_out(args, model, vae, shape[0])
-    unfinished = Unfinished(args)
-    plan = forecast(model, vae, shape, args.offload)
+    note_foreign_clip(args.checkpoint, model, vae, clip.frames())
+    spread = share_out(args, model, vae, num_frames)
+    plan = forecast(model, vae, clip.shape, args.offload)
     announce(args, plan)
     if pays_to_compile(args, plan):
         compile_networks(model, vae)
 
-    # Frames are decoded, scaled and written as they come: the clip is never in memory as a whole.
-    blocks = edit_frames(
-        model,
-        vae,
-        lambda: frames_of(clip),
-        shape,
-        args.prompt,
-        steps=args.steps,
-        shift=args.shift,
-        seed=args.seed,
-        device=args.device if args.offload else None,
-        keep_source=args.keep_source,
-        times=times,
-        spread=spread,
-        unfinished=unfinished,
-        if_unchanged=note_unchanged,
-    )
-    try:
+    inference = Inference(model, vae, args.device if args.offload else None, spread)
+    sampling = (args.steps, args.shift, args.seed)
+    with Unfinished(args) as unfinished:
+        latents, kept = inference.edit_latents(clip, args.prompt, *sampling, unfinished)
+        if not change_mask(latents, kept).any():  # without a word, one would look for the change
+            cli.note(
+                "nothing was changed; say it in other words (for the built-in model, in those that "
+                "`sample.py -h` lists)"
+            )
+        # Frames are decoded, scaled and written as they come.
+        blocks = inference.decode_edit(clip, latents, kept if args.keep_source else None)
         if RANK > 0:
             for _ in blocks:  # its share of the work; the first process writes
                 pass
             return
-        height, width = video.write_video(args.out, blocks, like=clip)
-    except torch.OutOfMemoryError:
-        raise cli.Stop(
-            f"out of memory on {args.device}: add --offload, or --max-pixels with a smaller number"
-        ) from None
-    unfinished.remove()
+        height, width = video.write_video(args.out, blocks, like=source)
     if args.compare:
-        with stage("compare", times, args.device):
-            edited = video.open_video(args.out)
-            pairs = side_by_side(frames_of(clip), frames_of(edited))
-            video.write_video(compare, pairs, like=clip)
+        edited = clip_of(video.open_video(args.out))
+        video.write_video(compare, side_by_side(clip.frames(), edited.frames()), like=source)
 
-    num_frames, full_height, full_width = shape
     if (height, width) != (full_height, full_width):
         cli.note(f"H.264 has no odd sides, {full_width}x{full_height} became {width}x{height}")
-    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in times.items())
     frames = "1 frame" if num_frames == 1 else f"{num_frames} frames"
-    say_last(f"{args.out}: {frames} of {width}x{height} ({seconds})")
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in inference.times.items())
+    seconds = time.perf_counter() - start
+    say_last(f"{args.out}: {frames} of {width}x{height} in {seconds:.1f} s ({stages})")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -841,4 +810,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    edit(with_defaults(OPTIONS))
+    main()

@@ -44,7 +44,6 @@ if __name__ == "__main__":
     cli.begin()
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import data
@@ -174,23 +173,19 @@ def describe_editor(settings: Namespace, model: RVEDiT, vae: WanVAE) -> dict[str
 
 
 def edit_clip(
-    model: RVEDiT, vae: WanVAE, settings: Namespace, clip: video.Video, prompt: str, out: Path
+    inference: sample.Inference,
+    settings: Namespace,
+    source: video.Video,
+    prompt: str,
+    out: Path,
 ) -> None:
     """Edit a clip as `sample.py` does with these options."""
-    video.prepare_edit(clip, out)
-    blocks = sample.edit_frames(
-        model,
-        vae,
-        lambda: sample.frames_of(clip),
-        (len(clip.timestamps), clip.height, clip.width),
-        prompt,
-        steps=settings.steps,
-        shift=settings.shift,
-        seed=settings.seed,
-        device=settings.device if settings.offload else None,
-        keep_source=settings.keep_source,
-    )
-    video.write_video(out, blocks, like=clip)
+    video.prepare_edit(source, out)
+    clip = sample.clip_of(source)
+    sampling = (settings.steps, settings.shift, settings.seed)
+    latents, kept = inference.edit_latents(clip, prompt, *sampling)
+    blocks = inference.decode_edit(clip, latents, kept if settings.keep_source else None)
+    video.write_video(out, blocks, like=source)
 
 
 def run(args: Namespace) -> None:
@@ -209,6 +204,7 @@ def run(args: Namespace) -> None:
         settings.compile = settings.device.type == "cuda"  # many edits gain by it
     if settings.compile:
         sample.compile_networks(model, vae)
+    inference = sample.Inference(model, vae, settings.device if settings.offload else None)
 
     # Clips of two editors in one folder would be judged as those of one, so an editor that is
     # already described there must be this one.
@@ -233,9 +229,9 @@ def run(args: Namespace) -> None:
         try:
             clip = video.open_video(rows[key]["source"])
             if key == missing[0]:
-                frames = sample.frames_of(clip)
+                frames = sample.clip_of(clip).frames()
                 sample.note_foreign_clip(settings.checkpoint, model, vae, frames)
-            edit_clip(model, vae, settings, clip, rows[key]["prompt"], edits[key])
+            edit_clip(inference, settings, clip, rows[key]["prompt"], edits[key])
         except (ValueError, OSError) as error:
             failed.append(error)  # one clip that cannot be read does not cost the others
     if failed:
@@ -708,17 +704,14 @@ def make_parser() -> cli.Parser:
 
 
 @cli.guarded
+@cli.memory_advice("add --offload on a GPU, or --max-pixels with a smaller number")
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args, args.options = parser.parse_known_args(argv)
     if args.options and args.command != "run":
         parser.error(f"{' '.join(args.options)}: only `run` takes options of sample.py")
     commands = {"run": run, "judge": judge, "table": table, "rubrics": rubrics}
-    try:
-        commands[args.command](args)
-    except torch.OutOfMemoryError:
-        message = "out of memory: add --offload, or --max-pixels with a smaller number"
-        raise cli.Stop(message) from None
+    commands[args.command](args)
 
 
 if __name__ == "__main__":

@@ -457,7 +457,7 @@ def test_clips_that_cannot_be_read_are_skipped_and_said(checkpoints, tmp_path, c
         (["--base", "nowhere"], "checkpoint nowhere does not exist"),
         (["--data", "nowhere.csv"], "nowhere.csv"),
         (["--data", "nowhere.csv", "--world", "small"], "--world is about moving shapes"),
-        (["--clips", "0"], "--clips: '0' is not a whole number at least 1"),
+        (["--clips", "0"], "--clips: '0' is not a whole number of at least 1"),
         (["--size", "5", "64", "70"], "--size: height and width must be multiples of 8"),
         (["--timesteps", "many"], "--timesteps: 'many' is not a whole number"),
         (["--out", __file__], "test_analyze.py"),

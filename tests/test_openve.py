@@ -1023,7 +1023,7 @@ def test_what_is_edited_is_not_edited_again(checkpoint, tmp_path, capsys, monkey
     command = ["run", "--bench", bench, "--out", out, "--checkpoint", checkpoint, "--device", "cpu"]
     error = fails(capsys, *command, "--steps", "3")
     assert "editor.json: the clips there are from another editor, which differs in steps;" in error
-    monkeypatch.setattr(sample, "edit_frames", None)  # nothing is left to do
+    monkeypatch.setattr(sample.Inference, "edit_latents", None)  # nothing is left to do
     edited(bench, out, checkpoint)
 
 

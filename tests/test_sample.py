@@ -219,10 +219,10 @@ def test_without_a_number_of_steps_it_is_the_models(tmp_path, monkeypatch, capsy
     assert not torch.equal(edit, sample.edit_video(model, vae, frames, "add snow", steps=2))
     rvedit.save(tmp_path / "tiny", model, vae)
 
-    def say_steps(*_, steps, **__):
+    def say_steps(self, clip, instruction, steps, *_):
         raise ValueError(f"steps: {steps}")
 
-    monkeypatch.setattr(sample, "edit_frames", say_steps)
+    monkeypatch.setattr(sample.Inference, "edit_latents", say_steps)
     clip = str(ROOT / "assets" / "shapes.mp4")
     words = ["--video", clip, "--prompt", "x", "--out", str(tmp_path / "out.mp4")]
     for given, steps in (([], 3), (["--steps", "2"], 2)):
@@ -425,7 +425,9 @@ def test_options_reach_the_model(checkpoint, tmp_path):
     assert torch.equal(plain, frames("--offload"))
 
 
-def test_an_edit_that_was_stopped_goes_on_from_its_last_step(checkpoint, tmp_path, monkeypatch):
+def test_an_edit_that_was_stopped_goes_on_from_its_last_step(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
     """Interrupted at its third step of four, it takes the last two and gives the same file."""
     clip = encode(tmp_path / "in.mp4", images=images(5))
     monkeypatch.setattr(sample.Unfinished, "SAVE_SECONDS", 0)
@@ -443,6 +445,7 @@ def test_an_edit_that_was_stopped_goes_on_from_its_last_step(checkpoint, tmp_pat
     with pytest.raises(SystemExit) as stop:
         run(checkpoint, clip, tmp_path / "out.mp4", "--steps", "4")
     assert stop.value.code == 130
+    assert capsys.readouterr().err == "note: with --resume this edit goes on after step 2\n"
     run(checkpoint, clip, tmp_path / "out.mp4", "--steps", "4", "--resume")
     assert len(calls) == 5
     assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
@@ -519,7 +522,7 @@ def test_bad_videos_are_named(how, message, checkpoint, tmp_path, capsys):
     [
         (["--prompt", " "], "--prompt: it is empty; say what to change"),
         (["--prompt", "snow \udce9"], "--prompt: it is not valid UTF-8"),
-        (["--max-frames", "0"], "--max-frames: '0' is not a whole number at least 1"),
+        (["--max-frames", "0"], "--max-frames: '0' is not a whole number of at least 1"),
         (["--prompt", "x" * 900], "the instruction makes 1091 tokens, the model takes 600"),
         (["--out", "nowhere/out.mp4"], "nowhere"),
         (["--out", "."], "is a folder"),
@@ -528,12 +531,12 @@ def test_bad_videos_are_named(how, message, checkpoint, tmp_path, capsys):
         (["--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
         (["--checkpoint", "."], "is neither a checkpoint of ours nor Kiwi-Edit's release"),
         (["--wan", "."], "leave out --wan and --qwen"),
-        (["--steps", "0"], "--steps: '0' is not a whole number at least 1"),
-        (["--steps", "many"], "--steps: 'many' is not a whole number at least 1"),
-        (["--shift", "-1"], "--shift: '-1' is not a number at least 0.01"),
-        (["--shift", "nan"], "--shift: 'nan' is not a number at least 0.01"),
+        (["--steps", "0"], "--steps: '0' is not a whole number of at least 1"),
+        (["--steps", "many"], "--steps: 'many' is not a whole number of at least 1"),
+        (["--shift", "-1"], "--shift: '-1' is not a number of at least 0.01"),
+        (["--shift", "nan"], "--shift: 'nan' is not a number of at least 0.01"),
         (["--seed", "-3"], "--seed: '-3' is not a whole number from 0 to"),
-        (["--max-pixels", "0"], "--max-pixels: '0' is not a whole number at least 1"),
+        (["--max-pixels", "0"], "--max-pixels: '0' is not a whole number of at least 1"),
         (["--routing-depth", "4"], "--routing-depth 4: the model has only 3 blocks"),
         (["--dtype", "float16"], "--dtype: invalid choice: 'float16'"),
         (["--device", "warp"], "--device: this machine and this PyTorch have no 'warp'"),
@@ -579,6 +582,39 @@ def test_a_read_only_output_folder_is_named_before_any_work(
         out,
     )
     assert str(tmp_path) in error and not out.exists()
+
+
+@pytest.mark.parametrize("stage", ("load_model", "decode"))
+@pytest.mark.parametrize("on_gpu", (True, False))
+def test_too_little_memory_is_one_line(stage, on_gpu, checkpoint, tmp_path, capsys, monkeypatch):
+    """Already while the model is loaded, and on a CPU, where it is a plain RuntimeError."""
+
+    def exhaust(*_):
+        if on_gpu:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        torch.empty(2**60)
+
+    monkeypatch.setattr(sample, stage, exhaust)
+    clip, out = encode(tmp_path / "in.mp4", images=images(2)), tmp_path / "out.mp4"
+    words = ["--video", clip, "--prompt", "x", "--checkpoint", checkpoint, "--out", out]
+    assert "out of memory: add --offload on a GPU" in expect_error(capsys, *words)
+    assert not out.exists()
+
+
+def test_other_errors_of_pytorch_keep_their_traceback(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load_model", lambda _: torch.zeros(2) + torch.zeros(3))
+    clip = encode(tmp_path / "in.mp4", images=images(2))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        run(checkpoint, clip, tmp_path / "out.mp4")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--video", "in.mp4"], ["--video", "in.mp4", "--prompt", "remove", "the", "circle"]],
+    ids=("no prompt", "quotes lost"),
+)
+def test_missing_and_unknown_words_lead_to_the_help(words, capsys):
+    assert "-h lists the options; a text with spaces needs quotes" in expect_error(capsys, *words)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -635,7 +671,7 @@ def test_the_command_runs_as_the_readme_says(checkpoint, tmp_path):
     )
     assert good.returncode == 0 and good.stderr == "", good.stderr
     assert (
-        good.stdout.startswith("in_edited.mp4: 5 frames of 64x48 (")
+        good.stdout.startswith("in_edited.mp4: 5 frames of 64x48 in ")
         and good.stdout.count("\n") == 1
     )
     assert (tmp_path / "in_edited.mp4").is_file()
@@ -969,25 +1005,15 @@ def test_the_built_in_model_says_that_real_footage_is_not_its_world(built_in, ca
         assert "knows only moving shapes" in error and error.count("\n") == 1
 
 
-def test_an_edit_that_changes_nothing_is_said(built_in):
+def test_an_edit_that_changes_nothing_is_said(tmp_path, capsys):
     """The clip shows no blue square; it shows a red circle."""
-    source = video.read_video(ROOT / "assets" / "shapes.mp4").frames
-    said = []
+    words = ["--video", str(ROOT / "assets" / "shapes.mp4"), "--out", str(tmp_path / "out.mp4")]
+    notes = {}
     for prompt in ("remove the blue square", "remove the red circle"):
-        blocks = sample.edit_frames(
-            *built_in,
-            lambda: iter(source),
-            tuple(source.shape[:3]),
-            prompt,
-            steps=2,
-            shift=5.0,
-            seed=0,
-            device=None,
-            keep_source=False,
-            if_unchanged=lambda prompt=prompt: said.append(prompt),
-        )
-        list(blocks)
-    assert said == ["remove the blue square"]
+        sample.main([*words, "--prompt", prompt, "--device", "cpu"])
+        notes[prompt] = capsys.readouterr().err
+    assert notes["remove the blue square"].startswith("note: nothing was changed")
+    assert notes["remove the red circle"] == ""
 
 
 def test_help_lists_the_words_of_the_built_in_model():

@@ -200,24 +200,14 @@ def edited_frames(shared, max_frames):
     """An edit of 33 frames: one window of 81 frames, or two of 17."""
     model, vae = tiny_model(max_frames=max_frames)
     frames = make_clip(33, 64, 48)
-    shape = tuple(frames.shape[:3])
     spread = None
     if shared:
         _, windows = sample.clip_windows(len(frames), model.config)
         spread = sequence.Spread(model, vae, len(windows))
-    blocks = sample.edit_frames(
-        model,
-        vae,
-        lambda: iter(frames),
-        shape,
-        "add snow",
-        steps=2,
-        shift=5.0,
-        seed=0,
-        device=None,
-        keep_source=False,
-        spread=spread,
-    )
+    inference = sample.Inference(model, vae, spread=spread)
+    clip = sample.Clip(lambda: iter(frames), frames.shape[:3])
+    latents, _ = inference.edit_latents(clip, "add snow", steps=2, shift=5.0, seed=0)
+    blocks = inference.decode_edit(clip, latents)
     return torch.cat(list(blocks))
 
 

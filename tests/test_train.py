@@ -1322,7 +1322,7 @@ def test_mistakes_get_one_line_and_exit_code_2(start, alone, tmp_path, capsys):
         "link/model would be replaced": options(start, tmp_path / "link"),
         "neither a checkpoint of ours": options(start, tmp_path / "foreign"),
         "does not exist": options(tmp_path / "nowhere", tmp_path / "empty"),
-        "whole number at least 1": ["--batch", "0"],
+        "whole number of at least 1": ["--batch", "0"],
         "must divide the number of processes of a node, which is 1": options(
             start, tmp_path / "empty", "--sequence-parallel", "2"
         ),
