@@ -60,6 +60,15 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def say_last(text: str) -> None:
+    """Print what was done. That nobody can read it makes no failure of it."""
+    try:
+        print(text, flush=True)
+    except OSError:  # a full disk, or a pipe whose reader has left
+        # Python tries once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def plain_reason(error: Exception) -> str:
     """What an error says; of a file's, without Python's "[Errno 2]" and quotes."""
     if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
@@ -99,18 +108,21 @@ def memory_advice(advice: str) -> Iterator[None]:
         raise Stop(f"out of memory: {advice}") from None
 
 
-def check_tasks() -> None:
-    """Raise Stop if srun has started several processes that do not know of each other.
+# What srun and mpirun call the number of processes that they have started. SLURM_NTASKS does not
+# tell: a batch script has it as well, and is one process.
+NUM_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
-    SLURM_NTASKS does not tell: a batch script has it as well, and is one process.
-    """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-    if ALONE and tasks > 1:
-        raise Stop(
-            f"SLURM started {tasks} tasks, each of which would do all the work: start one torchrun "
-            "a node instead (srun --ntasks-per-node 1 torchrun ...), or unset SLURM_STEP_NUM_TASKS "
-            "if each task has work of its own"
-        )
+
+def check_tasks() -> None:
+    """Raise Stop if several processes were started that do not know of each other."""
+    for name in NUM_TASKS:
+        tasks = int(os.environ.get(name) or 1)
+        if ALONE and tasks > 1:
+            raise Stop(
+                f"{tasks} tasks were started, each of which would do all the work: start one "
+                "torchrun a node instead (srun --ntasks-per-node 1 torchrun ...), or unset "
+                f"{name} if each task has work of its own"
+            )
 
 
 def begin() -> None:
@@ -243,7 +255,8 @@ def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only disk, say
+            path.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -413,7 +413,9 @@ def layout(path: str | Path) -> str:
             raise ValueError(f"{path} is a file of our checkpoint: give its folder {path.parent}")
         return "kiwi-edit-training"
     if not path.is_dir():
-        raise ValueError(f"checkpoint {path} does not exist")
+        raise ValueError(
+            f"checkpoint {path} does not exist: name a folder on this machine (see the README)"
+        )
     if (path / "mllm_encoder").is_dir() and (path / "transformer").is_dir():
         return "kiwi-edit"
     if _is_ours(path):

@@ -17,8 +17,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -744,15 +742,6 @@ def side_by_side(source: Iterator[Tensor], edited: Iterator[Tensor]) -> Iterator
         yield torch.cat((left[:height, :width], right), dim=1).unsqueeze(0)
 
 
-def say_last(text: str) -> None:
-    """Print what was done. That nobody can read it makes no failure of it."""
-    try:
-        print(text, flush=True)
-    except OSError:  # a full disk, or a pipe whose reader has left
-        # Python tries once more when it ends, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 @cli.guarded
 @cli.memory_advice("add --offload on a GPU, or --max-pixels with a smaller number")
 def edit(args: Namespace) -> None:
@@ -802,7 +791,7 @@ def edit(args: Namespace) -> None:
     frames = "1 frame" if num_frames == 1 else f"{num_frames} frames"
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in inference.times.items())
     seconds = time.perf_counter() - start
-    say_last(f"{args.out}: {frames} of {width}x{height} in {seconds:.1f} s ({stages})")
+    cli.say_last(f"{args.out}: {frames} of {width}x{height} in {seconds:.1f} s ({stages})")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -78,7 +78,6 @@ from run import (
     write_log,
 )
 from rvedit import RVEDiT, RVEDiTConfig
-from sample import say_last
 from shapes import training_set
 from vae import WanVAE
 
@@ -88,7 +87,7 @@ from vae import WanVAE
 RECIPES: dict[str, dict[str, Any]] = {
     # The paper's run (§5, App. D.1) on 8 GPUs. What it leaves open is in the README's table.
     "wan2.2-ti2v-5b": dict(
-        size=[(81, 704, 1280)],  # T, H, W; the multiple of 32 nearest to the paper's 720 is 704
+        size=[(81, 704, 1280)],  # T, H, W; 720 is no multiple of 32, 704 is
         batch=1,  # clips of a rank in a forward pass
         steps=None,  # as many as one epoch has
         lr=1e-5,  # AdamW, at a constant rate
@@ -688,7 +687,7 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
     run.export()
     if run.rank == 0:
         model = args.out / "model"
-        say_last(f"{model}: edit with `python sample.py --checkpoint {model} --video ...`")
+        cli.say_last(f"{model}: edit with `python sample.py --checkpoint {model} --video ...`")
     if lock is not None:
         lock.close()
 
@@ -702,16 +701,14 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(subprocess.run([sys.executable, plan, *options]).returncode)
     with parallel.Signals() as signals, parallel.processes() as device:
         try:
-            launch(args, device, signals)
+            with cli.memory_advice(
+                "take more GPUs, a smaller --batch, or smaller or shorter clips"
+            ):
+                launch(args, device, signals)
         except (OSError, ValueError, cli.Stop) as error:
             # Printed here and not by `guarded`: torchrun sends SIGTERM to this rank as soon as
             # another one has ended, and only within `Signals` does that not end it.
             cli.fail(error)
-        except torch.OutOfMemoryError:
-            cli.fail(
-                f"out of memory on {device}: take more GPUs, a smaller --batch, or smaller or "
-                "shorter clips"
-            )
         except RuntimeError as error:
             # PyTorch raises it wherever the main thread is when a worker process dies.
             if "DataLoader worker" not in str(error):

@@ -445,13 +445,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @cli.guarded
+@cli.memory_advice("give --size fewer frames or smaller sides")
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     check(args)
-    try:
-        results = run(args)
-    except torch.OutOfMemoryError:
-        cli.fail(f"out of memory on {DEVICE}: give --size fewer frames or smaller sides")
+    results = run(args)
     report = {"options": vars(args)} | without_nan(results)
     cli.write_text(args.out / "analysis.json", json.dumps(report, indent=1, default=str))
     written = "analysis.json"

@@ -354,6 +354,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 @cli.guarded
+@cli.memory_advice("take fewer --parts, a smaller --size, or --shrink")
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
@@ -370,10 +371,6 @@ def main(argv: list[str] | None = None) -> None:
             bench_all(argv, report)
         else:
             bench(args, report)
-    except torch.OutOfMemoryError:
-        cli.fail(
-            f"out of memory on {args.device}: take fewer --parts, a smaller --size, or --shrink"
-        )
     except ImportError as error:
         cli.fail(f"--peer needs requirements-dev.txt: {error}")
     finally:

@@ -1074,16 +1074,17 @@ def test_a_run_is_resumed_from_another_folder(start, tmp_path, monkeypatch):
     assert len(log(tmp_path / "run")) == 2
 
 
-def test_slurm_tasks_without_torchrun_are_refused(start, tmp_path, monkeypatch, capsys):
-    """Those of a step: a batch script for eight of them is one process."""
+@pytest.mark.parametrize("name", cli.NUM_TASKS)
+def test_tasks_without_torchrun_are_refused(start, tmp_path, monkeypatch, capsys, name):
+    """Of Slurm those of a step: a batch script for eight of them is one process."""
     monkeypatch.setenv("SLURM_NTASKS", "8")
     train.main(options(start, tmp_path / "run", "--steps", 1, "--batch", 1))
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv(name, "8")
     for main in (train.main, sample.edit, datasets.main):
         with pytest.raises(SystemExit) as stop:
             main([])
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert stop.value.code == 2 and error.startswith("error: SLURM started 8 tasks")
+        assert stop.value.code == 2 and error.startswith("error: 8 tasks were started")
 
 
 def test_a_shared_memory_that_is_too_small_is_noticed(start, tmp_path, monkeypatch, capsys):
