@@ -444,7 +444,7 @@ def train_parser(kind: type[Parser] = Parser) -> Parser:
         action="extend",
         type=Path,
         metavar="FILE",
-        help="tables of triplets, .csv or .jsonl; default: moving shapes",
+        help="tables of triplets, .csv, .tsv, .json or .jsonl; default: moving shapes",
     )
     group.add_argument(
         "--world",

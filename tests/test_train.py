@@ -586,7 +586,11 @@ def test_a_run_goes_on_from_the_checkpoint_that_rank_0_sees(
     """On a network file system another node may not see the last one yet."""
     newest = finished(alone)[-1]
     out = fork_at(alone, 5, tmp_path / "run")
-    monkeypatch.setattr(parallel, "from_first_rank", lambda value: [newest])
+
+    def seen_by_rank_0(value):  # its list of checkpoints
+        return [newest] if isinstance(value, list) else value
+
+    monkeypatch.setattr(parallel, "from_first_rank", seen_by_rank_0)
     args = train.parse_arguments(["--out", str(out), "--resume"])
     device = torch.device("cpu")
     run = train.make_run(*train.load_model(args, None, device), device, args)
