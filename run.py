@@ -26,6 +26,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -341,7 +342,8 @@ def peak_memory() -> int:
     """Bytes that this process held at most: of the GPU's memory, if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def write_log(out: Path, report: dict[str, Any]) -> None:

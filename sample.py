@@ -242,7 +242,11 @@ def edit_video(
     clip = Clip(lambda: iter(frames), tuple(frames.shape[:3]))
     latents, source = inference.edit_latents(clip, instruction, steps, shift, seed)
     blocks = inference.decode_edit(clip, latents, source if keep_source else None)
-    edited = torch.cat(list(blocks))
+    edited = torch.empty(frames.shape, dtype=torch.uint8)  # once: joining a list would hold two
+    done = 0
+    for block in blocks:
+        edited[done : done + len(block)] = block
+        done += len(block)
     if times is not None:
         times.update(inference.times)
     return edited
