@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import heapq
 import itertools
@@ -124,9 +125,12 @@ def note(message: str) -> None:
     tqdm.write(f"note: {message}", file=sys.stderr)
 
 
+@functools.cache
 def is_named(name: str, words: tuple[str, ...]) -> bool:
     """Whether a name holds all of some words: Local_Add, localadd, part2-AddLocal ..."""
-    return all(word in name.lower() for word in words)
+    parts = {part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
+    joined = {"".join(order) for order in itertools.permutations(words)}
+    return parts.issuperset(words) or not parts.isdisjoint(joined)
 
 
 def named_category(dataset: str, name: str) -> str | None:
