@@ -171,18 +171,16 @@ class Inference:
 
     @torch.no_grad()
     def decode_edit(
-        self, clip: Clip, latents: Tensor, source: Tensor | None = None
+        self, clip: Clip, latents: Tensor, mask: Tensor | None = None
     ) -> Iterator[Tensor]:
         """Line 8: the edit of a clip as uint8 (n, H, W, 3) blocks, T frames in all.
 
-        source: the latents of the source, if its own pixels are to be kept where nothing was
-        edited (see `change_mask`).
+        mask: that of `change_mask`, if the source's own pixels are to be kept where it is 0.
         """
         vae = self.vae
         with self.stage("decode and write", vae.decoder, vae.conv2):
             edited = decode(vae, latents, clip.shape)
-            if source is not None:
-                mask = change_mask(latents, source).cpu()
+            if mask is not None:
                 blocks = latent_blocks(clip.frames(), len(mask), vae.config.temporal_factor)
                 edited = restore_source(edited, blocks, mask)
             yield from edited
@@ -241,7 +239,8 @@ def edit_video(
     inference = Inference(model, vae, None if device is None else torch.device(device))
     clip = Clip(lambda: iter(frames), tuple(frames.shape[:3]))
     latents, source = inference.edit_latents(clip, instruction, steps, shift, seed)
-    blocks = inference.decode_edit(clip, latents, source if keep_source else None)
+    mask = change_mask(latents, source) if keep_source else None
+    blocks = inference.decode_edit(clip, latents, mask)
     edited = torch.empty(frames.shape, dtype=torch.uint8)  # once: joining a list would hold two
     done = 0
     for block in blocks:
@@ -432,7 +431,7 @@ def change_mask(latents: Tensor, source: Tensor) -> Tensor:
     mask = ((distance - UNCHANGED) / (CHANGED - UNCHANGED)).clamp(0, 1).unsqueeze(1)
     for pool in (F.max_pool3d, F.avg_pool3d):  # widen, then smooth
         mask = pool(F.pad(mask, (1,) * 6, mode="replicate"), kernel_size=3, stride=1)
-    return mask[0].transpose(0, 1)
+    return mask[0].transpose(0, 1).cpu()  # where frames are blended
 
 
 def restore_source(
@@ -773,14 +772,15 @@ def edit(args: Namespace) -> None:
     inference = Inference(model, vae, args.device if args.offload else None, spread)
     sampling = (args.steps, args.shift, args.seed)
     with Unfinished(args) as unfinished:
-        latents, kept = inference.edit_latents(clip, args.prompt, *sampling, unfinished)
-        if not change_mask(latents, kept).any():  # without a word, one would look for the change
+        latents, unedited = inference.edit_latents(clip, args.prompt, *sampling, unfinished)
+        mask = change_mask(latents, unedited)
+        if not mask.any():  # without a word, one would look for the change
             cli.note(
                 "nothing was changed; say it in other words (for the built-in model, in those that "
                 "`sample.py -h` lists)"
             )
         # Frames are decoded, scaled and written as they come.
-        blocks = inference.decode_edit(clip, latents, kept if args.keep_source else None)
+        blocks = inference.decode_edit(clip, latents, mask if args.keep_source else None)
         if RANK > 0:
             for _ in blocks:  # its share of the work; the first process writes
                 pass

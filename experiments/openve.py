@@ -183,8 +183,9 @@ def edit_clip(
     video.prepare_edit(source, out)
     clip = sample.clip_of(source)
     sampling = (settings.steps, settings.shift, settings.seed)
-    latents, kept = inference.edit_latents(clip, prompt, *sampling)
-    blocks = inference.decode_edit(clip, latents, kept if settings.keep_source else None)
+    latents, unedited = inference.edit_latents(clip, prompt, *sampling)
+    mask = sample.change_mask(latents, unedited) if settings.keep_source else None
+    blocks = inference.decode_edit(clip, latents, mask)
     video.write_video(out, blocks, like=source)
 
 
