@@ -199,7 +199,7 @@ def preset(name: str) -> RVEDiTConfig:
                 vocab_size=768,
                 hidden_size=128,
                 intermediate_size=352,
-                num_hidden_layers=3,
+                num_hidden_layers=5,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=1024,
