@@ -666,7 +666,8 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
     parallel.on_first_rank(check_out, args)
     lock = parallel.on_first_rank(lock_out, args.out)
     parallel.check_shared(args.out)
-    if args.resume:
+    # As rank 0 sees it: other nodes may not see yet what was written a minute ago.
+    if parallel.from_first_rank(args.resume):
         accumulate = parallel.on_first_rank(resumed_accumulation, args)
         args.accumulate = parallel.from_first_rank(accumulate)
 

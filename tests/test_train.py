@@ -598,6 +598,17 @@ def test_a_run_goes_on_from_the_checkpoint_that_rank_0_sees(
     assert run.step == 10
 
 
+def test_a_run_is_resumed_if_rank_0_sees_it(alone, start, tmp_path, monkeypatch):
+    """On a network file system another node may not see yet that it has begun."""
+    out = fork_at(alone, 5, tmp_path / "run")
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: path.name != "run.json" and exists(path))
+    monkeypatch.setattr(train, "check_out", lambda args: None)  # which only rank 0 does
+    monkeypatch.setattr(parallel, "from_first_rank", lambda x: True if x is False else x)
+    train.main(options(start, out, "--steps", 6, "--batch", 2, "--resume"))
+    assert json.loads((out / "run.json").read_text())["options"]["accumulate"] == 2
+
+
 def test_logged_gradients_are_those_of_the_two_losses(tmp_path, process_group):
     """Their norms against autograd on each loss alone."""
     model, vae = tiny_model()
