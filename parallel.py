@@ -168,15 +168,16 @@ def make_mesh(device: torch.device, dtype: torch.dtype) -> DeviceMesh | None:
     """The ranks to shard over: all in a row, or on several nodes a row for each node (HSDP).
 
     With HSDP each node holds a whole model, sharded inside the node, and only gradients travel
-    between nodes. None for one process that computes in float32: it has nothing to shard, and no
-    second precision to compute in.
+    between nodes; all nodes must have equally many ranks. None for one process that computes in
+    float32: it has nothing to shard, and no second precision to compute in.
     """
     ranks = dist.get_world_size()
     if ranks == 1 and dtype == torch.float32:
         return None
-    nodes = ranks // ranks_per_node()
-    if nodes > 1 and ranks_per_node() > 1:
-        shape, names = (nodes, ranks_per_node()), ("replicate", "shard")
+    on_nodes = from_all_ranks(ranks_per_node())
+    on_node = on_nodes[0]
+    if 1 < on_node < ranks and set(on_nodes) == {on_node}:
+        shape, names = (ranks // on_node, on_node), ("replicate", "shard")
         return init_device_mesh(device.type, shape, mesh_dim_names=names)
     return init_device_mesh(device.type, (ranks,))
 
@@ -213,11 +214,16 @@ def from_first_rank(value: Any) -> Any:
     return values[0]
 
 
+def from_all_ranks(value: Any) -> list[Any]:
+    """The value that each rank gives, on all ranks."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def fail_together(problem: str | None) -> None:
     """End all ranks if any has a problem: rank 0 by a ValueError with the first one."""
-    problems = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    found = [text for text in problems if text is not None]
+    found = [text for text in from_all_ranks(problem) if text is not None]
     if not found:
         return
     if dist.get_rank() == 0:
@@ -388,16 +394,12 @@ def write_shards(folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
     writer = HuggingFaceStorageWriter(folder, file_numbers, save_distributed=True)
     dcp.save(state, storage_writer=writer)  # returns when all ranks are done
 
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    own = {}
-    for file in folder.glob(f"shard-{rank + 1:05d}-*.safetensors"):
-        own[file.name] = sha256(file)
-    of_ranks = [None] * ranks
-    dist.all_gather_object(of_ranks, own)
+    rank = dist.get_rank()
+    own_files = folder.glob(f"shard-{rank + 1:05d}-*.safetensors")
+    checksums = {}
+    for digests in from_all_ranks({file.name: sha256(file) for file in own_files}):
+        checksums |= digests
     if rank == 0:
-        checksums = {}
-        for digests in of_ranks:
-            checksums |= digests
         cli.write_text(folder / CHECKSUMS, json.dumps(checksums, indent=1))
 
 

@@ -28,6 +28,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -36,6 +37,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import cli
 import data
@@ -161,6 +163,9 @@ class Run:
         try:
             replacing = cli.replacing(folder) if self.rank == 0 else contextlib.nullcontext()
             with replacing as partial:
+                if self.rank == 0:
+                    # Not by all at once: some shared file systems then fail on some of them.
+                    partial.mkdir(parents=True)
                 parallel.write_shards(parallel.from_first_rank(partial), state)
         except (OSError, dcp.api.CheckpointException) as error:
             self.fail_to_write(folder, error, state.values())
@@ -213,13 +218,12 @@ class Run:
             error, _ = next(iter(error.failures.values()))
         said = str(error).removeprefix(f"{path} cannot be written: ")
         reason = getattr(error, "strerror", None) or said
-        needed = sum(t.numel() * t.element_size() for group in groups for t in group.values())
-        free = shutil.disk_usage(self.out).free
+        needed, free = gigabytes(groups), shutil.disk_usage(self.out).free / 1e9
         checkpoints = finished(self.out)
         kept = f"{checkpoints[-1]} is whole" if checkpoints else "There is no earlier checkpoint"
         raise cli.Stop(
-            f"{path} cannot be written: {reason} (it needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} "
-            f"GB are free). {kept}: make room and continue with --resume"
+            f"{path} cannot be written: {reason} (it needs {needed:.3g} GB, {free:.3g} GB are "
+            f"free). {kept}: make room and continue with --resume"
         )
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -244,6 +248,11 @@ class Run:
                 name = f"step-{self.step:08d}-{index}.mp4"
                 if self.rank % self.ranks_per_clip == 0:  # the first of its group
                     video.write_video(self.out / "validation" / name, side_by_side)
+
+
+def gigabytes(groups: Iterable[dict[str, Tensor]]) -> float:
+    """The size of all tensors, over all ranks."""
+    return sum(t.numel() * t.element_size() for group in groups for t in group.values()) / 1e9
 
 
 def remove(folder: Path) -> None:
@@ -299,7 +308,10 @@ def lock_out(out: Path) -> IO[str]:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"another run writes to {out}: give another --out") from None
+        raise ValueError(
+            f"another run writes to {out}: give another --out; if its machine has crashed, delete "
+            f"{out / '.lock'}"
+        ) from None
     except OSError as error:
         cli.note(f"{out} cannot be locked ({error.strerror}): start one run only")
     # Left by a run that was killed while it wrote a checkpoint.
@@ -327,6 +339,11 @@ def begin_log(run: Run, args: argparse.Namespace) -> None:
     A run that was killed may have logged steps after its last checkpoint, which are done again.
     """
     (run.out / "validation").mkdir(exist_ok=True)
+    # Said now and not after hours. While a checkpoint is written, there is one more than stay.
+    needed = (run.keep + 1 - len(finished(run.out))) * gigabytes(run.state().values())
+    free = shutil.disk_usage(run.out).free / 1e9
+    if free < needed:
+        cli.note(f"{run.out} has {free:.3g} GB left, and its checkpoints will take {needed:.3g}")
     description = dict(
         options=saved_options(args),
         samples_per_step=samples_per_step(args),
@@ -355,6 +372,18 @@ def write_log(out: Path, report: dict[str, Any]) -> None:
             log.write(json.dumps(line) + "\n")
     except OSError as error:  # which names no file
         raise OSError(f"{file} cannot be written: {error.strerror}") from None
+
+
+class Bar(tqdm):
+    """A progress bar. That nobody can read it, or its log's disk is full, does not end the run."""
+
+    def display(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().display(*args, **kwargs)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 # --- A run that goes on ---------------------------------------------------------------------------
@@ -435,13 +464,24 @@ def resumed_accumulation(args: argparse.Namespace) -> int:
 # --- Worker processes -----------------------------------------------------------------------------
 
 
-def check_shared_memory(config: RVEDiTConfig, args: argparse.Namespace) -> None:
-    """Raise ValueError if /dev/shm is too small: workers hand minibatches over through it.
+def check_workers(config: RVEDiTConfig, args: argparse.Namespace) -> None:
+    """Raise ValueError if worker processes could not hand minibatches over: a run would hang.
 
-    Docker gives a container 64 MB of it, in which a run at full size would hang for ever.
+    They do so through /dev/shm, of which Docker gives a container 64 MB, and by sockets in TMPDIR,
+    whose paths may have about 100 characters.
     """
+    if not args.workers:
+        return
+    try:
+        Listener(family="AF_UNIX").close()
+    except OSError as error:
+        raise ValueError(
+            f"--workers {args.workers}: no socket can be made for them ({error}): set TMPDIR to a "
+            "folder that can be written to and has a short path, or give --workers 0"
+        ) from None
+
     folder = Path("/dev/shm")
-    if not args.workers or not folder.is_dir():
+    if not folder.is_dir():
         return
     T, H, W = max(args.size, key=math.prod)
     clip = 0 if args.latents else T * H * W * 3

@@ -8,6 +8,8 @@
                                                             # from Kiwi-Edit's weights, or from ours
     torchrun --nproc_per_node 2 train.py --out runs/shapes --resume
                                                             # continue, on any number of processes
+    torchrun --nproc_per_node 8 train.py --checkpoint DIR --data FILE... --out DIR --resume
+                                                            # begin or continue, in a batch script
     torchrun --nproc_per_node 8 train.py --sequence-parallel 4 --size 121 704 1280 --batch 1 ...
                                                             # long clips, each shared by 4 GPUs
 
@@ -55,7 +57,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import ConcatDataset, Dataset
-from tqdm import tqdm
 
 import data
 import losses
@@ -64,10 +65,11 @@ import rvedit
 import sequence
 from muon import Muon, muon_rates
 from run import (
+    Bar,
     Run,
     begin_log,
     check_out,
-    check_shared_memory,
+    check_workers,
     load_in_workers,
     lock_out,
     peak_memory,
@@ -282,7 +284,7 @@ def train(
     if run.rank == 0:
         left = args.steps - run.step
         print(f"{left:,} steps to go, each of {num_samples} clips", flush=True)
-    with tqdm(total=args.steps, initial=run.step, unit="step", disable=run.rank > 0) as bar:
+    with Bar(total=args.steps, initial=run.step, unit="step", disable=run.rank > 0) as bar:
         # Line 2: "while not converged" is a given number of steps.
         while run.step < args.steps:
             start = time.perf_counter()
@@ -608,9 +610,16 @@ DEFAULTS: dict[str, Any] = dict(
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options: as given, else those of the run that goes on, else the preset's and DEFAULTS."""
     given = vars(cli.train_parser().parse_args(argv))
+    out = given.get("out", DEFAULTS["out"])
+    # A cluster starts a job again by the same command, so --resume also begins a run. It has to say
+    # of what, because OUT alone, where nothing is, is rather a mistake.
+    says_what = given.keys() & {"preset", "checkpoint", "wan", "data"}
+    if given.get("resume") and says_what and not (out / "run.json").exists():
+        cli.note(f"{out} holds no run to resume, so one begins there")
+        del given["resume"]
     saved = {}
     if given.get("resume") or given.get("export"):
-        saved = read_run(given.get("out", DEFAULTS["out"]))["options"]
+        saved = read_run(out)["options"]
     chosen = saved | given
     if "preset" not in chosen:
         chosen["preset"] = fitting_preset(chosen)
@@ -657,7 +666,8 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
     parallel.on_first_rank(check_out, args)
     lock = parallel.on_first_rank(lock_out, args.out)
     parallel.check_shared(args.out)
-    if args.resume:
+    # As rank 0 sees it: other nodes may not see yet what was written a minute ago.
+    if parallel.from_first_rank(args.resume):
         accumulate = parallel.on_first_rank(resumed_accumulation, args)
         args.accumulate = parallel.from_first_rank(accumulate)
 
@@ -678,7 +688,7 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
             print(parameter_table(model, vae))
             share = data.caption_share(triplets)
             print(f"captions: {share:.0%} of the {len(triplets):,} triplets have one")
-        check_shared_memory(model.config, args)
+        check_workers(model.config, args)
         batches = make_batches(triplets, run, args)
         validation = make_batches(validation, run, args)
         # Only now, when no option is refused any more: --resume takes them all up again.

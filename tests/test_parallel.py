@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import tiny_model
 from test_train import make_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import parallel
 import train
 from parallel import shard
 
@@ -109,6 +111,21 @@ def test_only_torchrun_says_how_many_processes_there_are(environment, expected):
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("on_nodes", "shape"),  # for each rank, how many ranks its node has
+    [([2, 2, 2, 2], (2, 2)), ([4, 4, 4, 4, 2, 2], (6,)), ([1, 1, 1], (3,)), ([4, 4, 4, 4], (4,))],
+)
+def test_nodes_get_a_row_each_if_they_have_equally_many_ranks(monkeypatch, on_nodes, shape):
+    monkeypatch.setattr(dist, "get_world_size", lambda: len(on_nodes))
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), on_nodes)
+    )
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda device, shape, **names: shape)
+    for on_node in {*on_nodes}:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_node))
+        assert parallel.make_mesh(torch.device("cpu"), torch.float32) == shape
 
 
 @pytest.mark.slow
