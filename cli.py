@@ -149,6 +149,9 @@ def begin() -> None:
     sys.excepthook = report
     # Where stderr is closed (`2>&-`) it is None, which bars and notes cannot be written to.
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    if sys.stdout is not None:  # `>&-` closes that
+        # As stderr does by itself: what the terminal's encoding lacks, such as λ, is spelt out.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not hasattr(signal, "SIGUSR1"):  # Windows
         return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -533,7 +536,8 @@ def train_parser(kind: type[Parser] = Parser) -> Parser:
     group.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in OUT from its last checkpoint, with its options",
+        help="continue the run in OUT from its last checkpoint, with its options; given with "
+        "--preset, --checkpoint, --wan or --data it begins one where there is none",
     )
     group.add_argument(
         "--save-every", type=natural, help="steps between two checkpoints (default 500)"

@@ -1025,3 +1025,15 @@ def test_help_lists_the_words_of_the_built_in_model():
 def test_other_checkpoints_say_nothing_about_footage(checkpoint, capsys):
     sample.note_foreign_clip(checkpoint, *tiny_model(), iter(make_clip(1, 300, 300)))
     assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_that_lacks_a_letter_gets_it_spelt_out():
+    program = "import cli; cli.begin(); cli.say_last('λ = 0')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u03bb = 0\n", "")
