@@ -227,8 +227,9 @@ def _video_stream(container: InputContainer, path: Path) -> Stream:
     if not decodable:
         raise ValueError(f"{path}: FFmpeg cannot decode its video; convert it first")
     chosen = max(decodable, key=lambda s: (_is_default(s), _area(s), s.frames))
-    tiles = [s for s in streams if s.disposition & Disposition.dependent]
-    if len(tiles) > 1 and not _is_default(chosen):
+    # One tile alone is a picture that has to be cropped.
+    tiles = any(s.disposition & Disposition.dependent for s in streams)
+    if tiles and not _is_default(chosen):
         raise ValueError(
             f"{path}: is a picture in tiles (HEIC/AVIF); convert it to PNG or JPEG first"
         )
