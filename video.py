@@ -227,8 +227,9 @@ def _video_stream(container: InputContainer, path: Path) -> Stream:
     if not decodable:
         raise ValueError(f"{path}: FFmpeg cannot decode its video; convert it first")
     chosen = max(decodable, key=lambda s: (_is_default(s), _area(s), s.frames))
-    tiles = [s for s in streams if s.disposition & Disposition.dependent]
-    if len(tiles) > 1 and not _is_default(chosen):
+    # One tile alone is a picture that has to be cropped.
+    tiles = any(s.disposition & Disposition.dependent for s in streams)
+    if tiles and not _is_default(chosen):
         raise ValueError(
             f"{path}: is a picture in tiles (HEIC/AVIF); convert it to PNG or JPEG first"
         )
@@ -389,18 +390,14 @@ def _end_of_asf(path: Path) -> int:
     return int.from_bytes(head[place + 40 : place + 48], "little")
 
 
-def _declared_end(path: Path, kind: str) -> int:
-    if kind == "avi":
-        return _end_of_riff(path)
-    if kind.startswith("matroska"):
-        return _end_of_matroska(path)
-    if kind.startswith("mov"):
-        return _end_of_mp4(path)
-    if kind == "gif":
-        return _end_of_gif(path)
-    if kind == "asf":
-        return _end_of_asf(path)
-    return 0
+# By the first names of FFmpeg's demuxers.
+DECLARED_ENDS = {
+    "avi": _end_of_riff,
+    "matroska": _end_of_matroska,
+    "mov": _end_of_mp4,
+    "gif": _end_of_gif,
+    "asf": _end_of_asf,
+}
 
 
 def _ends_in_zeros(path: Path) -> bool:
@@ -425,7 +422,8 @@ def _scan(path: Path) -> Contents:
     with _open(path) as container:
         video = _video_stream(container, path)
         kind = container.format
-        partial = _declared_end(path, kind.name) > path.stat().st_size
+        declared_end = DECLARED_ENDS.get(kind.name.split(",")[0])
+        partial = declared_end is not None and declared_end(path) > path.stat().st_size
         for packet in _demux(container):
             if packet.is_corrupt and not kind.flags & BROADCAST:
                 partial = True

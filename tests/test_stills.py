@@ -222,6 +222,30 @@ def test_a_picture_in_tiles_is_read_unless_it_is_hdr(tmp_path: Path) -> None:
         video.read_video(tmp_path / "in.avif")
 
 
+def test_a_picture_that_has_to_be_cropped_is_not_shown_whole(tmp_path: Path) -> None:
+    """As encoders of HEIC make it of odd sizes: one tile of 64x64, of which 48x64 are the picture.
+
+    FFmpeg gives the whole tile.
+    """
+    data = base64.b64decode(TILES)
+    for old, new in [
+        ("0000005c69696e66", "0000005e69696e66"),  # iinf and its last infe: two bytes longer
+        ("0000001a696e6665020000010003", "0000001c696e6665020000010003"),
+        ("436f6c6f72000000001c69726566", "436f6c6f720000000000001a69726566"),
+        ("0000001064696d670001000200020003", "0000000e64696d67000100010002"),  # one tile
+        ("697370650000000000000080", "697370650000000000000030"),  # 48 wide
+        ("0000000100800040", "0000000000300040"),
+    ]:
+        assert bytes.fromhex(old) in data
+        data = data.replace(bytes.fromhex(old), bytes.fromhex(new), 1)
+    (tmp_path / "in.avif").write_bytes(data)
+    assert video.read_video(tmp_path / "in.avif").frames.shape == (1, 64, 48, 3)
+
+    (tmp_path / "in.avif").write_bytes(data.replace(b"nclx\0\1\0\r", b"nclx\0\t\0\x12"))
+    with pytest.raises(ValueError, match="in.avif: is a picture in tiles"):
+        video.read_video(tmp_path / "in.avif")
+
+
 @pytest.mark.parametrize("xmp", [b"", b'<x hdrgm:Version="1.0">'])
 def test_the_first_picture_of_a_phone_is_the_photo(tmp_path: Path, xmp: bytes) -> None:
     """Behind it there may be another view (MPO), or what makes HDR of it (Ultra HDR)."""
@@ -278,6 +302,18 @@ def test_zeros_behind_the_end_do_no_harm(tmp_path: Path, name: str) -> None:
     with (tmp_path / name).open("ab") as file:
         file.write(bytes(5000))
     assert len(video.read_video(tmp_path / name).frames) == 1
+
+
+def test_a_webp_may_end_in_zeros(tmp_path: Path) -> None:
+    """As that of a large picture does which is flat at the bottom."""
+    noise = np.random.default_rng(0).integers(0, 255, (160, 160, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "in.webp", quality=100)
+    expected = video.read_video(tmp_path / "in.webp").frames
+    _, body = (tmp_path / "in.webp").read_bytes().split(b"WEBPVP8 ")
+    body = body[4:] + bytes(2000)
+    chunk = b"WEBPVP8 " + struct.pack("<I", len(body)) + body
+    (tmp_path / "in.webp").write_bytes(b"RIFF" + struct.pack("<I", len(chunk)) + chunk)
+    assert torch.equal(video.read_video(tmp_path / "in.webp").frames, expected)
 
 
 def test_fill_bytes_in_a_jpeg_are_passed_over(tmp_path: Path) -> None:
