@@ -342,7 +342,8 @@ class TripletDataset(Dataset):
             else:
                 fields = {name: row.fields[name] for name in (*COLUMNS, *OPTIONAL_COLUMNS)}
                 for name in ("src_video", "tgt_video"):
-                    fields[name] = os.path.join(root, fields[name])  # faster than a Path
+                    # Windows writes backslashes. Joined as texts, which is faster than as Paths.
+                    fields[name] = os.path.join(root, fields[name].replace("\\", "/"))
                 self.captions += fields["caption"] != ""
                 self.text += json.dumps(fields).encode()
             self.ends.append(len(self.text))

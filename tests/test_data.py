@@ -59,6 +59,7 @@ FILES = {
     "rows.jsonl": json.dumps(ROW | {"caption": None}) + "\n\n",
     "UPPER.JSONL": json.dumps(ROW),
     "list.json": json.dumps([ROW]),
+    "windows.csv": f"{HEADER}videos\\a.mkv,videos\\b.mkv,go\r\n",
 }
 
 
