@@ -42,6 +42,7 @@ from rvedit import RVEDiTConfig
 from sample import model_size
 from shapes import ShapesDataset
 from vae import WanVAE
+from weights import INSTEAD
 
 COLUMNS = ("src_video", "tgt_video", "prompt")  # which every table of triplets has
 OPTIONAL_COLUMNS = ("caption", "category", "dataset")
@@ -84,8 +85,12 @@ def read_rows(path: Path) -> Iterator[Row]:
     if kind not in (".csv", ".tsv", ".jsonl", ".json"):
         raise ValueError(f"{path}: a table is a .csv, .tsv, .jsonl or .json file")
     with open(path, "rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise ValueError(f'{path}: it is UTF-16: save it as UTF-8 (in Excel, "CSV UTF-8")')
+        start = file.read(50).lower()
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f'{path}: it is UTF-16: save it as UTF-8 (in Excel, "CSV UTF-8")')
+    for first, what in INSTEAD.items():
+        if start.startswith(first):
+            raise ValueError(f"{path}: {what}")
     # A byte that is not UTF-8 becomes a lone surrogate: it spoils its own row and no other.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if kind in (".csv", ".tsv"):

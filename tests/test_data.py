@@ -161,6 +161,8 @@ def test_empty_cells_behind_the_last_column_are_left_out(tmp_path: Path, capsys,
         ),
         ("a.csv", f"{HEADER}a,b,c\n".encode("utf-16"), "it is UTF-16: save it as UTF-8"),
         ("a.jsonl", "{}".encode("utf-16"), "it is UTF-16"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("a.json", b"<!DOCTYPE html>\n<html>", "it is a web page: download it again"),
         ("a.jsonl", b"17\n[1]\n", "line 1: it is not an object with named columns: 17"),
     ],
 )
