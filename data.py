@@ -13,7 +13,6 @@ Letters: T H W frames, height and width of a clip; C T' H' W' the shape of its l
 
 from __future__ import annotations
 
-import codecs
 import csv
 import dataclasses
 import functools
@@ -86,7 +85,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}: a table is a .csv, .tsv, .jsonl or .json file")
     with open(path, "rb") as file:
         start = file.read(50).lower()
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f'{path}: it is UTF-16: save it as UTF-8 (in Excel, "CSV UTF-8")')
     for first, what in INSTEAD.items():
         if start.startswith(first):
@@ -123,17 +122,15 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
 
 def _json_lines(lines: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _json_row(f"line {number}", line)
-
-
-def _json_row(place: str, line: str) -> Row:
-    try:
-        return _object_row(place, _parsed(line))
-    except ValueError as error:  # a JSONDecodeError, or a number of thousands of digits
-        return Row(place, {}, f"not JSON: {one_line(error)}")
-    except RecursionError:
-        return Row(place, {}, "the JSON is nested too deeply")
+        place = f"line {number}"
+        if not line.strip():
+            continue
+        try:
+            yield _object_row(place, _parsed(line))
+        except ValueError as error:  # a JSONDecodeError, or a number of thousands of digits
+            yield Row(place, {}, f"not JSON: {one_line(error)}")
+        except RecursionError:
+            yield Row(place, {}, "the JSON is nested too deeply")
 
 
 def _object_row(place: str, entry: object) -> Row:

@@ -311,13 +311,8 @@ def read_set(folders: Folders) -> Iterator[dict[str, Any]]:
             if category is None:
                 others += 1
                 continue
-            yield dict(
-                src_video=row.fields["src_video"],
-                tgt_video=row.fields["tgt_video"],
-                prompt=row.fields["prompt"],
-                category=category,
-                dataset=dataset,
-            )
+            triplet = {column: row.fields[column] for column in COLUMNS}
+            yield triplet | {"category": category, "dataset": dataset}
         if problems:
             note(f"{table}: {len(problems)} bad rows are left out, the first is {problems[0]}")
         if others:
