@@ -543,7 +543,8 @@ def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: i
         note(f"no caption for {jobs[key]}: {problem}")
     if len(failed) > 0.01 * len(rows):
         raise ValueError(
-            f"{len(failed)} of {len(rows)} clips have no caption: run it again to ask for them only"
+            f"{len(failed)} of {len(rows)} clips have no caption: run it again to ask for them, or "
+            f"take their rows out of the table"
         )
     captions = chat.results(answers)
     captioned = [row for row in rows if keys[row["tgt_video"]] in captions]
