@@ -13,7 +13,6 @@ Letters: T H W frames, height and width of a clip; C T' H' W' the shape of its l
 
 from __future__ import annotations
 
-import codecs
 import csv
 import dataclasses
 import functools
@@ -23,11 +22,11 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -42,6 +41,7 @@ from rvedit import RVEDiTConfig
 from sample import model_size
 from shapes import ShapesDataset
 from vae import WanVAE
+from weights import INSTEAD
 
 COLUMNS = ("src_video", "tgt_video", "prompt")  # which every table of triplets has
 OPTIONAL_COLUMNS = ("caption", "category", "dataset")
@@ -76,7 +76,7 @@ def one_line(message: object) -> str:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a .csv, .tsv or .jsonl file, or of a list in a .json file, bad ones included.
+    """The rows of a .csv, .tsv, .jsonl or .json file, bad ones included.
 
     Raises OSError, and ValueError, in one line that names the file, for a file that is no table.
     """
@@ -84,19 +84,20 @@ def read_rows(path: Path) -> Iterator[Row]:
     if kind not in (".csv", ".tsv", ".jsonl", ".json"):
         raise ValueError(f"{path}: a table is a .csv, .tsv, .jsonl or .json file")
     with open(path, "rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise ValueError(f'{path}: it is UTF-16: save it as UTF-8 (in Excel, "CSV UTF-8")')
+        start = file.read(50).lower()
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f'{path}: it is UTF-16: save it as UTF-8 (in Excel, "CSV UTF-8")')
+    for first, what in INSTEAD.items():
+        if start.startswith(first):
+            raise ValueError(f"{path}: {what}")
     # A byte that is not UTF-8 becomes a lone surrogate: it spoils its own row and no other.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if kind in (".csv", ".tsv"):
             yield from _csv_rows(path, file.readlines())
         elif kind == ".jsonl":
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _json_row(f"line {number}", line)
+            yield from _json_lines(file)
         else:
-            for number, entry in enumerate(_json_list(path, file.read()), 1):
-                yield _object_row(f"entry {number}", entry)
+            yield from _json_rows(path, file.read())
 
 
 def _parsed(text: str) -> Any:
@@ -104,7 +105,10 @@ def _parsed(text: str) -> Any:
     return json.loads(text, parse_constant=lambda name: None)
 
 
-def _json_list(path: Path, text: str) -> list[Any]:
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    """The rows of a list or, as Hugging Face's `to_json` writes them, of an object in each line."""
+    if re.match(r"\s*{.*}\s*\n\s*{", text):
+        return _json_lines(text.split("\n"))
     try:
         entries = _parsed(text)
     except ValueError as error:
@@ -113,16 +117,20 @@ def _json_list(path: Path, text: str) -> list[Any]:
         raise ValueError(f"{path}: the JSON in it is nested too deeply") from None
     if not isinstance(entries, list):
         raise ValueError(f"{path}: it does not hold a list of triplets")
-    return entries
+    return (_object_row(f"entry {number}", entry) for number, entry in enumerate(entries, 1))
 
 
-def _json_row(place: str, line: str) -> Row:
-    try:
-        return _object_row(place, _parsed(line))
-    except ValueError as error:  # a JSONDecodeError, or a number of thousands of digits
-        return Row(place, {}, f"not JSON: {one_line(error)}")
-    except RecursionError:
-        return Row(place, {}, "the JSON is nested too deeply")
+def _json_lines(lines: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        place = f"line {number}"
+        if not line.strip():
+            continue
+        try:
+            yield _object_row(place, _parsed(line))
+        except ValueError as error:  # a JSONDecodeError, or a number of thousands of digits
+            yield Row(place, {}, f"not JSON: {one_line(error)}")
+        except RecursionError:
+            yield Row(place, {}, "the JSON is nested too deeply")
 
 
 def _object_row(place: str, entry: object) -> Row:
@@ -326,34 +334,35 @@ class TripletDataset(Dataset):
         root = str(Path(root or self.path.parent).absolute())
         self.bad: dict[int, str] = {}  # what is wrong with bad rows, by index
         self.captions = 0  # number of good rows with a caption
-        rows: list[bytes] = []
+        # All rows in one object: of many each worker process would make a copy, just by counting
+        # references to them.
+        self.text = bytearray()
+        self.ends = array("q")  # of the rows in it
         for row in read_table(self.path, *COLUMNS):
             if row.problem:
-                self.bad[len(rows)] = f"{self.path}, {row.place}: {row.problem}"
-                rows.append(b"")
-                continue
-            fields = {name: row.fields[name] for name in (*COLUMNS, *OPTIONAL_COLUMNS)}
-            for name in ("src_video", "tgt_video"):
-                fields[name] = os.path.join(root, fields[name])  # faster than a Path
-            self.captions += fields["caption"] != ""
-            rows.append(json.dumps(fields).encode())
-        if not rows:
+                self.bad[len(self)] = f"{self.path}, {row.place}: {row.problem}"
+            else:
+                fields = {name: row.fields[name] for name in (*COLUMNS, *OPTIONAL_COLUMNS)}
+                for name in ("src_video", "tgt_video"):
+                    # Windows writes backslashes. Joined as texts, which is faster than as Paths.
+                    fields[name] = os.path.join(root, fields[name].replace("\\", "/"))
+                self.captions += fields["caption"] != ""
+                self.text += json.dumps(fields).encode()
+            self.ends.append(len(self.text))
+        if not self.ends:
             raise ValueError(f"{path}: no rows")
-        if len(self.bad) == len(rows):
+        if len(self.bad) == len(self):
             raise ValueError(self.bad[0])
-        # One string: of many objects each worker process would make a copy, just by counting
-        # references to them.
-        self.text = b"".join(rows)
-        self.ends = np.cumsum([0, *map(len, rows)])
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.ends)
 
     def row(self, index: int) -> dict[str, str]:
         """The fields of a row, with absolute paths; ValueError for a bad row."""
         if index in self.bad:
             raise ValueError(self.bad[index])
-        return json.loads(self.text[self.ends[index] : self.ends[index + 1]])
+        start = self.ends[index - 1] if index else 0
+        return json.loads(self.text[start : self.ends[index]])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.row(index)
@@ -375,12 +384,13 @@ class TripletDataset(Dataset):
         )
 
     def check_in_step(self, source: video.Video, target: video.Video, length: int) -> None:
-        """Raise ValueError for clips that are too short, or that differ in length or rate."""
+        """Raise ValueError for clips that are too short, or that differ in length."""
         if length < min(MIN_FRAMES, self.max_frames or MIN_FRAMES):
             raise ValueError(f"{target.path}: too short, it or its source has only {length} frames")
-        # A target may lack a frame or two at the end, or say 30 fps for 29.97. More than that would
-        # pair frames of different moments.
-        if abs(source.total - target.total) > 3 or abs(source.rate / target.rate - 1) > 0.01:
+        # A target may lack a frame or two at the end. More than that would pair frames of different
+        # moments. Rates do not tell: those of phones vary, and a clip that a model edited frame by
+        # frame has the rate of the program that wrote it.
+        if abs(source.total - target.total) > 3:
             here = f"{target.total} frames at {float(target.rate):.4g} fps"
             there = f"{source.total} frames at {float(source.rate):.4g} fps"
             raise ValueError(

@@ -311,13 +311,8 @@ def read_set(folders: Folders) -> Iterator[dict[str, Any]]:
             if category is None:
                 others += 1
                 continue
-            yield dict(
-                src_video=row.fields["src_video"],
-                tgt_video=row.fields["tgt_video"],
-                prompt=row.fields["prompt"],
-                category=category,
-                dataset=dataset,
-            )
+            triplet = {column: row.fields[column] for column in COLUMNS}
+            yield triplet | {"category": category, "dataset": dataset}
         if problems:
             note(f"{table}: {len(problems)} bad rows are left out, the first is {problems[0]}")
         if others:
@@ -548,7 +543,8 @@ def caption(dataset: TripletDataset, out: Path, url: str, model: str, workers: i
         note(f"no caption for {jobs[key]}: {problem}")
     if len(failed) > 0.01 * len(rows):
         raise ValueError(
-            f"{len(failed)} of {len(rows)} clips have no caption: run it again to ask for them only"
+            f"{len(failed)} of {len(rows)} clips have no caption: run it again to ask for them, or "
+            f"take their rows out of the table"
         )
     captions = chat.results(answers)
     captioned = [row for row in rows if keys[row["tgt_video"]] in captions]
