@@ -384,13 +384,14 @@ class TripletDataset(Dataset):
         )
 
     def check_in_step(self, source: video.Video, target: video.Video, length: int) -> None:
-        """Raise ValueError for clips that are too short, or that differ in length."""
+        """Raise ValueError for clips that are too short, or whose frames are of other moments."""
         if length < min(MIN_FRAMES, self.max_frames or MIN_FRAMES):
             raise ValueError(f"{target.path}: too short, it or its source has only {length} frames")
-        # A target may lack a frame or two at the end. More than that would pair frames of different
-        # moments. Rates do not tell: those of phones vary, and a clip that a model edited frame by
-        # frame has the rate of the program that wrote it.
-        if abs(source.total - target.total) > 3:
+        # A clip that was edited frame by frame has as many frames, and the rate of the program that
+        # wrote it. Otherwise the target may lack a frame or two at the end, and say 30 fps for 29.97.
+        # More than that would pair frames of different moments.
+        missing = abs(source.total - target.total)
+        if missing > 3 or (missing and abs(source.rate / target.rate - 1) > 0.01):
             here = f"{target.total} frames at {float(target.rate):.4g} fps"
             there = f"{source.total} frames at {float(source.rate):.4g} fps"
             raise ValueError(

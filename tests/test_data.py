@@ -406,6 +406,7 @@ def test_no_more_frames_than_needed_are_decoded(tmp_path: Path, monkeypatch):
     ("source", "target", "message"),
     [
         ((20, 8), (16, 8), "16 frames at 8 fps are not in step with the 20 frames at 8 fps of .*a"),
+        ((12, 30), (10, 25), "10 frames at 25 fps are not in step with the 12 frames at 30 fps"),
         ((40, 8), (20, 8), "20 frames at 8 fps are not in step"),  # seen though only 9 are decoded
         ((4, 8), (6, 8), "too short, it or its source has only 4 frames"),
         ((1, 8), (4, 8), "too short, it or its source has only 1 frames"),  # a still and a clip
