@@ -18,7 +18,8 @@ Without it, the edit of NAME.mp4 is NAME_edited, in any format of VIDEOS, or, in
 such names, NAME. The name of the folder is the name of the method in the tables. An `editor.json`
 in it, such as {"params": "14B", "resolution": "832x480"}, fills the columns of Table 1 with these
 names. `judge` writes its scores into the same folder, and beside them what was judged: a clip that
-changes later is judged again.
+changes later is judged again. A judge is shown 10 frames. Its server must take as many images, and
+8,192 tokens: Ollama's default of 4,096 cuts what is longer without a word.
 """
 
 from __future__ import annotations
@@ -280,7 +281,7 @@ async def ask_judge(rubric: str, source: Path, edit: Path, url: str, model: str,
         scores = None if answer.is_cut_off else parse_scores(answer)  # "8" may be half of "80"
         if scores:
             break
-    return {"scores": scores, "answer": answer}
+    return {"scores": scores, "answer": answer, "finish_reason": answer.finish_reason}
 
 
 def fingerprint(path: Path) -> str | None:
@@ -425,8 +426,8 @@ def judge(args: Namespace) -> None:
         )
     if not scored:
         raise ValueError(
-            "no scores could be read from any answer, all of which are kept beside the scores; "
-            "--again asks about dropped edits again"
+            "no scores could be read from any answer, which are kept beside the scores with the "
+            "reason why each ended; --again asks about dropped edits again"
         )
 
 

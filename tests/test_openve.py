@@ -448,6 +448,7 @@ def test_what_a_judge_is_shown(tmp_path):
         "judge": "Qwen/judge-1",
         "scores": [85, 70, 80],
         "answer": form(85),
+        "finish_reason": None,
         "instruction": 'Do "{it}", clip 1, ☃',
         "source": clip,
         "edit": clip,
@@ -603,6 +604,17 @@ def test_an_answer_that_was_cut_off_gives_no_scores(tmp_path):
         judged(bench, results, url=url)
     (row,) = chat.results(next(results.glob("*.jsonl"))).values()
     assert row["scores"] == [85, 70, 80]
+
+
+def test_why_a_last_answer_ended_is_kept_beside_it(tmp_path, capsys):
+    """Thoughts of a model may use up the tokens that its server grants to an answer."""
+    bench = make_bench(tmp_path / "bench", 1)
+    results = make_results(bench, tmp_path / "ours")
+    reply = reply_of(None, finish_reason="length")
+    with loopback(lambda body: reply) as (url, _):
+        fails(capsys, "judge", results, "--bench", bench, "--model", "m", "--url", url)
+    (row,) = chat.results(next(results.glob("*.jsonl"))).values()
+    assert (row["answer"], row["scores"], row["finish_reason"]) == ("", None, "length")
 
 
 def test_only_the_rows_of_a_judge_that_lacks_clips_are_marked():
