@@ -28,7 +28,9 @@ from mllm import evenly_spaced
 
 # Seconds of waiting after each failed try. After the last one there is nothing to wait for.
 PAUSES = (2, 4, 8, 16, 32, 0)
-IN_A_ROW = 8  # questions without an answer after all tries, until the server is given up
+# Questions in a row without an answer after all tries, until the server is given up: 3 minutes of 8
+# workers, which a server that starts anew may take.
+IN_A_ROW = 24
 LONGEST_PAUSE = 60  # seconds, whatever a server's Retry-After says
 TIMEOUT = 300  # seconds of one try, from connecting to the last byte read
 LONGEST_REPLY = 2**23  # bytes: far more than an answer, and less than would fill the memory
