@@ -16,12 +16,15 @@ tests/test_answers.py gives to them:
 - alone: no score beside another number, as in ranges ("61-80"), sums ("100 - 15 = 85"), lists ("85,
   60, 60") and weights ("40% | 85"), unless that one counts things ("85, 2 cats are missing"), is
   the same, or names a frame ("85, flicker in frame 12") or a band of our rubrics ("75 (61-80)").
-- scale: no score on another scale than to 100, wherever it is named: behind the score, in its
-  label, in the head of a column, in another key, or in another line that speaks of scores.
+- scale: no score on another scale than to 100 that is named behind it, in its label, in the head of
+  its column or in another key. Three scores of at most 20 may be on another scale: they are none if
+  one is a decimal, or if a line beside the reasoning holds a number that may be the top, in any
+  language: "Skala von 1 bis 10", "Average: 8/10".
 - bounds: a score is from 1 to 100; any other number spoils the answer. Decimals are rounded, but
   1.0 is none: it is a judge's best on a scale from 0 to 1.
 - twice: a score may be given twice, if it is the same. The last one must be readable.
-- refused: an example is no answer, nor is one that the judge takes back.
+- refused: an example is no answer, nor is one that the judge takes back, or comes back to below:
+  "Wait, Instruction Compliance should be 40".
 
 In doubt there is no score: a missing one costs another question, a wrong one is never noticed.
 """
@@ -154,22 +157,22 @@ _TO_100 = re.compile(
     rf"|\b100{_OF_SCALE}|[(\[]100(?:\s+points)?[)\]](?=[\s:=→-]*\d)",
     re.IGNORECASE,
 )
-_BEST = r"\b(?!100\b)\d+\s*=\s*(?:best|perfect|excellent)\b"
-_OTHER_SCALE = re.compile(
-    rf"(?:{_TOP}|\b[01]-)(?:\d|{_WORDS}\b)|(?:\d|{_WORDS})[\s-]point\b|{_BEST}", re.IGNORECASE
-)
-_ON_SCORES = re.compile(  # a line about scores, not about what is seen in the clips
-    rf"\b(?:scor|rate|rating|grad(?:e|ing)|likert)|{_BEST}"
-    rf"|(?:\d|\bpoint){_OF_SCALE}|\bscale\b{_TO}\d|^\W*(?:max|out\s?of|scale|range)\b"
-    r"|[(\[](?:[01]-|/\s*|out of\s+)\d+[)\]]|:\s*$",
-    re.IGNORECASE,
-)
 _SCALE_KEY = re.compile(r"\b(?:max(?:imum)?|out\s?of|scale|range)\b", re.IGNORECASE)
+_SCALE = re.compile(rf"\d[-/]\d|\b{_WORDS}\b", re.IGNORECASE)
+_REASONING = re.compile(r"\W*(?:brief\s+)?(?:reason|explanation|justification)", re.IGNORECASE)
 
 
-def _names_other_scale(line: str) -> bool:
-    """Whether a line speaks of scores, and of another scale than ours."""
-    return bool(_ON_SCORES.search(line) and _OTHER_SCALE.search(_BAND.sub("", line)))
+def _may_be_out_of_ten(scores: list[float], others: list[str]) -> bool:
+    """Whether low scores may be on a scale to 5, 10 or 20. others: the lines without labels."""
+    if max(scores) > 20:
+        return False
+    lines = [_PLACE.sub("", _BAND.sub("", line)) for line in others if not _REASONING.match(line)]
+    tops = [float(number) for line in lines for number in _NUMBER.findall(line)]
+    return (
+        any(score % 1 for score in scores)
+        or any(top >= max(scores) for top in tops)  # in any language, and as "Average: 8/10"
+        or any(_SCALE.search(line) for line in lines)
+    )
 
 
 # --- Tables and JSON, which become lines ----------------------------------------------------------
@@ -295,6 +298,7 @@ _NOTHING = rf"\s+(?:see|detect|find|notice|spot|observe)\s+(?:any|an?)\s+(?!(?:\
 _REFUSAL = re.compile(  # below the scores, where "I cannot see any flicker" is a reason for them
     rf"\bI\s?(?:(?:am|m)\s+)?(?:{_NOT}|do not|don\s?t)(?!{_NOTHING})|\bno scores?\b", re.IGNORECASE
 )
+_CORRECTION = re.compile(rf"\b(?:(?:IC|CF|VQ)\b|{_LABELS}).*\d", re.IGNORECASE)  # below, too
 
 
 def without_thoughts(text: str) -> str:
@@ -358,15 +362,17 @@ def _in_lines(lines: list[str]) -> Iterator[tuple[str, float | None]]:
             found = None if score is None else _START.match(line)
 
 
-def _is_doubtful(lines: list[str]) -> bool:
+def _is_doubtful(lines: list[str], scores: list[float]) -> bool:
     """Whether the lines around those with labels leave it open what the scores are."""
     labelled = [i for i, line in enumerate(lines) if _START.match(line)]
     above, below = lines[: labelled[0]], lines[labelled[-1] + 1 :]
     others = [line for line in lines if not _START.match(line)]
     return (
-        any(_names_other_scale(line) or _EXAMPLE.search(line) for line in others)
+        _may_be_out_of_ten(scores, others)
+        or any(_EXAMPLE.search(line) for line in others)
         or any(_LONE.fullmatch(line) for line in above)  # each score may stand above its label
         or any(_REFUSAL.search(line) for line in below)
+        or any(_CORRECTION.search(line) and not _REASONING.match(line) for line in below)
     )
 
 
@@ -381,13 +387,11 @@ def parse_scores(answer: str) -> list[int] | None:
     given: dict[str, list[float | None]] = {axis: [] for axis in AXES}
     for axis, score in _in_lines(lines):
         given[axis].append(score)
-    if not all(given.values()) or _is_doubtful(lines):
-        return None
     scores = []
     for found in given.values():
-        last = found[-1]
+        last = found[-1] if found else None
         # A last one that cannot be read may take back the others.
         if last is None or set(found) - {None, last} or not 1 <= last <= 100:
             return None
-        scores.append(int(last + 0.5))
-    return scores
+        scores.append(last)
+    return None if _is_doubtful(lines, scores) else [int(score + 0.5) for score in scores]

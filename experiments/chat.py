@@ -13,6 +13,7 @@ import json
 import os
 import re
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO
@@ -27,18 +28,22 @@ from mllm import evenly_spaced
 
 # Seconds of waiting after each failed try. After the last one there is nothing to wait for.
 PAUSES = (2, 4, 8, 16, 32, 0)
+# Questions in a row without an answer after all tries, until the server is given up: 3 minutes of 8
+# workers, which a server that starts anew may take.
+IN_A_ROW = 24
 LONGEST_PAUSE = 60  # seconds, whatever a server's Retry-After says
 TIMEOUT = 300  # seconds of one try, from connecting to the last byte read
 LONGEST_REPLY = 2**23  # bytes: far more than an answer, and less than would fill the memory
 LONGEST_SIDE, QUALITY = 512, 85  # of the frames that are sent, in pixels and of JPEG (App. D.3)
 # What servers say of an account that will not get an answer to any question.
-HOPELESS = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+HOPELESS = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "arrearage")
 HOPELESS += ("invalid_api_key", "invalid api key", "incorrect api key", "api key not valid")
 MODERATED = ("moderation", "flagged", "content policy", "content_policy")  # and of one question
 WHOLE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")  # reasons of whole answers
 # What reading a text raises that is no JSON of the expected form.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _answered: set[tuple[str, str]] = set()  # addresses and models that have answered
+_unanswered: Counter[tuple[str, str]] = Counter()  # questions in a row that they did not answer
 
 
 class Refused(cli.Stop):
@@ -122,7 +127,10 @@ async def _exchange(url: str, question: dict, key: str) -> tuple[int, Mapping[st
 
     try:
         # By default it follows no redirect, where the key would go to another server.
-        client = httpx2.AsyncClient(timeout=None, headers={"Authorization": f"Bearer {key}"})
+        headers = {"Authorization": f"Bearer {key}"}
+        if "api-version=" in url:  # Azure, which takes only tokens there, and keys here
+            headers["api-key"] = key
+        client = httpx2.AsyncClient(timeout=None, headers=headers)
     except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
         raise Refused(f"the environment's proxy or SSL_CERT_FILE cannot be used: {error}") from None
     text = b""
@@ -172,7 +180,7 @@ def _read(status: int, headers: Mapping[str, str], text: str, has_answered: bool
     if 300 <= status < 400:
         place = headers.get("Location", "nowhere")
         raise Refused(f"{status}: a redirect to {place} is refused, the key would go there")
-    if status in (401, 402, 404) or any(words in text.lower() for words in HOPELESS):
+    if status in (401, 402, 404, 405, 407) or any(words in text.lower() for words in HOPELESS):
         raise Refused(said)
     is_forbidden = status == 403 or (status == 200 and error)
     if is_forbidden and not has_answered and not any(words in text.lower() for words in MODERATED):
@@ -203,19 +211,24 @@ async def ask(
     messages = [{"role": "user", "content": content}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
-    question = {"model": model, "messages": messages}
+    # Some servers stream an answer in pieces unless they are asked not to.
+    question = {"model": model, "messages": messages, "stream": False}
     asked = (address, model)
     for tries, pause in enumerate(PAUSES, 1):
         try:
             status, headers, text = await _exchange(address, question, secret)
             answer = _read(status, headers, _hide(text, secret), asked in _answered)
             _answered.add(asked)
+            _unanswered[asked] = 0
             return answer
         except (_Again, ValueError, Refused) as error:
             failure = error
         is_absent = isinstance(failure.__cause__, (httpx2.ConnectError, httpx2.ProxyError))
         said = one_line(_hide(f"{address}: {failure}", secret))
-        if isinstance(failure, Refused) or (is_absent and tries == 3):
+        if tries == len(PAUSES):
+            _unanswered[asked] += 1
+        is_broken = (is_absent and tries == 3) or _unanswered[asked] >= IN_A_ROW
+        if isinstance(failure, Refused) or is_broken:
             hint = f"check the server, its address (most end in /v1), the model, {key} and no_proxy"
             raise Refused(f"{said}; {hint}")
         if isinstance(failure, ValueError) or tries == len(PAUSES):

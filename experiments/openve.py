@@ -18,7 +18,8 @@ Without it, the edit of NAME.mp4 is NAME_edited, in any format of VIDEOS, or, in
 such names, NAME. The name of the folder is the name of the method in the tables. An `editor.json`
 in it, such as {"params": "14B", "resolution": "832x480"}, fills the columns of Table 1 with these
 names. `judge` writes its scores into the same folder, and beside them what was judged: a clip that
-changes later is judged again.
+changes later is judged again. A judge is shown 10 frames. Its server must take as many images, and
+8,192 tokens: Ollama's default of 4,096 cuts what is longer without a word.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ NOT_FOR_RUN = {  # options of sample.py that would do nothing here
 RUBRICS = Path(__file__).parent / "rubrics"
 PLACEHOLDER = "{edit_prompt}"
 FRAMES = 5  # frames of each clip that a judge sees (App. D.3)
-TRIES = 3  # answers that a judge may give until its scores can be read (App. D.3)
+TRIES = 4  # until an answer's scores can be read: "retried up to three times" (App. D.3)
 TASK = (
     "Compare these two videos based on the sampled frames and provide the requested scores "
     "in the specified format."
@@ -280,7 +281,7 @@ async def ask_judge(rubric: str, source: Path, edit: Path, url: str, model: str,
         scores = None if answer.is_cut_off else parse_scores(answer)  # "8" may be half of "80"
         if scores:
             break
-    return {"scores": scores, "answer": answer}
+    return {"scores": scores, "answer": answer, "finish_reason": answer.finish_reason}
 
 
 def fingerprint(path: Path) -> str | None:
@@ -425,8 +426,8 @@ def judge(args: Namespace) -> None:
         )
     if not scored:
         raise ValueError(
-            "no scores could be read from any answer, all of which are kept beside the scores; "
-            "--again asks about dropped edits again"
+            "no scores could be read from any answer, which are kept beside the scores with the "
+            "reason why each ended; --again asks about dropped edits again"
         )
 
 

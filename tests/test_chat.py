@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -88,6 +89,7 @@ def loopback(reply, context=None):
 def no_pauses(monkeypatch):
     monkeypatch.setattr(chat, "PAUSES", (0,) * 6)
     monkeypatch.setattr(chat, "_answered", set())
+    monkeypatch.setattr(chat, "_unanswered", Counter())
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -174,7 +176,8 @@ def test_what_a_server_is_asked(monkeypatch):
     (path, headers, body), (_, _, second) = asked
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
     messages = [{"role": "system", "content": "be strict"}, {"role": "user", "content": parts}]
-    assert body == {"model": "a/model", "messages": messages}
+    # Not only left out: Unsloth's server and others stream what does not forbid it.
+    assert body == {"model": "a/model", "messages": messages, "stream": False}
     assert second["messages"] == [{"role": "user", "content": "why?"}]
 
 
@@ -182,6 +185,21 @@ def test_a_busy_server_is_asked_again():
     with loopback(in_turn(429, 500, CUT, 503, b"no JSON", "at last")) as (url, asked):
         assert ask(url, "m", "?") == "at last"
     assert len(asked) == 6
+
+
+def test_a_server_that_answers_nobody_is_given_up(monkeypatch):
+    """As one that has no such model, says so with 500, and would be asked hundreds of times."""
+    monkeypatch.setattr(chat, "PAUSES", (0, 0))
+    monkeypatch.setattr(chat, "IN_A_ROW", 2)
+    with loopback(in_turn(500, 429, "yes", CUT, 500, 502, 502)) as (url, asked):
+        with pytest.raises(ValueError, match="429"):
+            ask(url, "m", "?")
+        assert ask(url, "m", "?") == "yes"
+        with pytest.raises(ValueError, match="500"):
+            ask(url, "m", "?")
+        with pytest.raises(chat.Refused, match="502: reason of the server; check the server"):
+            ask(url, "m", "?")
+    assert len(asked) == 7
 
 
 BODIES = [
@@ -213,7 +231,12 @@ def test_what_stays_unanswered_is_given_up(answer):
 
 @pytest.mark.parametrize(
     "status, kind",
-    [(400, ValueError), (401, chat.Refused), (403, chat.Refused), (404, chat.Refused)],
+    [
+        (400, ValueError),
+        *((status, chat.Refused) for status in (401, 403, 404)),
+        (405, chat.Refused),  # another page of the server
+        (407, chat.Refused),  # of a proxy, whose password is missing or wrong
+    ],
 )
 def test_what_would_not_help_is_not_tried(status, kind):
     with (
@@ -256,10 +279,12 @@ def test_a_packed_reply_is_unpacked_up_to_a_largest_size(monkeypatch):
 
 @pytest.mark.parametrize("end", ["", "/", "/chat/completions", "/chat/completions/"])
 @pytest.mark.parametrize("query", ["", "?api-version=2024-10-21"])
-def test_an_address_may_be_that_of_the_chats_and_name_a_version(end, query):
+def test_an_address_may_be_that_of_the_chats_and_name_a_version(end, query, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with loopback(lambda body: "yes") as (url, asked):
         assert ask(url + end + query, "m", "?") == "yes"
     assert asked[0][0] == f"/v1/chat/completions{query}"
+    assert asked[0][1]["api-key"] == ("none" if query else None)  # where Azure expects keys
 
 
 def test_a_proxy_that_is_not_there_is_not_repeated(monkeypatch):
@@ -398,6 +423,7 @@ ACCOUNTS = [
     (200, {"error": {"message": "No auth credentials found", "code": 401}}),
     (200, {"error": "Unexpected endpoint or method. (POST /chat/completions)"}),
     (402, {"error": "payment required"}),
+    (400, {"error": {"code": "Arrearage", "message": "Access denied, your account is overdue"}}),
 ]
 
 

@@ -448,6 +448,7 @@ def test_what_a_judge_is_shown(tmp_path):
         "judge": "Qwen/judge-1",
         "scores": [85, 70, 80],
         "answer": form(85),
+        "finish_reason": None,
         "instruction": 'Do "{it}", clip 1, ☃',
         "source": clip,
         "edit": clip,
@@ -483,7 +484,7 @@ def test_good_failing_and_lying_judges_are_counted(tmp_path, capsys):
         )
         path = next(results.glob("scores_*.jsonl"))
         assert tries == {
-            i: {2: 3, 7: 3, 5: 3, 8: 3, 10: 5, 13: 6}.get(i, 1) for i in range(20) if i % 5 != 4
+            i: {2: 3, 7: 3, 5: 4, 8: 4, 10: 5, 13: 6}.get(i, 1) for i in range(20) if i % 5 != 4
         }
         by_number = {int(key[:4]): row["scores"] for key, row in chat.results(path).items()}
         assert by_number == {
@@ -582,7 +583,7 @@ def test_a_run_without_any_scores_fails_and_again_asks_what_was_dropped(tmp_path
     command = ["judge", results, "--bench", bench, "--model", "m", "--url"]
     with loopback(lambda body: "I like them all.") as (url, asked):
         error = fails(capsys, *command, url)
-    assert "no scores could be read from any answer" in error and len(asked) == 3 * 3
+    assert "no scores could be read from any answer" in error and len(asked) == 3 * 4
     with loopback(lambda body: form(85)) as (url, asked):
         fails(capsys, *command, url)
         assert not asked
@@ -603,6 +604,17 @@ def test_an_answer_that_was_cut_off_gives_no_scores(tmp_path):
         judged(bench, results, url=url)
     (row,) = chat.results(next(results.glob("*.jsonl"))).values()
     assert row["scores"] == [85, 70, 80]
+
+
+def test_why_a_last_answer_ended_is_kept_beside_it(tmp_path, capsys):
+    """Thoughts of a model may use up the tokens that its server grants to an answer."""
+    bench = make_bench(tmp_path / "bench", 1)
+    results = make_results(bench, tmp_path / "ours")
+    reply = reply_of(None, finish_reason="length")
+    with loopback(lambda body: reply) as (url, _):
+        fails(capsys, "judge", results, "--bench", bench, "--model", "m", "--url", url)
+    (row,) = chat.results(next(results.glob("*.jsonl"))).values()
+    assert (row["answer"], row["scores"], row["finish_reason"]) == ("", None, "length")
 
 
 def test_only_the_rows_of_a_judge_that_lacks_clips_are_marked():
