@@ -387,9 +387,9 @@ class TripletDataset(Dataset):
         """Raise ValueError for clips that are too short, or whose frames are of other moments."""
         if length < min(MIN_FRAMES, self.max_frames or MIN_FRAMES):
             raise ValueError(f"{target.path}: too short, it or its source has only {length} frames")
-        # A clip that was edited frame by frame has as many frames, and the rate of the program that
-        # wrote it. Otherwise the target may lack a frame or two at the end, and say 30 fps for 29.97.
-        # More than that would pair frames of different moments.
+        # An edit made frame by frame has as many frames, and the rate of the program that wrote it.
+        # Others may lack a frame or two at the end, and say 30 fps for 29.97. More than that would
+        # pair frames of different moments.
         missing = abs(source.total - target.total)
         if missing > 3 or (missing and abs(source.rate / target.rate - 1) > 0.01):
             here = f"{target.total} frames at {float(target.rate):.4g} fps"
