@@ -31,6 +31,7 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -57,19 +58,19 @@ from sample import matmul_rate
 
 # The shortest first: a run of --all may have no time for the others.
 GROWTH = [(T, H, W) for T in (17, 33, 49, 81, 121) for H, W in ((480, 832), (704, 1280))]
-# What --all measures in ALL_SECONDS, the most important first: the options of each run, and about
-# how many seconds it takes, those of compiling included. An edit takes few steps, as what another
-# step adds is that of the DiT.
-ALL_SECONDS = 540
+# What --all measures, the most important first: the options of each run, and about how many seconds
+# it takes, those of compiling included. The last ones have what is left of ALL_SECONDS, which with
+# the start make 9 minutes. An edit takes few steps, as what another step adds is that of the DiT.
+ALL_SECONDS = 510
 ALL = {
     "--parts dit": 20,
     "--parts dit --compile": 70,
     "--parts rank": 60,
     "--parts edit --steps 5 --memory-limit 24": 80,
     "--parts dit --peer": 30,
+    "--parts encode decode --peer --growth": 15,
     "--parts rank --compile": 110,
     "--parts edit --steps 5 --compile": 70,
-    "--parts encode decode --peer --growth": 60,
     "--parts dit --peer --compile": 40,
     "--parts dit --growth": 40,
 }
@@ -271,6 +272,7 @@ def bench_all(argv: list[str], report: Report) -> None:
             with time_limit(min(2 * seconds, end - time.monotonic())):
                 bench(args, report)
         except (TimeUp, Exception) as error:  # whatever it is, the next ones have their turn
+            traceback.print_exc(limit=-5)  # on stderr: where it was
             report.stop(options, (str(error).splitlines() or [type(error).__name__])[0])
         clean_up(args)
 
