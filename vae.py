@@ -394,6 +394,16 @@ class Decoder(Streaming):
 # --- The VAE --------------------------------------------------------------------------------------
 
 
+def computes_in_half(device: torch.device) -> bool:
+    """Whether convolutions over time are fast in float16, as on GPUs.
+
+    Those of cuDNN 9.8 to 9.14 are wrong. PyTorch has others in their place, which take many times
+    as long and as much memory (pytorch/pytorch#166643).
+    """
+    broken = 90800 <= (torch.backends.cudnn.version() or 0) < 91500
+    return device.type == "cuda" and not broken
+
+
 class WanVAE(nn.Module):
     """Videos (B, 3, T, H, W) in [-1, 1] <-> normalised latents (B, z_dim, t, h, w).
 
@@ -435,7 +445,7 @@ class WanVAE(nn.Module):
         """
         space, factor = self.config.spatial_factor, self.config.temporal_factor
         device = self.conv1.weight.device
-        default = torch.float16 if device.type == "cuda" else self.conv1.weight.dtype
+        default = torch.float16 if computes_in_half(device) else self.conv1.weight.dtype
         dtype = self.encoder_dtype or default
         mean, std = self.latent_statistics(device)
         cache: Cache = {}

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,7 +220,9 @@ def parts(model: RVEDiT, vae: WanVAE, size: Size, args: argparse.Namespace) -> d
         "mllm": {"ours": lambda: model.encoder.encode(inputs)},
     }
     if args.peer:
-        from tests import peers  # which needs requirements-dev.txt
+        # By its file's own name: a package called "tests" may be installed, too.
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+        import peers  # which needs requirements-dev.txt
 
         context, _ = contexts[0]
         runs |= peers.runs(model, vae, z, t, context, clip, inputs, args.compile)
@@ -245,22 +248,25 @@ def counted(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+@functools.cache  # at full size it takes some seconds, and --all asks for most of them twice
 def flops(
-    config: RVEDiTConfig, size: Size, names: tuple[str, ...], args: argparse.Namespace
+    config: RVEDiTConfig, size: Size, names: tuple[str, ...], steps: int = 0, peer: bool = False
 ) -> dict[str, int]:
     """The FLOPs of the parts of these names, by running them on the meta device.
+
+    steps: of an edit. peer: also those of what is compared with peers, and of the literal step.
 
     What is computed again in a backward pass does not count as work: recomputed blocks, which the
     meta device does not recompute, and the logits of InfoNCE.
     """
-    on_meta = changed(args, device=torch.device("meta"), compile=False)
+    on_meta = argparse.Namespace(device=torch.device("meta"), peer=peer, compile=False)
     runs = parts(*meta_networks(config), size, on_meta)
 
     @functools.cache
     def work(name: str) -> int:
         if name == "edit":
             once = work("encode") + work("mllm") + work("decode")
-            return once + args.steps * work("dit")
+            return once + steps * work("dit")
         with torch.set_grad_enabled(name in WITH_GRADIENTS):
             total = counted(runs[name]["ours"])
             if name in ("step", "info_nce"):
@@ -273,7 +279,7 @@ def flops(
         return counted(runs["info_nce"]["ours"]) - counted(runs["info_nce"]["literal"])
 
     counts = {name: work(name) for name in names}
-    if "step" in names and args.peer:
+    if "step" in names and peer:
         with torch.enable_grad():
             counts["literal step"] = counted(runs["step"]["literal"])
     return counts
@@ -380,10 +386,6 @@ class Job(NamedTuple):
     gradients: bool = False  # it makes some
 
 
-def changed(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
-    return argparse.Namespace(**(vars(args) | changes))
-
-
 def label(part: str, args: argparse.Namespace) -> str:
     return f"{part}, compiled" if args.compile else part
 
@@ -414,7 +416,7 @@ def jobs_of_parts(config: RVEDiTConfig, args: argparse.Namespace) -> Iterator[Jo
     for size in args.size:
         runs = parts(model, vae, size, args)
         chosen = tuple(name for name in runs if name.split()[0] in args.parts)
-        work = flops(config, size, chosen, args)
+        work = flops(config, tuple(size), chosen, peer=args.peer)
         for name in chosen:
             yield Job(
                 part=label(name, args),
@@ -434,7 +436,7 @@ def rank_job(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> Job:
         part=label("rank", args),
         size=size,
         runs={"ours": rank_step(config, options, args.device)},
-        flops=samples * flops(config, size, ("step",), args)["step"],
+        flops=samples * flops(config, tuple(size), ("step",))["step"],
         plan=planned_bytes(config, args.preset, tuple(size), args.dtype),
         gradients=True,
     )
@@ -455,5 +457,5 @@ def edit_job(config: RVEDiTConfig, size: Size, args: argparse.Namespace) -> Job:
     edit = functools.partial(
         edit_video, model, vae, clip, plan.INSTRUCTION, args.steps, device=device
     )
-    work = flops(config, size, ("edit",), args)["edit"]
+    work = flops(config, tuple(size), ("edit",), args.steps)["edit"]
     return Job(label(name, args), size, {"ours": edit}, work)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import convert
 import parallel
-from vae import RMSNorm, VAEConfig, WanVAE
+from vae import RMSNorm, VAEConfig, WanVAE, computes_in_half
 
 FULL = VAEConfig(160, 256, 48, (1, 2, 4, 4), 2, (False, True, True))  # Wan2.2-TI2V-5B
 TOY = VAEConfig(8, 8, 4, (1, 2, 2), 1, (True, True), (0.3, -0.1, 0.2, 0.0), (0.5, 2.0, 1.0, 0.7))
@@ -336,6 +336,20 @@ def test_misfitting_videos_are_refused() -> None:
         list(model.encode_chunks([torch.zeros(1, 3, 1, 8, 8), torch.zeros(1, 3, 3, 8, 8)]))
     with pytest.raises(ValueError, match="one entry fewer"):
         replace(TOY, temporal_downsample=(True,))
+
+
+@pytest.mark.parametrize(
+    ("device", "cudnn", "half"),
+    (
+        ("cpu", None, False),
+        ("cuda", 90701, True),
+        ("cuda", 91002, False),  # PyTorch 2.9's
+        ("cuda", 91501, True),
+    ),
+)
+def test_the_encoder_computes_in_half_precision_where_cudnn_can(monkeypatch, device, cudnn, half):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    assert computes_in_half(torch.device(device)) is half
 
 
 # --- Compiled norms -------------------------------------------------------------------------------
