@@ -303,10 +303,9 @@ def is_frozen(module: nn.Module) -> bool:
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compile each block by itself: all of one kind share what is compiled for the first."""
+    allow_many_variants()
     for block in blocks:
-        # DiT and MLLM blocks, with and without gradients, count together: the default of 8 compiled
-        # variants is too few.
-        block.forward = torch.compile(block.forward, recompile_limit=64)
+        block.forward = torch.compile(block.forward)
 
 
 def compile_norms(coder: nn.Module) -> None:
@@ -316,9 +315,19 @@ def compile_norms(coder: nn.Module) -> None:
     it once; on GPUs it otherwise makes seven such passes. Each width takes two or three compiled
     variants, one of them for the first frame; size and number of frames are left open.
     """
+    allow_many_variants()
     for module in coder.modules():
         if isinstance(module, RMSNorm):
-            module.forward = torch.compile(module.forward, dynamic=True, recompile_limit=64)
+            module.forward = torch.compile(module.forward, dynamic=True)
+
+
+def allow_many_variants() -> None:
+    """Let PyTorch compile more than 8 variants of a function, after which it would stop compiling.
+
+    Blocks of DiT and MLLM, with and without gradients, count together. `torch.compile` has an
+    option for it from PyTorch 2.12 on only.
+    """
+    torch._dynamo.config.recompile_limit = 64
 
 
 def shard(

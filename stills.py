@@ -1,11 +1,12 @@
-"""Reading and writing pictures with Pillow: JPEG, PNG, WebP, which may be animated, and AVIF.
+"""Reading and writing pictures with Pillow: JPEG, PNG, WebP, which may be animated, AVIF and HEIC.
 
 A picture comes in as viewers show it: upright as its EXIF says, transparent pixels on white, in
 8 bits. It keeps its numbers, and its ICC profile, which says what colours they are; only grey and
 CMYK with a profile become sRGB.
 
 What Pillow would read wrongly is left to FFmpeg, in `video.py`: HDR and wide colour without a
-profile, and what moves in PNG and AVIF.
+profile, and what moves in PNG and AVIF. So is HEIC where pillow-heif is not installed, which is
+optional.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF")  # that are read, by Pillow's names
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")  # the last two also of AVIF
 # How files with these endings are written: without loss, or in JPEG's best quality.
 JPEG = dict(format="JPEG", quality=100, subsampling="4:4:4")
 WRITTEN = {
@@ -50,11 +52,24 @@ class Pictures(NamedTuple):
     profile: bytes  # the ICC profile of the numbers in `frames`; b"" if there is none
 
 
+def _formats(path: Path) -> tuple[str, ...]:
+    """The formats that Pillow may find in a file; HEIC is among them if pillow-heif is there."""
+    with path.open("rb") as file:
+        brand = file.read(12)[8:]
+    if brand in HEIC_BRANDS:
+        with contextlib.suppress(ImportError):
+            from pillow_heif import register_heif_opener
+
+            register_heif_opener()
+            return (*FORMATS, "HEIF")
+    return FORMATS
+
+
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[Image.Image]:
     with warnings.catch_warnings(action="ignore"):  # of odd EXIF, say
         try:
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=_formats(path)) as image:
                 yield image
         except (UnidentifiedImageError, MemoryError):
             raise
@@ -73,8 +88,8 @@ def shape_of(path: Path) -> tuple[int, int, int] | None:
         return None
     try:
         with _open(path) as image:
-            # Phones store a second picture in a JPEG, Pillow's MPO: the first one is the photo.
-            count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            # Phones store a second picture in a JPEG, Pillow's MPO, and in HEIC. It is not a frame.
+            count = 1 if image.format in ("MPO", "HEIF") else getattr(image, "n_frames", 1)
             if count > 1 and image.format != "WEBP":
                 return None
             return count, image.height, image.width
@@ -116,7 +131,8 @@ def read(path: Path, count: int) -> Pictures:
     durations = []
     with _open(path) as image:
         for index in range(count):
-            image.seek(index)
+            if index > 0:  # an open file is at its main picture, which in HEIC may be any
+                image.seek(index)
             frame, profile = _rgb(ImageOps.exif_transpose(image))
             frames.append(np.asarray(frame))
             durations.append(image.info.get("duration") or 40)  # as FFmpeg: 25 stills a second

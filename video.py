@@ -1,7 +1,7 @@
 """Reading and writing video with PyAV: whatever FFmpeg decodes comes in as RGB, H.264 goes out.
 
 Stills are clips of one frame. Those that Pillow reads and writes, and animated WebP, are left to
-`stills.py`; HDR and HEIC without tiles are read here.
+`stills.py`; HDR is read here, and simple HEIC without pillow-heif.
 
 An edited clip has the length, resolution, timing and audio of its source (Eq. 1 of the paper).
 Beside the frames, `read_video` therefore keeps what `write_video` needs to put edited frames in
@@ -231,7 +231,8 @@ def _video_stream(container: InputContainer, path: Path) -> Stream:
     tiles = any(s.disposition & Disposition.dependent for s in streams)
     if tiles and not _is_default(chosen):
         raise ValueError(
-            f"{path}: is a picture in tiles (HEIC/AVIF); convert it to PNG or JPEG first"
+            f"{path}: is a picture in tiles; for HEIC, `pip install pillow-heif`; otherwise "
+            "convert it to PNG or JPEG first"
         )
     return chosen
 

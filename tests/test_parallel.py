@@ -132,3 +132,19 @@ def test_nodes_get_a_row_each_if_they_have_equally_many_ranks(monkeypatch, on_no
 def test_many_collectives_at_once_leave_the_heap_whole():
     """In a process of its own: PyTorch 2.13 mostly aborts with "gloo" instead."""
     subprocess.run([sys.executable, "-c", CROWD], cwd=ROOT, check=True)
+
+
+def test_compiling_takes_no_option_that_older_versions_of_pytorch_lack(monkeypatch):
+    """Those of 2.9, the oldest that is supported."""
+
+    def compile(
+        model, *, fullgraph=False, dynamic=None, backend="", mode=None, options=None, disable=False
+    ):
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    model, vae = tiny_model()
+    parallel.compile_blocks(model.dit.blocks)
+    parallel.compile_norms(vae)
+    assert torch._dynamo.config.recompile_limit == 64

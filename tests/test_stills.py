@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import struct
+import sys
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from pillow_heif import register_heif_opener
 from test_video import (
     SDR_COLOURS,
     decoded,
@@ -218,7 +220,9 @@ def test_a_picture_in_tiles_is_read_unless_it_is_hdr(tmp_path: Path) -> None:
     assert (frame[:, 64:] - torch.tensor([40, 40, 200])).abs().max() < 4
 
     (tmp_path / "in.avif").write_bytes(data.replace(b"nclx\0\1\0\r", b"nclx\0\t\0\x12"))
-    with pytest.raises(ValueError, match="in.avif: is a picture in tiles.*; convert it to PNG"):
+    with pytest.raises(
+        ValueError, match="in.avif: is a picture in tiles;.* otherwise convert it to PNG"
+    ):
         video.read_video(tmp_path / "in.avif")
 
 
@@ -244,6 +248,31 @@ def test_a_picture_that_has_to_be_cropped_is_not_shown_whole(tmp_path: Path) -> 
     (tmp_path / "in.avif").write_bytes(data.replace(b"nclx\0\1\0\r", b"nclx\0\t\0\x12"))
     with pytest.raises(ValueError, match="in.avif: is a picture in tiles"):
         video.read_video(tmp_path / "in.avif")
+
+
+def test_heic_is_read_by_pillow_heif(tmp_path: Path) -> None:
+    """The photo of an iPhone: upright, at its own odd size, without the pictures beside it."""
+    register_heif_opener()
+    other = Image.fromarray(255 - picture()[:20, :30])
+    photo = Image.fromarray(picture())
+    photo.getexif()[0x0112] = 6
+    options = dict(save_all=True, append_images=[photo], primary_index=1, quality=97, chroma=444)
+    other.save(tmp_path / "in.HEIC", **options)
+    clip = video.read_video(tmp_path / "in.HEIC")
+    assert clip.total == 1 and video.default_ending(tmp_path / "in.HEIC") == ".png"
+    assert np.abs(clip.frames[0].int().numpy() - turned(picture(), 6)).max() <= 6
+
+
+def test_heic_without_pillow_heif_says_how_to_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    data = (
+        base64.b64decode(TILES).replace(b"ftypavif", b"ftypheic").replace(b"avifmif1", b"mif1heic")
+    )
+    (tmp_path / "in.heic").write_bytes(data)
+    with pytest.raises(ValueError, match="in.heic: is a picture in tiles; for HEIC, `pip install"):
+        video.read_video(tmp_path / "in.heic")
 
 
 @pytest.mark.parametrize("xmp", [b"", b'<x hdrgm:Version="1.0">'])
