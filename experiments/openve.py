@@ -74,7 +74,7 @@ NOT_FOR_RUN = {  # options of sample.py that would do nothing here
 RUBRICS = Path(__file__).parent / "rubrics"
 PLACEHOLDER = "{edit_prompt}"
 FRAMES = 5  # frames of each clip that a judge sees (App. D.3)
-TRIES = 4  # until an answer's scores can be read: "retried up to three times" (App. D.3)
+TRIES = 3  # answers that a judge may give until its scores can be read (App. D.3)
 TASK = (
     "Compare these two videos based on the sampled frames and provide the requested scores "
     "in the specified format."

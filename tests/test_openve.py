@@ -484,7 +484,7 @@ def test_good_failing_and_lying_judges_are_counted(tmp_path, capsys):
         )
         path = next(results.glob("scores_*.jsonl"))
         assert tries == {
-            i: {2: 3, 7: 3, 5: 4, 8: 4, 10: 5, 13: 6}.get(i, 1) for i in range(20) if i % 5 != 4
+            i: {2: 3, 7: 3, 5: 3, 8: 3, 10: 5, 13: 6}.get(i, 1) for i in range(20) if i % 5 != 4
         }
         by_number = {int(key[:4]): row["scores"] for key, row in chat.results(path).items()}
         assert by_number == {
@@ -583,7 +583,7 @@ def test_a_run_without_any_scores_fails_and_again_asks_what_was_dropped(tmp_path
     command = ["judge", results, "--bench", bench, "--model", "m", "--url"]
     with loopback(lambda body: "I like them all.") as (url, asked):
         error = fails(capsys, *command, url)
-    assert "no scores could be read from any answer" in error and len(asked) == 3 * 4
+    assert "no scores could be read from any answer" in error and len(asked) == 3 * 3
     with loopback(lambda body: form(85)) as (url, asked):
         fails(capsys, *command, url)
         assert not asked
