@@ -43,6 +43,7 @@ from mllm import evenly_spaced, max_visual_tokens
 from model import Context, flops
 from rvedit import RVEDiT, RVEDiTConfig
 from vae import WanVAE
+from weights import digest_of
 
 if TYPE_CHECKING:  # its import takes as long as half of PyTorch, and most edits run on one GPU
     from sequence import Spread
@@ -659,14 +660,17 @@ class Unfinished:
 
     SAVE_SECONDS = 30
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, model: RVEDiT, vae: WanVAE) -> None:
         self.path = cli.beside(args.out, "", ".unfinished.safetensors")
         self.resume = args.resume
         # What must be the same for the steps to be worth anything. Options that are not named here,
         # such as --keep-source, do not change them.
-        names = ("checkpoint", "wan", "qwen", "routing_depth", "max_pixels", "max_frames")
-        names += ("prompt", "steps", "shift", "seed", "dtype")
+        names = ("prompt", "steps", "shift", "seed", "dtype")
         self.edit = {name: str(getattr(args, name)) for name in names}
+        for name in ("routing_depth", "max_pixels", "max_frames"):
+            self.edit[name] = str(getattr(model.config, name))
+        # Not the checkpoint's path, at which others may lie by now, or the same at another.
+        self.edit["weights"] = digest_of(model, vae)
         source = args.video.stat()
         self.edit["video"] = f"{source.st_size} bytes, {source.st_mtime_ns}"
         self.saved_at = time.monotonic()
@@ -771,7 +775,7 @@ def edit(args: Namespace) -> None:
 
     inference = Inference(model, vae, args.device if args.offload else None, spread)
     sampling = (args.steps, args.shift, args.seed)
-    with Unfinished(args) as unfinished:
+    with Unfinished(args, model, vae) as unfinished:
         latents, unedited = inference.edit_latents(clip, args.prompt, *sampling, unfinished)
         mask = change_mask(latents, unedited)
         if not mask.any():  # without a word, one would look for the change

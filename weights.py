@@ -10,6 +10,7 @@ second copy. Nothing is unpickled, and nothing is fetched from the network. `rve
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -474,6 +475,15 @@ def is_finite(tensor: Tensor) -> bool:
     # A sum takes half as long as copying the tensor, isfinite ten times as long. If the sum is
     # finite, so is each value; a sum that is not may be an overflow.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def digest_of(*modules: nn.Module) -> str:
+    """A hash of the first weights of each tensor, of which any training changes some."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for weight in module.parameters():
+            digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def allocate(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:

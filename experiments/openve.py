@@ -50,6 +50,7 @@ from tqdm import tqdm
 import data
 import sample
 import video
+import weights
 from experiments import chat
 from experiments.answers import AXES, parse_scores
 from rvedit import RVEDiT
@@ -149,14 +150,6 @@ def read_editor(folder: Path) -> dict:
     return editor
 
 
-def digest_of(model: RVEDiT, vae: WanVAE) -> str:
-    """A hash of the first weights of each tensor, of which any training changes some."""
-    digest = hashlib.sha256()
-    for weight in (*model.parameters(), *vae.parameters()):
-        digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def describe_editor(settings: Namespace, model: RVEDiT, vae: WanVAE) -> dict[str, str]:
     """What `editor.json` keeps of our own edits: what they depend on, and columns of Table 1."""
     config = model.config
@@ -165,7 +158,7 @@ def describe_editor(settings: Namespace, model: RVEDiT, vae: WanVAE) -> dict[str
     for name in ("routing_depth", "max_pixels", "max_frames"):
         editor[name] = str(getattr(config, name))
     # Not the checkpoint's path, at which others may lie by now, or the same at another.
-    editor["weights"] = digest_of(model, vae)
+    editor["weights"] = weights.digest_of(model, vae)
     height, width = sample.size_for(config, 720, 1280)
     parameters = sum(p.numel() for p in model.dit.parameters())
     editor["resolution"] = f"{width}x{height}"

@@ -460,9 +460,17 @@ def test_only_the_same_edit_is_resumed(checkpoint, tmp_path, monkeypatch, capsys
     assert "there is no unfinished edit" in expect_error(capsys, *command, "--resume")
     args = sample.parse_arguments([*map(str, command), "--steps", "2"])
     monkeypatch.setattr(sample.Unfinished, "SAVE_SECONDS", 0)
-    sample.Unfinished(args).save(torch.zeros(1, 8, 1, 4, 4), 1)
-    error = expect_error(capsys, *command, "--resume", "--steps", "2", "--seed", "7")
+    model, vae = sample.load_model(args)
+    sample.Unfinished(args, model, vae).save(torch.zeros(1, 8, 1, 4, 4), 1)
+    command += ["--resume", "--steps", "2"]
+    error = expect_error(capsys, *command, "--seed", "7")
     assert "is of another edit, which differs in seed" in error
+
+    with torch.no_grad():  # trained further
+        model.dit.head.modulation += 1
+    rvedit.save(tmp_path / "trained", model, vae)
+    error = expect_error(capsys, *command, "--checkpoint", tmp_path / "trained")
+    assert "is of another edit, which differs in weights" in error
 
 
 def damaged(tmp_path, how):
