@@ -252,6 +252,9 @@ def plan(
     model.to(getattr(torch, args.dtype))
     largest = max(args.size, key=math.prod)
     batch = random_batch(model, vae, largest, args.batch, "meta")
+    if args.latents:  # the VAE has nothing to do
+        source, target = torch.randn_like(batch.noise), torch.randn_like(batch.noise)
+        batch = batch._replace(source=source, target=target)
     state = state_bytes(model, vae, batch, args, ranks)
 
     gradients = []

@@ -486,6 +486,14 @@ def test_every_stage_of_the_offloaded_full_size_edit_fits_in_24_gb():
         assert 1e9 < weights + max(alive.peaks.values()) < 16e9, stage
 
 
+def test_a_plan_with_latents_has_no_vae_at_work(capsys):
+    command = ["--plan", "4", "--size", "1", "32", "32", "--batch", "1"]
+    plan.main(command)
+    assert "VAE, source" in capsys.readouterr().out
+    plan.main([*command, "--latents", "latents"])
+    assert "VAE, source" not in capsys.readouterr().out
+
+
 def test_the_plan_is_printed_as_a_table(capsys):
     """It takes the options of train.py, and ends with the total."""
     plan.main(["--plan", "4", "--size", "1", "32", "32", "--batch", "1"])
