@@ -26,7 +26,7 @@ import rvedit
 import sample
 import scenes
 import video
-from experiments import bench, plan, workloads
+from experiments import plan, workloads
 from mllm import EditEncoder
 from model import WanDiT
 from shapes import ShapesDataset
@@ -921,8 +921,7 @@ def test_the_forecast_has_the_flops_of_the_dit(size):
     """Those that PyTorch counts, to 2 %; a clip of two windows has twice as many."""
     config = workloads.fit_config(rvedit.preset("toy"), size)
     networks = workloads.meta_networks(config)
-    args = bench.parse_arguments(["--device", "cpu"])
-    counted = workloads.flops(config, size, ("dit",), args)["dit"]
+    counted = workloads.flops(config, size, ("dit",))["dit"]
     forecast = sample.forecast(*networks, size, offload=False)
     assert forecast.windows == 1 and forecast.step == pytest.approx(counted, rel=0.02)
     longer = sample.forecast(*networks, (size[0] + 8, *size[1:]), offload=False)
