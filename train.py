@@ -282,7 +282,7 @@ def train(
     num_samples = samples_per_step(args)
     num_read = num_broken = bad_steps = 0
     if run.rank == 0:
-        left = args.steps - run.step
+        left = max(0, args.steps - run.step)
         print(f"{left:,} steps to go, each of {num_samples} clips", flush=True)
     with Bar(total=args.steps, initial=run.step, unit="step", disable=run.rank > 0) as bar:
         # Line 2: "while not converged" is a given number of steps.
