@@ -341,6 +341,7 @@ def options(**changes):
         "muon": 0.0,
         "lr": 1e-3,
         "out": Path("/nowhere"),
+        "latents": None,
         "sequence_parallel": 1,
         "keep": 2,
         "routing_depth": None,
