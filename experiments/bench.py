@@ -272,7 +272,8 @@ def bench_all(argv: list[str], report: Report) -> None:
             with time_limit(min(2 * seconds, end - time.monotonic())):
                 bench(args, report)
         except (TimeUp, Exception) as error:  # whatever it is, the next ones have their turn
-            traceback.print_exc(limit=-5)  # on stderr: where it was
+            if not isinstance(error, TimeUp):
+                traceback.print_exc(limit=-5)  # on stderr: where it was
             report.stop(options, (str(error).splitlines() or [type(error).__name__])[0])
         clean_up(args)
 
