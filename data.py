@@ -41,7 +41,7 @@ from rvedit import RVEDiTConfig
 from sample import model_size
 from shapes import ShapesDataset
 from vae import WanVAE
-from weights import INSTEAD
+from weights import what_it_is
 
 COLUMNS = ("src_video", "tgt_video", "prompt")  # which every table of triplets has
 OPTIONAL_COLUMNS = ("caption", "category", "dataset")
@@ -84,12 +84,10 @@ def read_rows(path: Path) -> Iterator[Row]:
     if kind not in (".csv", ".tsv", ".jsonl", ".json"):
         raise ValueError(f"{path}: a table is a .csv, .tsv, .jsonl or .json file")
     with open(path, "rb") as file:
-        start = file.read(50).lower()
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f'{path}: it is UTF-16: save it as UTF-8 (in Excel, "CSV UTF-8")')
-    for first, what in INSTEAD.items():
-        if start.startswith(first):
-            raise ValueError(f"{path}: {what}")
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError(f'{path}: it is UTF-16: save it as UTF-8 (in Excel, "CSV UTF-8")')
+    if instead := what_it_is(path):
+        raise ValueError(f"{path}: {instead}")
     # A byte that is not UTF-8 becomes a lone surrogate: it spoils its own row and no other.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if kind in (".csv", ".tsv"):

@@ -121,7 +121,7 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
         file = safe_open(path, framework="pt")
         slices = {key: file.get_slice(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        reason = _what_it_is(path) or _first_line(error)
+        reason = what_it_is(path) or _first_line(error)
         raise ValueError(f"{path} is damaged or not a safetensors file: {reason}") from None
     tensors = {}
     for key, part in slices.items():
@@ -143,7 +143,7 @@ def _open_state_dict(path: Path) -> dict[str, Stored]:
         isinstance(key, str) and type(value) in (Tensor, nn.Parameter)
         for key, value in state.items()
     ):
-        reason = _what_it_is(path) or "or is damaged"
+        reason = what_it_is(path) or "or is damaged"
         raise ValueError(
             f"{path} is not a plain state dict of tensors (by PyTorch 1.6 or newer), {reason}"
         )
@@ -207,7 +207,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # the last for brackets by the thousand
-        reason = _what_it_is(path) or _first_line(error)
+        reason = what_it_is(path) or _first_line(error)
         raise ValueError(f"{path} cannot be read as JSON: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -221,7 +221,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises a bare Exception
-        reason = _what_it_is(file) or _first_line(error)
+        reason = what_it_is(file) or _first_line(error)
         raise ValueError(f"{file} is not a tokenizer: {reason}") from None
     # Some files keep these settings of a former use: with truncation, long prompts would be cut.
     tokenizer.no_truncation()
@@ -597,7 +597,7 @@ def few(keys: Iterable[str]) -> str:
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
-def _what_it_is(path: Path) -> str | None:
+def what_it_is(path: Path) -> str | None:
     """What stands in the place of a file, if its first bytes tell."""
     try:
         with open(path, "rb") as file:

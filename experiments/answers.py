@@ -162,7 +162,7 @@ _SCALE = re.compile(rf"\d[-/]\d|\b{_WORDS}\b", re.IGNORECASE)
 _REASONING = re.compile(r"\W*(?:brief\s+)?(?:reason|explanation|justification)", re.IGNORECASE)
 
 
-def _may_be_out_of_ten(scores: list[float], others: list[str]) -> bool:
+def _may_be_on_another_scale(scores: list[float], others: list[str]) -> bool:
     """Whether low scores may be on a scale to 5, 10 or 20. others: the lines without labels."""
     if max(scores) > 20:
         return False
@@ -368,7 +368,7 @@ def _is_doubtful(lines: list[str], scores: list[float]) -> bool:
     above, below = lines[: labelled[0]], lines[labelled[-1] + 1 :]
     others = [line for line in lines if not _START.match(line)]
     return (
-        _may_be_out_of_ten(scores, others)
+        _may_be_on_another_scale(scores, others)
         or any(_EXAMPLE.search(line) for line in others)
         or any(_LONE.fullmatch(line) for line in above)  # each score may stand above its label
         or any(_REFUSAL.search(line) for line in below)
