@@ -10,15 +10,21 @@ FILES = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("experiments/*.py"))
 OURS = {path.stem for path in FILES}
 
 
+def first_parts(module):
+    """What `import module` imports of ours: `a.b` is "a", but `experiments.b` is also "b"."""
+    parts = module.split(".")
+    return parts[:2] if parts[0] == "experiments" else parts[:1]
+
+
 def imported_names(tree):
-    """First and second part of what is imported anywhere in a file: `a.b` as "a", "b"."""
+    """The names of all modules that are imported anywhere in a file."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                names.update(alias.name.split(".")[:2])
+                names.update(first_parts(alias.name))
         elif isinstance(node, ast.ImportFrom):
-            names.update(node.module.split(".")[:2])
+            names.update(first_parts(node.module))
             if node.module == "experiments":
                 names.update(alias.name for alias in node.names)
     return names
