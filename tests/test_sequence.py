@@ -4,6 +4,7 @@ And a share of the FLOPs, by messages that go nowhere.
 """
 
 import dataclasses
+import multiprocessing
 
 import pytest
 import torch
@@ -24,10 +25,15 @@ from model import DiTConfig, WanDiT
 from qwen import Qwen2_5_VL
 
 
+# Ranks are forked from a server that has imported all this, and not from here: where PyTorch knows
+# GPUs, a process that has once computed gradients has no forks that could.
+multiprocessing.set_forkserver_preload(["torch._dynamo.testing", "train"])
+
+
 def on_ranks(ranks, function, folder, *arguments):
     """Run function(*arguments) on so many ranks, and return what each of them returned."""
     process = (function, ranks, folder, arguments)
-    mp.start_processes(one_rank, process, nprocs=ranks, start_method="fork")
+    mp.start_processes(one_rank, process, nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
