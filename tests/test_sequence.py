@@ -24,7 +24,6 @@ import video
 from model import DiTConfig, WanDiT
 from qwen import Qwen2_5_VL
 
-
 # Ranks are forked from a server that has imported all this, and not from here: where PyTorch knows
 # GPUs, a process that has once computed gradients has no forks that could.
 multiprocessing.set_forkserver_preload(["torch._dynamo.testing", "train"])
