@@ -149,10 +149,10 @@ def _normalized(x: Tensor) -> Tensor:
 
 
 def flow_matching_loss(velocity: Tensor, noise: Tensor, target_latents: Tensor) -> Tensor:
-    """L_fm of Eq. 6: the mean over all elements of |û - (ε - VAE(v*))|², a scalar.
+    """L_fm of Eq. 6 (Alg. 1, line 14): the mean over all elements of |û - u*|², a scalar.
 
-    velocity = û, noise = ε and target_latents = VAE(v*) have one shape. Any precision will do:
-    the difference and the mean are computed in float32 or better.
+    velocity = û, noise = ε and target_latents = VAE(v*) have one shape; u* is ε - VAE(v*). Any
+    precision will do: the difference and the mean are computed in float32 or better.
     Raises ValueError if the shapes differ, because broadcasting would hide the mistake.
     """
     if not velocity.shape == noise.shape == target_latents.shape:
@@ -160,7 +160,7 @@ def flow_matching_loss(velocity: Tensor, noise: Tensor, target_latents: Tensor) 
         raise ValueError(
             f"velocity, noise and target_latents must have the same shape, got {shapes}"
         )
-    target_velocity = _at_least_float32(noise) - _at_least_float32(target_latents)
+    target_velocity = _at_least_float32(noise) - _at_least_float32(target_latents)  # u*
     return F.mse_loss(_at_least_float32(velocity), target_velocity)
 
 

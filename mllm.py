@@ -117,8 +117,8 @@ def evenly_spaced(count: int, limit: int) -> Tensor:
 def max_visual_tokens(config: Any) -> int:
     """N_v of a clip, at most. `config` is an `rvedit.RVEDiTConfig`."""
     vision = config.qwen.vision
-    groups = math.ceil(config.max_mllm_frames / vision.temporal_patch_size)  # of frames, in patches
-    return groups * (config.max_mllm_pixels // vision.token_side**2)
+    pairs_of_frames = math.ceil(config.max_mllm_frames / vision.temporal_patch_size)
+    return pairs_of_frames * (config.max_mllm_pixels // vision.token_side**2)
 
 
 def preprocess_frames(
@@ -244,7 +244,7 @@ class EncoderInputs(NamedTuple):
     """What `EditEncoder.encode` reads: B edits, tokenized and cut into patches, on the CPU."""
 
     input_ids: Tensor  # (B, N), padded on the left
-    pixel_values: Tensor  # the patches of all clips, one clip after the other
+    pixel_values: Tensor  # (P, 3 * 2 * patch²), the patches of all clips, clip after clip
     grid_thw: Tensor  # (B, 3), each clip's patch grid
     attention_mask: Tensor | None  # (B, N), True at real tokens; None if nothing is padded
     spans: list[tuple[slice, slice]]  # where visual tokens and instruction are in each sequence

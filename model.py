@@ -160,7 +160,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.dim, config.dim)
         self.v = nn.Linear(config.dim, config.dim)
         self.o = nn.Linear(config.dim, config.dim)
-        # PyTorch's norms compute in float32 inside whatever they are given.
+        # Whatever dtype these norms are given, PyTorch computes them in float32.
         self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
 

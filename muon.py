@@ -23,6 +23,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
     (k, m, n) -> (k, m, n) in float32, by five steps of Muon's Newton-Schulz iteration
     x <- 3.4445 x - 4.775 (x xᵀ) x + 2.0315 (x xᵀ)² x. In bfloat16 on GPUs, in float32 on CPUs.
+    Singular values of less than 0.15 % of the matrix's norm stay below 0.7.
     """
     is_wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if is_wide else matrices.mT  # x xᵀ is the smaller of the two products

@@ -424,11 +424,11 @@ class Qwen2_5_VL(nn.Module):
         is_real = torch.ones_like(is_visual) if attention_mask is None else attention_mask.bool()
         num_text = (is_real & ~is_visual).cumsum(-1)  # text tokens up to and including this one
         after_clip = is_visual.cumsum(-1) > 0
-        text = num_text - 1 + after_clip * extent  # (B, N), right at text tokens
+        text = num_text - 1 + after_clip * extent  # (B, N), valid at text tokens
 
         is_visual, is_real = is_visual[..., None], is_real[..., None]  # (B, N, 1)
         cell = in_clip.new_zeros(*input_ids.shape, 3).masked_scatter(is_visual, in_clip)
-        at_clip = num_text[..., None] + cell  # (B, N, 3), right at visual tokens
+        at_clip = num_text[..., None] + cell  # (B, N, 3), valid at visual tokens
         positions = torch.where(is_visual, at_clip, text[..., None])  # (B, N, 3)
         return (positions * is_real).movedim(-1, 0)
 

@@ -36,8 +36,6 @@ from qwen import Qwen2_5_VL, QwenConfig, VisionConfig, add_lora
 from vae import WAN2_2_VAE, VAEConfig, WanVAE
 
 TOY = Path(__file__).parent / "assets" / "toy"  # the built-in checkpoint
-# The names of a checkpoint's files.
-FILES = r"(config|tokenizer)\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 
 # --- The method -----------------------------------------------------------------------------------
 
@@ -101,7 +99,8 @@ class RVEDiTConfig:
     # L_s of Eq. 3: blocks 1 ... L_s read only the editing tokens. No default: it depends on L.
     routing_depth: int
     num_editing_tokens: int = 512  # K for clips
-    # K for stills, which have queries of their own; Kiwi-Edit has 256. 0: they are read as clips.
+    # K for stills, which have queries of their own: as many as clips, to begin with their values.
+    # Kiwi-Edit has 256. 0: stills are read as clips.
     num_image_tokens: int = 512
     align_weight: float = 0.75  # λ_align of Eq. 6
     temperature: float = 0.07  # τ of Eq. 5
@@ -288,6 +287,9 @@ def _starts_silent(name: str, from_scratch: bool) -> bool:
 
 # --- Loading and saving ---------------------------------------------------------------------------
 
+# The names of the files of our checkpoints.
+FILES = r"(config|tokenizer)\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+
 
 def load(
     path: str | Path | None = None,
@@ -434,7 +436,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def preset_of(path: str | Path) -> str:
-    """The preset that a checkpoint is trained by: the toy's if it has no LoRA, and trains whole.
+    """The preset whose recipe trains a checkpoint: "toy" if it has no LoRA, else the full model's.
 
     Raises ValueError for anything that is no checkpoint.
     """

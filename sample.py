@@ -8,7 +8,8 @@ than the model allows is scaled down, and its edit back up. A clip that is longe
 overlapping windows. Frames are read, resized, encoded, decoded and written in blocks, so memory
 grows with the latents and not with the frames.
 
-Letters: T H W frames, height and width of a video; C t h w channels and sides of the latents.
+Letters: T H W frames, height and width of a video; h w those at which the model works on it; C T'
+H' W' channels and sides of the latents; n frames of a block; t in [0, 1], the sampler's time.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def denoise(
 ) -> Tensor:
     """Lines 5-7: Euler's method from noise at t = 1 to clean latents at t = 0.
 
-    velocity(z, t) is dz/dt, of z's shape; t is (1,). noise is (1, C, t, h, w), float32. unfinished:
-    where the steps of an edit that may be stopped are kept, and continued from.
+    velocity(z, t) is dz/dt, of z's shape; t is (1,). noise is (1, C, T', H', W'), float32.
+    unfinished: where the steps of an edit that may be stopped are kept, and continued from.
     """
     # z stays float32 whatever the model computes in. The first of 50 steps is 0.004 long, which
     # bfloat16, with a spacing of 0.008 at 1, would round away.
@@ -106,9 +107,9 @@ class Clip(NamedTuple):
 class Inference:
     """Algorithm 2 with the networks of a model.
 
-    device: where to compute if the networks rest on the CPU, of which only the one in use is there
-    (offloading); without it they compute where they are. spread: how several processes share an
-    edit, each of which gets the whole of it. `times` has the seconds that each stage took.
+    device: for offloading, where the networks rest on the CPU and the one in use is moved to this
+    device; without it they compute where they are. spread: how several processes share an edit,
+    each of which gets the whole of it. `times` has the seconds that each stage took.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Inference:
         seed: int,
         unfinished: Unfinished | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Lines 1-7: the latents of the edit and those of its source, (1, C, t, h, w) each."""
+        """Lines 1-7: the latents of the edit and those of its source, (1, C, T', H', W') each."""
         model, vae, spread = self.model, self.vae, self.spread
         num_frames, height, width = clip.shape
         size = size_for(model.config, height, width)
@@ -316,7 +317,7 @@ def latent_blocks(frames: Iterator[Tensor], length: int, factor: int) -> Iterato
 
 
 def encode(vae: WanVAE, blocks: Iterator[Tensor], length: int) -> Tensor:
-    """Blocks of uint8 (n, h, w, 3) frames -> source latents (1, C, length, h, w)."""
+    """Blocks of uint8 (n, h, w, 3) frames -> source latents (1, C, T', H', W'). length: T'."""
     inputs = (video.to_float(block).unsqueeze(0) for block in blocks)  # (1, 3, n, h, w)
     # The VAE asks for a block when it has encoded the one before, so one is in memory at a time.
     latents = progress(vae.encode_chunks(inputs), desc="encoding", unit="block", total=length)
@@ -324,9 +325,10 @@ def encode(vae: WanVAE, blocks: Iterator[Tensor], length: int) -> Tensor:
 
 
 def decode(vae: WanVAE, latents: Tensor, shape: tuple[int, int, int]) -> Iterator[Tensor]:
-    """Algorithm 2, line 8: latents (1, C, t, h, w) -> T frames H x W, uint8 (n, H, W, 3) blocks.
+    """Algorithm 2, line 8: latents (1, C, T', H', W') -> blocks of frames, uint8 (n, H, W, 3).
 
-    This, not the DiT, is the memory peak of an edit, so it works on one latent frame at a time.
+    shape: (T, H, W) of the clip. One latent frame is decoded at a time, because decoding, and not
+    the DiT, is the memory peak of an edit.
     """
     frames_left, height, width = shape
     length = latents.shape[2]
@@ -357,7 +359,7 @@ def windows(length: int, size: int) -> list[slice]:
 
 
 def window_weights(slices: list[slice], length: int) -> list[Tensor]:
-    """How much each window counts at each of its frames, (t, 1, 1): linear ramps at its ends.
+    """How much each window counts at each of its frames, (size, 1, 1): linear ramps at its ends.
 
     The weights of all windows at a frame sum to 1.
     """
@@ -422,13 +424,13 @@ UNCHANGED, CHANGED = 0.15, 0.4
 
 
 def change_mask(latents: Tensor, source: Tensor) -> Tensor:
-    """How far each latent was edited, from 0 to 1: two (1, C, t, h, w) -> (t, 1, h, w).
+    """How far each latent was edited, from 0 to 1: two (1, C, T', H', W') -> (T', 1, H', W').
 
     The mask is widened by one latent in time and space, so that a removed object leaves no ghost of
     its fine detail, and then smoothed, so that it has no hard edge and does not flicker.
     """
     # Latents are normalised, so their difference is in standard deviations already.
-    distance = (latents - source).float().square().mean(dim=1).sqrt()  # (1, t, h, w)
+    distance = (latents - source).float().square().mean(dim=1).sqrt()  # (1, T', H', W')
     mask = ((distance - UNCHANGED) / (CHANGED - UNCHANGED)).clamp(0, 1).unsqueeze(1)
     for pool in (F.max_pool3d, F.avg_pool3d):  # widen, then smooth
         mask = pool(F.pad(mask, (1,) * 6, mode="replicate"), kernel_size=3, stride=1)
@@ -440,13 +442,13 @@ def restore_source(
 ) -> Iterator[Tensor]:
     """Blend blocks of uint8 (n, H, W, 3): the source where the mask is 0, the edit where it is 1.
 
-    mask (t, 1, h, w) has one image for each block; from block to block it changes linearly.
+    mask (T', 1, H', W') has one image for each block; from block to block it changes linearly.
     """
     before = mask[0]
     for edited_block, source_block, after in zip(edited, source, mask, strict=True):
         for i, frame in enumerate(edited_block):  # one by one: float32 frames of 4K are large
             # source_block is always whole, the last edited_block may be shorter: see `decode`.
-            now = torch.lerp(before, after, (i + 1) / len(source_block))  # (1, h, w)
+            now = torch.lerp(before, after, (i + 1) / len(source_block))  # (1, H', W')
             weight = F.interpolate(now.unsqueeze(0), frame.shape[:2], mode="bilinear")
             weight = weight[0].movedim(0, -1)  # (H, W, 1)
             blended = torch.lerp(source_block[i].float(), frame.float(), weight)
@@ -525,8 +527,8 @@ def announce(args: Namespace, plan: Forecast) -> None:
 
 
 # FLOPs of denoising from which a single edit on a GPU is compiled by default. That is 15 seconds of
-# an H100. Compiling saves some of them, and takes about as long as it saves where it is done for
-# the second time; for the first time it takes longer.
+# an H100. Compiling saves some of these seconds. It costs about as many where PyTorch's cache has
+# the code of an earlier edit, and more where not.
 COMPILE_FROM = 1e16
 
 

@@ -72,7 +72,7 @@ class Tokens:
         return tokens[:, :num_tokens]
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """From some tokens of all heads to all tokens of some: (B, n, s, D) -> (B, n/N, N s, D)."""
+        """Own tokens of all heads -> all tokens of own heads: (B, n, s, D) -> (B, n/N, N s, D)."""
         qkv = torch.stack((q, k, v))  # (3, B, n, s, D)
         # To rank r go the heads of part r; from it come its tokens.
         qkv = qkv.unflatten(2, (self.ranks, -1)).movedim(2, 0)  # (N, 3, B, n/N, s, D)
@@ -98,8 +98,8 @@ class Tokens:
 class TokenParallel:
     """Shares a DiT's tokens out over the ranks of a group.
 
-    Every token but those of self-attention is computed by one rank alone: products, cross-attention
-    and norms need only their own tokens. What the DiT returns is whole on every rank.
+    Outside self-attention no token needs the others, so each is computed by one rank alone. What
+    the DiT returns is whole on every rank.
 
     Raises ValueError if the ranks cannot share the DiT's heads.
     """

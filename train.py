@@ -13,7 +13,8 @@
     torchrun --nproc_per_node 8 train.py --sequence-parallel 4 --size 121 704 1280 --batch 1 ...
                                                             # long clips, each shared by 4 GPUs
 
-Departures from Algorithm 1, where it is silent or would not match Algorithm 2:
+Lines of Algorithm 1 are numbered as in arXiv's HTML, where line 1 has the inputs. Departures from
+it, where it is silent or would not match Algorithm 2:
 1. Its "v_t" and "v*_t" are both z_t = (1 - t)·VAE(v*) + t·ε, and its u* is ε - VAE(v*). The editing
    branch sees VAE(v) beside z_t, the reference branch VAE(v*).
 2. The depth of line 16 is drawn before the forward passes, so that the reference branch can stop at
@@ -205,7 +206,7 @@ def compute_gradients(
         share = args.accumulate * run.ranks
         flow_mean += flow.mean() / share
         align_mean += align / share
-        num_tokens += batch.noise[:, 0].numel() // math.prod(config.dit.patch_size)
+        num_tokens += batch.noise[:, 0].numel() // math.prod(config.dit.patch_size)  # B · S
         num_broken += batch.broken
         bins = (batch.t * NUM_T_BINS).long().clamp(max=NUM_T_BINS - 1)  # (B,)
         one_hot = F.one_hot(bins, NUM_T_BINS).double()  # (B, NUM_T_BINS)

@@ -37,7 +37,7 @@ VARIANTS = {  # as options of train.py. The others of a group are compared with 
         f"L_s = {depth}": ["--routing-depth", str(depth), "--align-weight", "0"]
         for depth in (3, 0, 1, 2, 4, 5, 6)
     },
-    "weight": {
+    "weight": {  # the toy's λ is 0.005, the paper's 0.75
         f"λ = {weight}": ["--align-weight", str(weight)]
         for weight in (0, 0.005, 0.02, 0.05, 0.25, 0.75)
     },

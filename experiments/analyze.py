@@ -13,7 +13,8 @@ every block, on the z_t of `train.training_step`:
 - cosine (Fig. 4b): of the rows of A^(l) in the editing branch (v, ℓ) and in the reference branch
   (v*, ℓ*), a mean over positions;
 - divergence (Fig. 4b): the Jensen-Shannon divergence, in bits from 0 to 1, of an editing token's
-  maps p and q in the two branches, a mean over the K tokens.
+  maps p and q in the two branches, a mean over the K tokens. Native tokens have no counterpart in
+  the other branch, which reads another clip and another text.
 
 All are means over clips, and over several t of the sampler's schedule. Mass and entropy are those
 of the editing branch, which is the one that edits. A triplet without ℓ* has ℓ in its place.

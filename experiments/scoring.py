@@ -52,7 +52,7 @@ def score(output: Tensor, clip: dict[str, Any], ceiling: Tensor) -> Score:
     # The VAE alone may miss 28 dB: an edit cannot be better than its ceiling.
     limit = min(28, psnr((ceiling - target)[~mask].square()) - 3)
     changed = not mask.any() or bool(error[mask].mean() <= error_to_source[mask].mean() / 4)
-    kept = not outside < limit  # also if nothing is outside, where both are NaN
+    kept = not outside < limit  # also true if nothing is outside, where the PSNR is NaN
     return Score(psnr(error[mask]), outside, temporal, changed and kept)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import tomllib
 from pathlib import Path
 
@@ -98,3 +99,32 @@ def test_the_readme_lists_every_file():
     listed = {line.split()[0] for block in tree for line in block.splitlines() if line.strip()}
     missing = [path.name for path in ROOT.glob("*.py") if path.name not in listed]
     assert missing == []
+
+
+def defined_names(path):
+    """What a file has at its top level, and the methods and fields of its classes."""
+    names = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef))]
+    for node in (node for body in bodies for node in body):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_what_the_readme_names_beside_the_paper_is_there():
+    """`file.name` or `file.Class.name`, in the tables that a reader of the paper follows."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    part = text.split("## Read it with the paper")[1].split("## Edit")[0]
+    files = {path.stem: defined_names(path) for path in FILES}
+    lost, found = [], 0
+    for reference in re.findall(r"`(?:experiments\.)?(\w+(?:\.\w+)+)`", part):
+        module, *names = reference.split(".")
+        if module in files and names != ["py"]:
+            found += 1
+            lost += [reference for name in names if name not in files[module]]
+    assert not lost
+    assert found > 20
