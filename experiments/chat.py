@@ -223,7 +223,8 @@ async def ask(
             return answer
         except (_Again, ValueError, Refused) as error:
             failure = error
-        is_absent = isinstance(failure.__cause__, (httpx2.ConnectError, httpx2.ProxyError))
+        cut_off = isinstance(failure.__cause__, (httpx2.ConnectError, httpx2.ProxyError))
+        is_absent = cut_off and asked not in _answered  # one that has answered may start anew
         said = one_line(_hide(f"{address}: {failure}", secret))
         if tries == len(PAUSES):
             _unanswered[asked] += 1

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -461,7 +462,7 @@ def test_only_the_same_edit_is_resumed(checkpoint, tmp_path, monkeypatch, capsys
     args = sample.parse_arguments([*map(str, command), "--steps", "2"])
     monkeypatch.setattr(sample.Unfinished, "SAVE_SECONDS", 0)
     model, vae = sample.load_model(args)
-    sample.Unfinished(args, model, vae).save(torch.zeros(1, 8, 1, 4, 4), 1)
+    sample.Unfinished(args, model, vae).save(torch.zeros(1, 8, 2, 4, 4), 1)
     command += ["--resume", "--steps", "2"]
     error = expect_error(capsys, *command, "--seed", "7")
     assert "is of another edit, which differs in seed" in error
@@ -471,6 +472,27 @@ def test_only_the_same_edit_is_resumed(checkpoint, tmp_path, monkeypatch, capsys
     rvedit.save(tmp_path / "trained", model, vae)
     error = expect_error(capsys, *command, "--checkpoint", tmp_path / "trained")
     assert "is of another edit, which differs in weights" in error
+
+    # Decoding is what takes the most memory: it may be done in another precision.
+    sample.main([*map(str, command), "--decode-dtype", "bfloat16"])
+    assert out.exists()
+
+
+def test_steps_that_cannot_be_saved_end_the_edit_in_one_line(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    """Here by a limit of the file's size; the disk may be full."""
+    clip = encode(tmp_path / "in.mp4", images=images(2))
+    monkeypatch.setattr(sample.Unfinished, "SAVE_SECONDS", 0)
+    command = ["--video", clip, "--prompt", "add snow", "--checkpoint", checkpoint, "--steps", "2"]
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, former[1]))
+    try:
+        error = expect_error(capsys, *command, "--out", tmp_path / "out.mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert "out.mp4.unfinished.safetensors cannot be written: File too large" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 
 
 def damaged(tmp_path, how):
