@@ -168,7 +168,7 @@ def _read(status: int, headers: Mapping[str, str], text: str, has_answered: bool
     with contextlib.suppress(*MALFORMED):
         body = json.loads(text)
         body = body[0] if isinstance(body, list) else body  # Google's errors
-        error = body.get("error")
+        error = body.get("error") or body["choices"][0].get("error")  # the latter came midway
         if status == 200 and not error:
             return _answer(body["choices"][0])
     details = error if isinstance(error, dict) else {"message": error}

@@ -412,6 +412,13 @@ def test_an_answer_knows_why_it_ended(reason, is_cut_off):
     assert answer.finish_reason == reason
 
 
+def test_an_answer_that_an_error_ended_is_asked_for_again():
+    """As OpenRouter says it: the text ends where it happens to end."""
+    error = {"code": 502, "message": "Provider disconnected"}
+    with loopback(in_turn(reply_of("Score: 8", error=error), "at last")) as (url, _):
+        assert ask(url, "m", "?") == "at last"
+
+
 # --- When to try again ----------------------------------------------------------------------------
 
 
