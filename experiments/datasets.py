@@ -679,7 +679,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
             "--out", type=Path, required=True, help="the .jsonl file to write, for train.py --data"
         )
     for command in (look, ask, code):
-        command.add_argument("file", type=Path, metavar="FILE", help="triplets, .csv or .jsonl")
+        command.add_argument("file", type=Path, metavar="FILE", help="a table of triplets")
         command.add_argument(
             "--root", type=Path, metavar="DIR", help="where relative paths start; default: at FILE"
         )
