@@ -88,6 +88,11 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
             fail(error)
         except RecursionError:
             fail("the input is nested too deeply, such as JSON of thousands of brackets")
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason, _, _ = str(error).partition("\n\n")  # advice for developers follows
+            fail(f"compiling failed, --no-compile goes without: {' '.join(reason.split())}")
         except MemoryError as error:
             fail(f"out of memory: {error}" if str(error) else "out of memory")
         except KeyboardInterrupt:

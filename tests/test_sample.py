@@ -1,6 +1,7 @@
 """Algorithm 2, the way from clip to clip, and the command line with all that can go wrong in it."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -1032,6 +1033,21 @@ def test_the_built_in_model_says_that_real_footage_is_not_its_world(built_in, ca
         sample.note_foreign_clip(None, *built_in, iter([foreign]))
         error = capsys.readouterr().err
         assert "knows only moving shapes" in error and error.count("\n") == 1
+
+
+def test_where_nothing_can_be_compiled_one_line_says_what_to_do(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
+    """PyTorch needs a C compiler, which many containers lack."""
+
+    def fails(graph, inputs):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fails))
+    clip, out = encode(tmp_path / "in.mp4", images=images(2)), tmp_path / "out.mp4"
+    words = ["--video", clip, "--prompt", "x", "--checkpoint", checkpoint, "--out", out]
+    error = expect_error(capsys, *words, "--compile")
+    assert "compiling failed, --no-compile goes without: " in error and "no compiler" in error
 
 
 def test_an_edit_that_changes_nothing_is_said(tmp_path, capsys):
