@@ -232,8 +232,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     An OSError, such as that of a full disk, is raised again with the final name in its message.
     """
     target = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
-    # Several processes may write at once.
-    temporary = beside(target, f".partial-{os.getpid()}-", "")
+    # Several may write at once. Some writers choose their format by the ending, that of the link.
+    ending = "" if target.suffix == Path(path).suffix else Path(path).suffix
+    temporary = beside(target, f".partial-{os.getpid()}-", ending)
     former = beside(target, ".former-", "")
     try:
         # A kill between the two renames below leaves the former folder under this name,

@@ -860,6 +860,15 @@ def test_a_file_of_a_long_name_is_replaced_and_leaves_nothing_beside_it(name, tm
     assert unfinished.suffix == ".safetensors"
 
 
+@pytest.mark.parametrize("ending", (".mp4", ".png"))
+def test_a_link_to_a_file_without_ending_is_written_through(ending, tmp_path):
+    link = tmp_path / f"out{ending}"
+    link.symlink_to("blob")
+    video.write_video(link, make_clip(1, 32, 32))
+    assert link.is_symlink() and len(video.read_video(tmp_path / "blob").frames) == 1
+    assert len([*tmp_path.iterdir()]) == 2
+
+
 # --- Signals --------------------------------------------------------------------------------------
 
 WRITER = """
