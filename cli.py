@@ -88,6 +88,11 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
             fail(error)
         except RecursionError:
             fail("the input is nested too deeply, such as JSON of thousands of brackets")
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason, _, _ = str(error).partition("\n\n")  # advice for developers follows
+            fail(f"compiling failed, --no-compile goes without: {' '.join(reason.split())}")
         except MemoryError as error:
             fail(f"out of memory: {error}" if str(error) else "out of memory")
         except KeyboardInterrupt:
@@ -227,8 +232,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     An OSError, such as that of a full disk, is raised again with the final name in its message.
     """
     target = Path(os.path.realpath(path))  # a link stays, and what it leads to is replaced
-    # Several processes may write at once.
-    temporary = beside(target, f".partial-{os.getpid()}-", "")
+    # Several may write at once. Some writers choose their format by the ending, that of the link.
+    ending = "" if target.suffix == Path(path).suffix else Path(path).suffix
+    temporary = beside(target, f".partial-{os.getpid()}-", ending)
     former = beside(target, ".former-", "")
     try:
         # A kill between the two renames below leaves the former folder under this name,

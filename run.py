@@ -287,13 +287,13 @@ def check_out(args: argparse.Namespace) -> None:
         )
     if (checkpoints or steps) and not (args.resume or args.export):
         raise ValueError(f"{out} holds a run: add --resume to go on with it, or give another --out")
-    # With so many steps and no more, it may be the first checkpoint that could not be written.
-    if steps > args.save_every and not checkpoints:
-        raise ValueError(
-            f"{log} has {steps} steps, and their checkpoints are gone: bring them back to "
-            f"{out / 'checkpoints'}, or give another --out"
-        )
     if steps and not checkpoints:
+        # With so many steps and no more, it may be the first checkpoint that could not be written.
+        if steps > read_run(out)["options"].get("save_every", args.save_every):
+            raise ValueError(
+                f"{log} has {steps} steps, and their checkpoints are gone: bring them back to "
+                f"{out / 'checkpoints'}, or give another --out"
+            )
         cli.note(f"the run in {out} was ended before its first checkpoint, and begins again")
     out.mkdir(parents=True, exist_ok=True)
 

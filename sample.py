@@ -33,7 +33,7 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -671,8 +671,9 @@ class Unfinished:
         self.edit = {name: str(getattr(args, name)) for name in names}
         for name in ("routing_depth", "max_pixels", "max_frames"):
             self.edit[name] = str(getattr(model.config, name))
-        # Not the checkpoint's path, at which others may lie by now, or the same at another.
-        self.edit["weights"] = digest_of(model, vae)
+        # Not the checkpoint's path, at which others may lie by now, or the same at another; and not
+        # the decoder, whose precision an edit may have to change to go on.
+        self.edit["weights"] = digest_of(model, vae.encoder, vae.conv1)
         source = args.video.stat()
         self.edit["video"] = f"{source.st_size} bytes, {source.st_mtime_ns}"
         self.saved_at = time.monotonic()
@@ -719,7 +720,8 @@ class Unfinished:
         if RANK > 0 or time.monotonic() - self.saved_at < self.SAVE_SECONDS:
             return
         with cli.replacing(self.path) as temporary:
-            save_file({"z": z.cpu()}, temporary, self.edit | {"done": str(done)})
+            # Not by save_file, whose error on a full disk is no OSError.
+            temporary.write_bytes(save({"z": z.cpu()}, self.edit | {"done": str(done)}))
         self.saved_at, self.done = time.monotonic(), done
 
 

@@ -32,11 +32,9 @@ import cli
 
 MAX_SHARD_BYTES = 5_000_000_000
 
-LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
-
 # What may stand in the place of a file, by its first bytes in lower case.
 INSTEAD = {
-    LFS_POINTER: "it is a Git LFS pointer: run `git lfs pull`",
+    b"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
     b"<!doctype": "it is a web page: download it again",
     b"<html": "it is a web page: download it again",
     b"gguf": "it is GGUF, which is not supported",

@@ -373,7 +373,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--data",
         type=Path,
         metavar="FILE",
-        help=".csv or .jsonl of triplets; default: moving shapes",
+        help="a table of triplets; default: moving shapes",
     )
     add("--world", choices=WORLDS, help="of the moving shapes, without --data (default all)")
     add("--clips", type=whole, default=20, help="how many, from the first on (default 20)")

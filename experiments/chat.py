@@ -168,7 +168,7 @@ def _read(status: int, headers: Mapping[str, str], text: str, has_answered: bool
     with contextlib.suppress(*MALFORMED):
         body = json.loads(text)
         body = body[0] if isinstance(body, list) else body  # Google's errors
-        error = body.get("error")
+        error = body.get("error") or body["choices"][0].get("error")  # the latter came midway
         if status == 200 and not error:
             return _answer(body["choices"][0])
     details = error if isinstance(error, dict) else {"message": error}
@@ -223,7 +223,8 @@ async def ask(
             return answer
         except (_Again, ValueError, Refused) as error:
             failure = error
-        is_absent = isinstance(failure.__cause__, (httpx2.ConnectError, httpx2.ProxyError))
+        cut_off = isinstance(failure.__cause__, (httpx2.ConnectError, httpx2.ProxyError))
+        is_absent = cut_off and asked not in _answered  # one that has answered may start anew
         said = one_line(_hide(f"{address}: {failure}", secret))
         if tries == len(PAUSES):
             _unanswered[asked] += 1

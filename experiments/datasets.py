@@ -70,7 +70,7 @@ from experiments import chat
 from experiments.answers import without_thoughts
 from shapes import CATEGORIES
 from vae import WanVAE
-from weights import LFS_POINTER
+from weights import what_it_is
 
 # --- The public sets as they lie on disk ----------------------------------------------------------
 
@@ -167,13 +167,10 @@ class Listing(NamedTuple):
 def has_content(clip: str) -> bool:
     """Whether a file is more than the name of a clip: not empty, and no pointer of git-lfs."""
     try:
-        if os.path.getsize(clip) > LONGEST_POINTER:
-            return True
-        with open(clip, "rb") as file:
-            start = file.read(len(LFS_POINTER))
+        size = os.path.getsize(clip)
     except OSError:
         return False
-    return start not in (b"", LFS_POINTER)
+    return size > LONGEST_POINTER or (size > 0 and what_it_is(Path(clip)) is None)
 
 
 class Folders:
@@ -679,7 +676,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
             "--out", type=Path, required=True, help="the .jsonl file to write, for train.py --data"
         )
     for command in (look, ask, code):
-        command.add_argument("file", type=Path, metavar="FILE", help="triplets, .csv or .jsonl")
+        command.add_argument("file", type=Path, metavar="FILE", help="a table of triplets")
         command.add_argument(
             "--root", type=Path, metavar="DIR", help="where relative paths start; default: at FILE"
         )

@@ -508,7 +508,7 @@ def average_judges(means: dict[tuple[str, str, str], Summary]) -> dict:
                 cells=np.mean([one.cells for one in given], axis=0),
                 scored=sum(one.scored for one in given),
                 dropped=sum(one.dropped for one in given),
-                lacking=max(one.lacking for one in given),
+                lacking=min(given, key=lambda one: one.scored + one.dropped).lacking,
             )
     return averaged
 

@@ -309,6 +309,19 @@ def test_a_server_that_is_not_there_is_named(monkeypatch):
     assert len(slept) == 2
 
 
+def test_a_server_that_was_there_may_start_anew(monkeypatch):
+    """Which takes minutes: it gets as much time as one that is busy."""
+    with loopback(lambda body: "yes") as (url, _):
+        assert ask(url, "m", "?") == "yes"
+    slept = record_pauses(monkeypatch)
+    with pytest.raises(ValueError, match="failed"):
+        ask(url, "m", "?")
+    assert len(slept) == len(chat.PAUSES) - 1
+    monkeypatch.setattr(chat, "IN_A_ROW", 2)
+    with pytest.raises(chat.Refused, match="failed; check the server"):
+        ask(url, "m", "?")
+
+
 def test_a_proxy_is_gone_through(monkeypatch):
     """But for the hosts in no_proxy."""
     with loopback(lambda body: "by the proxy") as (proxy, asked):
@@ -397,6 +410,13 @@ def test_an_answer_knows_why_it_ended(reason, is_cut_off):
         answer = ask(url, "m", "?")
     assert answer == "Score: 8" and answer.is_cut_off == is_cut_off
     assert answer.finish_reason == reason
+
+
+def test_an_answer_that_an_error_ended_is_asked_for_again():
+    """As OpenRouter says it: the text ends where it happens to end."""
+    error = {"code": 502, "message": "Provider disconnected"}
+    with loopback(in_turn(reply_of("Score: 8", error=error), "at last")) as (url, _):
+        assert ask(url, "m", "?") == "at last"
 
 
 # --- When to try again ----------------------------------------------------------------------------

@@ -634,6 +634,14 @@ def test_only_the_rows_of_a_judge_that_lacks_clips_are_marked():
     ]
 
 
+def test_an_average_lacks_what_one_of_its_judges_lacks_most():
+    rows = scores("a", "p", local_add=[[50, 60, 70]] * 11) + scores("a", "q", local_add=[[1, 1, 1]])
+    table = as_dicts(openve.make_table([row | {"benchmark": 20} for row in rows], layout=2))
+    marks = {row["Judge"]: row["Variant"] for row in table}
+    assert marks["p"] == "a (lacks 9 of 20 clips)"
+    assert marks["q"] == marks["average"] == "a (lacks 19 of 20 clips)"
+
+
 def test_a_method_that_lacks_clips_is_marked_in_the_table(tmp_path, capsys):
     bench = make_bench(tmp_path / "bench", 10)
     whole = make_results(bench, tmp_path / "whole")

@@ -1,10 +1,12 @@
 """Algorithm 2, the way from clip to clip, and the command line with all that can go wrong in it."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -461,7 +463,7 @@ def test_only_the_same_edit_is_resumed(checkpoint, tmp_path, monkeypatch, capsys
     args = sample.parse_arguments([*map(str, command), "--steps", "2"])
     monkeypatch.setattr(sample.Unfinished, "SAVE_SECONDS", 0)
     model, vae = sample.load_model(args)
-    sample.Unfinished(args, model, vae).save(torch.zeros(1, 8, 1, 4, 4), 1)
+    sample.Unfinished(args, model, vae).save(torch.zeros(1, 8, 2, 4, 4), 1)
     command += ["--resume", "--steps", "2"]
     error = expect_error(capsys, *command, "--seed", "7")
     assert "is of another edit, which differs in seed" in error
@@ -471,6 +473,27 @@ def test_only_the_same_edit_is_resumed(checkpoint, tmp_path, monkeypatch, capsys
     rvedit.save(tmp_path / "trained", model, vae)
     error = expect_error(capsys, *command, "--checkpoint", tmp_path / "trained")
     assert "is of another edit, which differs in weights" in error
+
+    # Decoding is what takes the most memory: it may be done in another precision.
+    sample.main([*map(str, command), "--decode-dtype", "bfloat16"])
+    assert out.exists()
+
+
+def test_steps_that_cannot_be_saved_end_the_edit_in_one_line(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    """Here by a limit of the file's size; the disk may be full."""
+    clip = encode(tmp_path / "in.mp4", images=images(2))
+    monkeypatch.setattr(sample.Unfinished, "SAVE_SECONDS", 0)
+    command = ["--video", clip, "--prompt", "add snow", "--checkpoint", checkpoint, "--steps", "2"]
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, former[1]))
+    try:
+        error = expect_error(capsys, *command, "--out", tmp_path / "out.mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert "out.mp4.unfinished.safetensors cannot be written: File too large" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 
 
 def damaged(tmp_path, how):
@@ -837,6 +860,15 @@ def test_a_file_of_a_long_name_is_replaced_and_leaves_nothing_beside_it(name, tm
     assert unfinished.suffix == ".safetensors"
 
 
+@pytest.mark.parametrize("ending", (".mp4", ".png"))
+def test_a_link_to_a_file_without_ending_is_written_through(ending, tmp_path):
+    link = tmp_path / f"out{ending}"
+    link.symlink_to("blob")
+    video.write_video(link, make_clip(1, 32, 32))
+    assert link.is_symlink() and len(video.read_video(tmp_path / "blob").frames) == 1
+    assert len([*tmp_path.iterdir()]) == 2
+
+
 # --- Signals --------------------------------------------------------------------------------------
 
 WRITER = """
@@ -1010,6 +1042,21 @@ def test_the_built_in_model_says_that_real_footage_is_not_its_world(built_in, ca
         sample.note_foreign_clip(None, *built_in, iter([foreign]))
         error = capsys.readouterr().err
         assert "knows only moving shapes" in error and error.count("\n") == 1
+
+
+def test_where_nothing_can_be_compiled_one_line_says_what_to_do(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
+    """PyTorch needs a C compiler, which many containers lack."""
+
+    def fails(graph, inputs):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fails))
+    clip, out = encode(tmp_path / "in.mp4", images=images(2)), tmp_path / "out.mp4"
+    words = ["--video", clip, "--prompt", "x", "--checkpoint", checkpoint, "--out", out]
+    error = expect_error(capsys, *words, "--compile")
+    assert "compiling failed, --no-compile goes without: " in error and "no compiler" in error
 
 
 def test_an_edit_that_changes_nothing_is_said(tmp_path, capsys):

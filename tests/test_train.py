@@ -963,6 +963,7 @@ def test_folders_of_the_user_beside_the_checkpoints_are_left_alone(alone, tmp_pa
         ("model", "--steps=9", "model would be replaced"),
         ("log.jsonl run.json", "--steps=9", "holds a run: add --resume"),
         ("log.jsonl run.json", "--resume", "has 10 steps, and their checkpoints are gone"),
+        ("log.jsonl run.json", "--resume --save-every=99", "their checkpoints are gone"),
         ("model log.jsonl run.json", "--export", "holds no training checkpoint"),
     ],
 )
@@ -975,20 +976,25 @@ def test_a_run_whose_checkpoints_are_gone_is_left_alone(
     shutil.copytree(alone, out, ignore=shutil.ignore_patterns(*lost))
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     with pytest.raises(SystemExit) as stop:
-        train.main(options(start, out, option))
+        train.main(options(start, out, *option.split()))
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and message in error
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
-@pytest.mark.parametrize("steps", (3, 5))  # of 5 to the first checkpoint, which may have failed
-def test_a_run_that_ended_before_its_first_checkpoint_begins_again(alone, tmp_path, capsys, steps):
+@pytest.mark.parametrize(
+    ("steps", "more"),  # of 5 to the first checkpoint, which may have failed
+    [(3, []), (5, []), (3, ["--save-every", "1"])],
+)
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(
+    alone, tmp_path, capsys, steps, more
+):
     out = tmp_path / "run"
     out.mkdir()
     shutil.copy(alone / "run.json", out)
     lines = (alone / "log.jsonl").read_text().splitlines(keepends=True)
     (out / "log.jsonl").write_text("".join(lines[:steps]))
-    train.main(["--out", str(out), "--resume", "--steps", "2"])
+    train.main(["--out", str(out), "--resume", "--steps", "2", *more])
     assert "ended before its first checkpoint, and begins again" in capsys.readouterr().err
     assert losses_differ_by(log(out), log(alone)[:2]) == 0
 
