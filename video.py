@@ -525,9 +525,11 @@ def check_writable(path: str | Path) -> None:
     if path.suffix.lower() not in (*COPIED_AUDIO, *stills.WRITTEN):
         endings = f"{' or '.join(COPIED_AUDIO)}, that of a still in {', '.join(stills.WRITTEN)}"
         raise ValueError(f"{path}: the name of a video to write must end in {endings}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first")
-    folder_allows = os.access(path.parent, os.W_OK | os.X_OK)
+    # A link stays, and what it leads to is written.
+    folder = (Path(os.path.realpath(path)) if path.is_symlink() else path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {folder}; create it first")
+    folder_allows = os.access(folder, os.W_OK | os.X_OK)
     file_allows = os.access(path, os.W_OK) or not path.exists()
     if not (folder_allows and file_allows):
         raise PermissionError(f"{path}: it or its folder is read-only; choose another place")

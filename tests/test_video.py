@@ -650,8 +650,10 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "file").write_text("")
     folder = tmp_path / "folder.mp4"
     folder.mkdir()
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "missing" / "a.mp4")
     for path, error, message in [
         (folder, IsADirectoryError, "is a folder"),
+        (tmp_path / "link.mp4", FileNotFoundError, "there is no folder"),
         (tmp_path / "missing" / "a.mp4", FileNotFoundError, "there is no folder"),
         (tmp_path / "file" / "a.mp4", FileNotFoundError, "there is no folder"),
         (tmp_path / "a.avi", ValueError, "must end in .mp4 or .mov, that of a still in .png"),
