@@ -21,6 +21,8 @@ from av.container import InputContainer
 from av.filter import Graph
 from av.stream import Disposition, Stream
 
+from weights import what_it_is
+
 # Only these containers are read, by the names of FFmpeg's demuxers. Playlists (HLS, DASH), concat
 # scripts and image sequences are not among them: they open other files or addresses and may never
 # end. Nor are text formats, such as ANSI art. The last row is sound: it gets its own error.
@@ -79,6 +81,8 @@ def is_png(path: Path) -> bool:
 
 def _why_unreadable(path: Path, error: av.FFmpegError) -> str:
     """The one line for a file that FFmpeg fails to open or to decode."""
+    if instead := what_it_is(path):
+        return f"{path}: {instead}"
     head = head_of(path)
     reason = error.strerror
     if isinstance(error, av.ArgumentError):  # it is not in the list of containers

@@ -57,6 +57,7 @@ class Picture(NamedTuple):
     path: Path  # the file of both
     start: Fraction  # seconds on the file's clock that are time 0 of the edit
     end: Fraction  # seconds on the file's clock, when the last frame is no longer shown
+    goes_on: bool  # whether the file has more frames: then the sound ends here, too
 
 
 def prepare_tracks(picture: Picture, ending: str) -> list[SoundTrack]:
@@ -144,13 +145,15 @@ def _copied_packets(source: InputContainer, copy: Stream) -> Iterator[Packet]:
 def _sound_packets(picture: Picture, container: InputContainer, index: int) -> Iterator[Packet]:
     """Yield the packets of one track, and at the end the empty one that flushes its decoder.
 
+    The sound of frames that were not read is left out.
     Sound far behind both the picture and the sound before it is a fault of the clock. It would
     become hours of silence.
     """
     end = picture.end
     for packet in demux(container):
         time = (packet.dts or 0) * packet.time_base
-        if packet.stream.index == index and time < end + LONGEST_GAP:
+        last = picture.end if picture.goes_on else end + LONGEST_GAP
+        if packet.stream.index == index and time < last:
             end = max(end, time + (packet.duration or 0) * packet.time_base)
             yield packet
 

@@ -27,6 +27,7 @@ import heapq
 import itertools
 import math
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -70,6 +71,8 @@ PICTURE_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # of AVIF and HEIC that i
 # The largest side in pixels: of H.264 as x264 writes it, and of stills.
 MAX_SIDE = {".mp4": 16_384, ".mov": 16_384, ".webp": 16_383}
 MAX_SIDE |= {".png": 65_500, ".jpg": 65_500, ".jpeg": 65_500}
+
+CGROUP = Path("/sys/fs/cgroup")  # what Linux says of the container that this may run in
 
 
 @dataclass
@@ -339,10 +342,12 @@ def _available_memory() -> int:
     except (OSError, IndexError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # a container may have a limit of its own
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        available = min(available, limit - used)
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        # Files that were read count as used, but make room where memory is asked for.
+        statistics = (CGROUP / "memory.stat").read_text()
+        cached = re.findall(r"^(?:in)?active_file (\d+)$", statistics, re.MULTILINE)
+        available = min(available, limit - used + sum(map(int, cached)))
     return available
 
 
@@ -558,7 +563,8 @@ def prepare_sound(clip: Video, path: str | Path) -> list[SoundTrack]:
     ending = Path(path).suffix.lower()
     if ending not in clip.sound:
         end = (clip.timestamps[-1] + clip.last_duration) * clip.time_base + clip.start
-        picture = Picture(clip.path, clip.start, end)
+        goes_on = clip.total > len(clip.timestamps)
+        picture = Picture(clip.path, clip.start, end, goes_on)
         clip.sound[ending] = prepare_tracks(picture, ending)
     return clip.sound[ending]
 

@@ -353,6 +353,15 @@ def test_the_first_frames_alone_are_those_of_the_whole(tmp_path: Path, limit: in
     assert part.rate == whole.rate == NTSC
 
 
+def test_the_sound_of_the_first_frames_alone_ends_with_them(tmp_path: Path) -> None:
+    """Copied or encoded; that of a whole clip may go on behind its picture."""
+    for codec, out in (("aac", "out.mp4"), ("flac", "out.mov")):
+        source = encode(tmp_path / f"{codec}.mkv", grey_levels(50), audio=codec)
+        part = video.read_video(source, 10)
+        video.write_video(tmp_path / out, part.frames, like=part)
+        assert 0.3 < sound(tmp_path / out).shape[-1] / 48_000 < 0.5
+
+
 def test_raw_stream_without_timestamps(tmp_path: Path) -> None:
     """Where the file has no clock, the frames follow each other at its average rate."""
     clip = video.read_video(encode(tmp_path / "in.h264", grey_levels(9), rate=Fraction(30)))
@@ -679,6 +688,9 @@ def test_files_that_are_not_videos(tmp_path: Path, capfd: pytest.CaptureFixture[
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_text("This is not a video.\n" * 100)
     (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20000))
+    (tmp_path / "page.mp4").write_text("<!DOCTYPE html><title>Vidéo</title>", "utf-8")
+    for name in ("pointer.mp4", "pointer.jpg"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\nsize 1\n")
     with av.open(str(tmp_path / "audio.mp4"), "w") as out:
         track = out.add_stream("aac", rate=48000, layout="stereo")
         frame = av.AudioFrame.from_ndarray(tone(0.5), format="s16", layout="stereo")
@@ -690,6 +702,9 @@ def test_files_that_are_not_videos(tmp_path: Path, capfd: pytest.CaptureFixture[
         ("empty.mp4", ValueError, "is empty"),
         ("text.mp4", ValueError, "not a video file, or cut short or damaged"),
         ("noise.mp4", ValueError, "not a video file, or cut short or damaged"),
+        ("page.mp4", ValueError, "page.mp4: it is a web page: download it again"),
+        ("pointer.mp4", ValueError, "pointer.mp4: it is a Git LFS pointer"),
+        ("pointer.jpg", ValueError, "pointer.jpg: it is a Git LFS pointer"),
         ("audio.mp4", ValueError, "has no video, only audio"),
     ]:
         with pytest.raises(error, match=message) as caught:
@@ -1508,6 +1523,25 @@ def test_available_memory_is_that_of_this_machine() -> None:
     """Between nothing and all that is installed."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < video._available_memory() <= installed
+
+
+def test_files_that_were_read_leave_memory_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that has read more than its limit has all of it in use: most of it by the cache.
+
+    Each clip of a long training would be refused there.
+    """
+    texts = {
+        "memory.max": "64000000\n",
+        "memory.current": "63990000\n",
+        "memory.stat": "anon 9990000\nfile 54000000\nshmem 3000000\ninactive_file 50000000\n"
+        "active_file 1000000\nworkingset_activate_file 77\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(video, "CGROUP", tmp_path)
+    assert video._available_memory() == 10_000 + 51_000_000
 
 
 CASES = Path(__file__).parents[2] / "shared" / "cases" / "video"
