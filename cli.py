@@ -108,7 +108,8 @@ def memory_advice(advice: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         # By its words, because on a CPU it is an error like any other.
-        if not re.search("out of memory|allocate memory|not enough memory", str(error)):
+        words = "out of memory|allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED"
+        if not re.search(words, str(error)):
             raise
         raise Stop(f"out of memory: {advice}") from None
 

@@ -426,6 +426,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     model, vae = rvedit.load(args.checkpoint, device=DEVICE, dtype=DTYPE)
     if args.data:
+        clips.max_frames = args.size[0] if args.size else model.config.max_frames
         with contextlib.suppress(ValueError, OSError):  # said when the clip's turn comes
             frames = (clip["source"][0] for clip in clips)  # read only if they are asked for
             sample.note_foreign_clip(args.checkpoint, model, vae, frames)

@@ -428,6 +428,19 @@ def test_base_checkpoint_and_triplets(checkpoints, tmp_path):
     assert not (tmp_path / "analysis.png").exists()
 
 
+def test_no_more_of_a_clip_is_read_than_is_measured(checkpoints, tmp_path, monkeypatch):
+    """As in training: a table of long clips, of which it takes 81 frames, would fill the memory."""
+    monkeypatch.setattr(video, "_available_memory", lambda: 5 * 40 * 70 * 3)
+    long, size = tmp_path / "long.mp4", ["--size", "5", "32", "32"]
+    video.write_video(long, make_clip(30, 40, 70))
+    row = dict(src_video=str(long), tgt_video=str(long.with_name("target.mp4")), prompt="remove it")
+    video.write_video(row["tgt_video"], make_clip(30, 40, 70, 1))
+    (tmp_path / "long.jsonl").write_text(json.dumps(row))
+    shared = ["--checkpoint", str(checkpoints / "depth-3"), "--timesteps", "1", *size]
+    analyze.main([*shared, "--data", str(tmp_path / "long.jsonl"), "--out", str(tmp_path)])
+    assert read_report(tmp_path)["model"]["clips"] == 1
+
+
 def test_clips_that_cannot_be_read_are_skipped_and_said(checkpoints, tmp_path, capsys):
     row = json.loads((checkpoints / "triplets.jsonl").read_text())
 

@@ -616,13 +616,19 @@ def test_a_read_only_output_folder_is_named_before_any_work(
 
 
 @pytest.mark.parametrize("stage", ("load_model", "decode"))
-@pytest.mark.parametrize("on_gpu", (True, False))
-def test_too_little_memory_is_one_line(stage, on_gpu, checkpoint, tmp_path, capsys, monkeypatch):
-    """Already while the model is loaded, and on a CPU, where it is a plain RuntimeError."""
+@pytest.mark.parametrize("where", ("gpu", "cublas", "cpu"))
+def test_too_little_memory_is_one_line(stage, where, checkpoint, tmp_path, capsys, monkeypatch):
+    """Already while the model is loaded, and on a CPU, where it is a plain RuntimeError.
+
+    So it is where a library of CUDA finds no memory for itself, beside weights that just fitted.
+    """
 
     def exhaust(*_):
-        if on_gpu:
+        if where == "gpu":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        if where == "cublas":
+            reason = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            raise RuntimeError(reason)
         torch.empty(2**60)
 
     monkeypatch.setattr(sample, stage, exhaust)
@@ -630,6 +636,15 @@ def test_too_little_memory_is_one_line(stage, on_gpu, checkpoint, tmp_path, caps
     words = ["--video", clip, "--prompt", "x", "--checkpoint", checkpoint, "--out", out]
     assert "out of memory: add --offload on a GPU" in expect_error(capsys, *words)
     assert not out.exists()
+
+
+def test_a_rank_without_a_gpu_is_told_so(monkeypatch):
+    """As train.py does; PyTorch's word for it is "invalid device ordinal"."""
+    monkeypatch.setattr(sample, "LOCAL_RANK", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    args = SimpleNamespace(device=torch.device("cuda", 2), checkpoint=None, wan=None, qwen=None)
+    with pytest.raises(ValueError, match="no GPU for its rank 2: give a smaller --nproc_per_node"):
+        sample.load_model(args)
 
 
 def test_other_errors_of_pytorch_keep_their_traceback(checkpoint, tmp_path, monkeypatch):
