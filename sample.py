@@ -512,16 +512,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, times: int = 3) -> flo
     return 2 * n**3 / min(seconds)
 
 
-def announce(args: Namespace, plan: Forecast) -> None:
-    """Say on stderr what an edit takes, before it begins, if it will denoise for over a minute."""
-    if RANK > 0 or args.steps * plan.step < 1e12:  # so few take less on any machine
+def announce(args: Namespace, plan: Forecast, steps: int) -> None:
+    """Say on stderr what an edit takes, before it begins, if it will denoise for over a minute.
+
+    steps: that are still to be done.
+    """
+    if RANK > 0 or steps * plan.step < 1e12:  # so few take less on any machine
         return
     rate = RANKS * matmul_rate(args.device, getattr(torch, args.dtype))
-    minutes = args.steps * plan.step / rate / 60
+    minutes = steps * plan.step / rate / 60
     if minutes > 1:
         in_windows = "1 window" if plan.windows == 1 else f"{plan.windows} windows"
         cli.say(
-            f"plan: {in_windows} and {args.steps} steps of {plan.step / 1e12:.3g} TFLOP, at least "
+            f"plan: {in_windows} and {steps} steps of {plan.step / 1e12:.3g} TFLOP, at least "
             f"{minutes:,.0f} min of denoising; {plan.memory / 1e9:.2g} GB of memory"
         )
 
@@ -532,11 +535,11 @@ def announce(args: Namespace, plan: Forecast) -> None:
 COMPILE_FROM = 1e16
 
 
-def pays_to_compile(args: Namespace, plan: Forecast) -> bool:
+def pays_to_compile(args: Namespace, plan: Forecast, steps: int) -> bool:
     """What --compile or --no-compile says, and without them what a single edit gains by."""
     if args.compile is not None:
         return args.compile
-    return args.device.type == "cuda" and args.steps * plan.step > COMPILE_FROM
+    return args.device.type == "cuda" and steps * plan.step > COMPILE_FROM
 
 
 def compile_networks(model: RVEDiT, vae: WanVAE) -> None:
@@ -662,13 +665,14 @@ class Unfinished:
 
     They are written at most every SAVE_SECONDS, so a short edit leaves no file. As a context it
     forgets them when the edit is written, and says that they are there when it is not.
+
+    Raises ValueError if there is nothing to resume, or it is of another edit.
     """
 
     SAVE_SECONDS = 30
 
     def __init__(self, args: Namespace, model: RVEDiT, vae: WanVAE) -> None:
         self.path = cli.beside(args.out, "", ".unfinished.safetensors")
-        self.resume = args.resume
         # What must be the same for the steps to be worth anything. Options that are not named here,
         # such as --keep-source, do not change them.
         names = ("prompt", "steps", "shift", "seed", "dtype")
@@ -682,6 +686,9 @@ class Unfinished:
         self.edit["video"] = f"{source.st_size} bytes, {source.st_mtime_ns}"
         self.saved_at = time.monotonic()
         self.done = 0  # steps that the file has
+        self.z: Tensor | None = None  # after them, if --resume asks for it
+        if args.resume:
+            self.read()
 
     def __enter__(self) -> Unfinished:
         return self
@@ -694,17 +701,12 @@ class Unfinished:
         elif self.done:
             cli.note(f"with --resume this edit goes on after step {self.done}")
 
-    def load(self, noise: Tensor) -> tuple[Tensor, int]:
-        """z and the number of steps done: the noise and 0 unless --resume finds more.
-
-        Raises ValueError if there is nothing to resume, or it is of another edit.
-        """
-        if not self.resume:
-            return noise, 0
+    def read(self) -> None:
+        """Take z and the number of steps done from the file, if it is of this edit."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 edit = dict(file.metadata())
-                z = file.get_tensor("z").to(noise.device)
+                self.z = file.get_tensor("z")
         except (OSError, SafetensorError, TypeError):  # TypeError: a file without metadata
             raise ValueError(
                 f"--resume: there is no unfinished edit at {self.path}; leave --resume out. The "
@@ -717,7 +719,10 @@ class Unfinished:
                 f"--resume: {self.path} is of another edit, which differs in {', '.join(different)}"
             )
         self.done = done
-        return z, done
+
+    def load(self, noise: Tensor) -> tuple[Tensor, int]:
+        """z and the number of steps done: the noise and 0 unless an edit is resumed."""
+        return (noise, 0) if self.z is None else (self.z.to(noise.device), self.done)
 
     def save(self, z: Tensor, done: int) -> None:
         # After every step all processes have the same z, so one of them writes it.
@@ -774,16 +779,18 @@ def edit(args: Namespace) -> None:
 
     model, vae = load_model(args)
     args.steps = args.steps or model.config.sampling_steps
+    unfinished = Unfinished(args, model, vae)
     note_foreign_clip(args.checkpoint, model, vae, clip.frames())
     spread = share_out(args, model, vae, num_frames)
     plan = forecast(model, vae, clip.shape, args.offload)
-    announce(args, plan)
-    if pays_to_compile(args, plan):
+    steps_left = args.steps - unfinished.done
+    announce(args, plan, steps_left)
+    if pays_to_compile(args, plan, steps_left):
         compile_networks(model, vae)
 
     inference = Inference(model, vae, args.device if args.offload else None, spread)
     sampling = (args.steps, args.shift, args.seed)
-    with Unfinished(args, model, vae) as unfinished:
+    with unfinished:
         latents, unedited = inference.edit_latents(clip, args.prompt, *sampling, unfinished)
         mask = change_mask(latents, unedited)
         if not mask.any():  # without a word, one would look for the change

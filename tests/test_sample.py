@@ -434,8 +434,9 @@ def test_an_edit_that_was_stopped_goes_on_from_its_last_step(
     clip = encode(tmp_path / "in.mp4", images=images(5))
     monkeypatch.setattr(sample.Unfinished, "SAVE_SECONDS", 0)
     run(checkpoint, clip, tmp_path / "whole.mp4", "--steps", "4")
-    calls = []
+    calls, announced = [], []
     forward = WanDiT.forward
+    monkeypatch.setattr(sample, "announce", lambda args, plan, steps: announced.append(steps))
 
     def interrupted(*args, **kwargs):
         calls.append(len(calls))
@@ -449,13 +450,16 @@ def test_an_edit_that_was_stopped_goes_on_from_its_last_step(
     assert stop.value.code == 130
     assert capsys.readouterr().err == "note: with --resume this edit goes on after step 2\n"
     run(checkpoint, clip, tmp_path / "out.mp4", "--steps", "4", "--resume")
-    assert len(calls) == 5
+    assert len(calls) == 5 and announced == [4, 2]
     assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"in.mp4", "out.mp4", "whole.mp4"}  # nothing is left over
 
 
 def test_only_the_same_edit_is_resumed(checkpoint, tmp_path, monkeypatch, capsys):
+    """Which is found before the clip is read, which may take as long as some steps."""
+    understand = sample.understand
+    monkeypatch.setattr(sample, "understand", None)
     clip = encode(tmp_path / "in.mp4", images=images(2))
     out = tmp_path / "out.mp4"
     command = ["--video", clip, "--prompt", "add snow", "--checkpoint", checkpoint, "--out", out]
@@ -475,6 +479,7 @@ def test_only_the_same_edit_is_resumed(checkpoint, tmp_path, monkeypatch, capsys
     assert "is of another edit, which differs in weights" in error
 
     # Decoding is what takes the most memory: it may be done in another precision.
+    monkeypatch.setattr(sample, "understand", understand)
     sample.main([*map(str, command), "--decode-dtype", "bfloat16"])
     assert out.exists()
 
@@ -993,10 +998,10 @@ def test_the_forecast_has_the_memory_of_decoding():
 def test_only_a_long_edit_is_announced(built_in, capsys, monkeypatch):
     """In one line, with its windows, steps, minutes and memory."""
     monkeypatch.setattr(sample, "matmul_rate", lambda *_: 1e10)
-    args = SimpleNamespace(steps=2, offload=False, device=torch.device("cpu"), dtype="float32")
+    args = SimpleNamespace(offload=False, device=torch.device("cpu"), dtype="float32")
     for frames in (9, 600):
         plan = sample.forecast(*built_in, (frames, 360, 640), offload=False)
-        sample.announce(args, plan)
+        sample.announce(args, plan, 2)
     step = plan.step
     expected = f"2 steps of {step / 1e12:.3g} TFLOP, at least {2 * step / 1e10 / 60:.0f} min"
     error = capsys.readouterr().err
@@ -1017,9 +1022,9 @@ def test_only_a_long_edit_is_announced(built_in, capsys, monkeypatch):
     ],
 )
 def test_long_edits_on_gpus_are_compiled(device, asked, work, compiled):
-    args = SimpleNamespace(device=torch.device(device), compile=asked, steps=50)
+    args = SimpleNamespace(device=torch.device(device), compile=asked)
     plan = sample.Forecast(windows=1, step=work / 50, memory=0)
-    assert sample.pays_to_compile(args, plan) is compiled
+    assert sample.pays_to_compile(args, plan, 50) is compiled
 
 
 def test_a_compiled_edit_has_the_same_frames(tmp_path, monkeypatch):
