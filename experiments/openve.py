@@ -32,6 +32,7 @@ import json
 import re
 import sys
 from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -45,6 +46,7 @@ if __name__ == "__main__":
     cli.begin()
 
 import numpy as np
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
@@ -183,6 +185,12 @@ def edit_clip(
     video.write_video(out, blocks, like=source)
 
 
+def wait_for_others() -> None:
+    """Wait for all processes of torchrun, which would end the others as soon as one has failed."""
+    if cli.RANKS > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))  # which waits for all
+
+
 def run(args: Namespace) -> None:
     """Edit the clips of the benchmark that the folder lacks, exactly as `sample.py` would.
 
@@ -227,8 +235,11 @@ def run(args: Namespace) -> None:
                 frames = sample.clip_of(clip).frames()
                 sample.note_foreign_clip(settings.checkpoint, model, vae, frames)
             edit_clip(inference, settings, clip, rows[key]["prompt"], edits[key])
-        except (ValueError, OSError) as error:
-            failed.append(error)  # one clip that cannot be read does not cost the others
+        except (ValueError, FileNotFoundError, PermissionError) as error:
+            # One clip that cannot be read does not cost the others. On a full disk, another kind of
+            # OSError, all of them would be lost.
+            failed.append(error)
+    wait_for_others()
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(mine)} clips could not be edited, the first: {failed[0]}"

@@ -1,5 +1,6 @@
 """OpenVE-Bench: edits of its clips, what judges answer, rubrics, tables, and synthetic clips."""
 
+import contextlib
 import csv
 import itertools
 import json
@@ -1077,13 +1078,32 @@ def test_the_table_of_results_grows_with_the_categories(checkpoint, tmp_path):
 
 
 def test_each_process_takes_its_share(checkpoint, tmp_path, monkeypatch):
+    """One that has failed at a clip waits for the others, which torchrun then ends."""
     bench, out, seen = make_bench(tmp_path / "bench", 10), tmp_path / "ours", []
+    (bench / "videos" / "0005_local_change_Do.mp4").write_bytes(b"no video")
+    waiting = []
+    monkeypatch.setattr(openve, "wait_for_others", lambda: waiting.append(cli.RANK))
     for rank in range(3):
         monkeypatch.setattr(cli, "RANK", rank)
         monkeypatch.setattr(cli, "RANKS", 3)
-        edited(bench, out, checkpoint)
+        with pytest.raises(SystemExit) if rank == 1 else contextlib.nullcontext():
+            edited(bench, out, checkpoint)
         seen.append({int(path.name[:4]) for path in out.glob("*.mp4")} - set().union(*seen))
-    assert seen == [{0, 3, 7}, {1, 5, 8}, {2, 6}]
+    assert seen == [{0, 3, 7}, {1, 8}, {2, 6}] and waiting == [0, 1, 2]
+
+
+def test_a_full_disk_ends_the_run_at_the_first_clip(checkpoint, tmp_path, capsys, monkeypatch):
+    bench, tries = make_bench(tmp_path / "bench", 4), []
+
+    def write(path, *_, **__):
+        tries.append(path)
+        raise OSError(f"{path} cannot be written: No space left on device")
+
+    monkeypatch.setattr(openve.video, "write_video", write)
+    options = ["--checkpoint", checkpoint, "--steps", "2", "--device", "cpu"]
+    error = fails(capsys, "run", "--bench", bench, "--out", tmp_path / "ours", *options)
+    assert "0000_local_change_Do_edited.mp4 cannot be written: No space left" in error
+    assert len(tries) == 1
 
 
 def test_clips_that_cannot_be_edited_do_not_stop_the_others(checkpoint, tmp_path, capsys):
