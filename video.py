@@ -524,6 +524,8 @@ def check_writable(path: str | Path) -> None:
     To be called before long work.
     """
     path = Path(path)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        path.stat()  # which says that a name is too long; `exists` of Python 3.14 only says no
     if path.is_dir():
         example = path / "edited.mp4"
         raise IsADirectoryError(f"{path}: is a folder; name a file in it, such as {example}")

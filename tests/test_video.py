@@ -680,6 +680,17 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         video.check_writable(tmp_path / "a.mp4")
 
 
+def test_a_name_that_is_too_long_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Python 3.14, too, whose paths hide the error: a name of 249 bytes and "_edited"."""
+    for name in ("exists", "is_dir", "is_symlink"):
+        hiding = getattr(os.path, name.replace("_", "").replace("symlink", "link"))
+        monkeypatch.setattr(Path, name, lambda path, hiding=hiding: hiding(path))
+    with pytest.raises(OSError, match="File name too long"):
+        video.check_writable(tmp_path / f"{'雪' * 83}_edited.mp4")
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 
