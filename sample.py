@@ -712,13 +712,12 @@ class Unfinished:
                 f"--resume: there is no unfinished edit at {self.path}; leave --resume out. The "
                 f"steps of an edit are saved every {self.SAVE_SECONDS} seconds"
             ) from None
-        done = int(edit.pop("done", 0))
+        self.done = int(edit.pop("done", 0))
         different = [name for name in self.edit if self.edit[name] != edit.get(name)]
         if different:
             raise ValueError(
                 f"--resume: {self.path} is of another edit, which differs in {', '.join(different)}"
             )
-        self.done = done
 
     def load(self, noise: Tensor) -> tuple[Tensor, int]:
         """z and the number of steps done: the noise and 0 unless an edit is resumed."""
