@@ -218,7 +218,6 @@ def edit_video(
     seed: int = 0,
     device: torch.device | str | None = None,
     keep_source: bool = False,
-    times: dict[str, float] | None = None,
 ) -> Tensor:
     """Edit a clip: uint8 (T, H, W, 3) of any length and size -> uint8 (T, H, W, 3), the same shape.
 
@@ -226,7 +225,6 @@ def edit_video(
     50 except for the toy. The same seed on the same machine gives the same frames. device: where to
     compute when the networks rest on the CPU (offloading); without it they compute where they are.
     keep_source: where nothing was edited, give back the source's own pixels (see `change_mask`).
-    times is filled with the seconds of each stage.
 
     Raises ValueError for a clip of another form, steps or a shift that make no schedule, and an
     instruction that is empty or longer than the MLLM's context.
@@ -248,8 +246,6 @@ def edit_video(
     for block in blocks:
         edited[done : done + len(block)] = block
         done += len(block)
-    if times is not None:
-        times.update(inference.times)
     return edited
 
 

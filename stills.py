@@ -84,7 +84,9 @@ def shape_of(path: Path) -> tuple[int, int, int] | None:
     """
     with path.open("rb") as file:
         head = file.read(65_536)
-    if path.suffix.lower() in MOTION_JPEG or WIDE_COLOUR.search(head):
+    # Beside a profile, nclx may be that of the HDR which a phone's gain map makes of the photo.
+    is_wide = WIDE_COLOUR.search(head) and b"colrprof" not in head
+    if is_wide or path.suffix.lower() in MOTION_JPEG:
         return None
     try:
         with _open(path) as image:

@@ -263,6 +263,18 @@ def test_heic_is_read_by_pillow_heif(tmp_path: Path) -> None:
     assert np.abs(clip.frames[0].int().numpy() - turned(picture(), 6)).max() <= 6
 
 
+def test_a_photo_with_a_profile_is_not_taken_for_its_hdr(tmp_path: Path) -> None:
+    """New phones add what makes HDR of it, with wide colours: left to FFmpeg, it is only tiles."""
+    register_heif_opener()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    path = tmp_path / "in.heic"
+    Image.fromarray(picture()).save(path, quality=97, chroma=444, icc_profile=profile)
+    path.write_bytes(path.read_bytes() + b"\0\0\0\x14freecolrnclx\0\x0c\0\x10")
+    clip = video.read_video(path)
+    assert clip.profile == profile
+    assert np.abs(clip.frames[0].numpy().astype(int) - picture()).mean() < 3
+
+
 def test_heic_without_pillow_heif_says_how_to_read_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
