@@ -235,10 +235,8 @@ def run(args: Namespace) -> None:
                 frames = sample.clip_of(clip).frames()
                 sample.note_foreign_clip(settings.checkpoint, model, vae, frames)
             edit_clip(inference, settings, clip, rows[key]["prompt"], edits[key])
-        except (ValueError, FileNotFoundError, PermissionError) as error:
-            # One clip that cannot be read does not cost the others. On a full disk, another kind of
-            # OSError, all of them would be lost.
-            failed.append(error)
+        except (ValueError, FileNotFoundError, PermissionError) as error:  # not of a full disk
+            failed.append(error)  # one clip that cannot be read does not cost the others
     wait_for_others()
     if failed:
         raise ValueError(
