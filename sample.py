@@ -729,15 +729,20 @@ class Unfinished:
         self.saved_at, self.done = time.monotonic(), done
 
 
-def share_out(args: Namespace, model: RVEDiT, vae: WanVAE, num_frames: int) -> Spread | None:
-    """Share the edit of a clip out over torchrun's processes, if there are several."""
+@contextlib.contextmanager
+def share_out(
+    args: Namespace, model: RVEDiT, vae: WanVAE, num_frames: int
+) -> Iterator[Spread | None]:
+    """Within this context torchrun's processes, if there are several, share the edit of a clip."""
     if RANKS == 1:
-        return None
+        yield None
+        return
     import sequence  # only here: see TYPE_CHECKING above
 
     sequence.start(args.device)
     _, slices = clip_windows(num_frames, model.config)  # which the edit computes again
-    return sequence.Spread(model, vae, len(slices))
+    yield sequence.Spread(model, vae, len(slices))
+    sequence.finish()  # not after an error, see there
 
 
 def clip_of(source: video.Video) -> Clip:
@@ -776,16 +781,15 @@ def edit(args: Namespace) -> None:
     args.steps = args.steps or model.config.sampling_steps
     unfinished = Unfinished(args, model, vae)
     note_foreign_clip(args.checkpoint, model, vae, clip.frames())
-    spread = share_out(args, model, vae, num_frames)
     plan = forecast(model, vae, clip.shape, args.offload)
     steps_left = args.steps - unfinished.done
     announce(args, plan, steps_left)
-    if pays_to_compile(args, plan, steps_left):
-        compile_networks(model, vae)
 
-    inference = Inference(model, vae, args.device if args.offload else None, spread)
-    sampling = (args.steps, args.shift, args.seed)
-    with unfinished:
+    with unfinished, share_out(args, model, vae, num_frames) as spread:
+        if pays_to_compile(args, plan, steps_left):
+            compile_networks(model, vae)
+        inference = Inference(model, vae, args.device if args.offload else None, spread)
+        sampling = (args.steps, args.shift, args.seed)
         latents, unedited = inference.edit_latents(clip, args.prompt, *sampling, unfinished)
         mask = change_mask(latents, unedited)
         if not mask.any():  # without a word, one would look for the change

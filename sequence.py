@@ -20,7 +20,6 @@ Letters: N ranks of a group, B batch, n heads, S tokens, s tokens of a rank, D h
 
 from __future__ import annotations
 
-import atexit
 import functools
 import itertools
 from collections.abc import Iterator
@@ -402,4 +401,8 @@ def start(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(dist.destroy_process_group)
+
+
+def finish() -> None:
+    """Leave the other processes. On GPUs this waits for them: not after an error of one alone."""
+    dist.destroy_process_group()
