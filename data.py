@@ -769,20 +769,16 @@ class Batches(Dataset):
         return self.sizes[int(choice)]
 
     def read(self, position: int, step: int) -> tuple[Triplet, int]:
-        """The triplet at a position in the endless series of epochs, for a step of training.
-
-        If it is broken, the next one that is not. Also returns how many broken ones that replaces.
-        """
+        """The triplet at a position in the endless series of epochs, as `next_good` gives it."""
         epoch, place = divmod(position, len(self.triplets))
         index = int(data_order(self.seed, epoch, len(self.triplets))[place])
         return self.next_good(index, step)
 
-    def fit(self, index: int, *, step: int) -> Triplet:
-        """The triplet at `index` as a step trains on it, or the next one that is not broken."""
-        return self.next_good(index, step)[0]
-
     def next_good(self, first: int, step: int) -> tuple[Triplet, int]:
-        """The first triplet from an index on that is not broken, and how many it replaces."""
+        """The first triplet from an index on that is not broken, as a step trains on it.
+
+        Also returns how many broken ones it replaces.
+        """
         for broken in range(MAX_BROKEN):
             index = (first + broken) % len(self.triplets)
             try:

@@ -177,8 +177,8 @@ def compute_gradients(
     """Algorithm 1, lines 3-19, for one optimiser step: the gradients of all its samples.
 
     minibatches: one for each accumulation step. Leaves the gradients in `.grad`, and returns what
-    is logged about the step, the same on all ranks. Raises ValueError, on all of them, if ranks
-    that share clips have not read the same ones.
+    is logged about the step, the same on all ranks. Ends all of them if ranks that share clips have
+    not read the same ones.
     """
     config = run.model.config
 
@@ -194,6 +194,7 @@ def compute_gradients(
 
     # Line 3: each minibatch (v, ℓ, v*, ℓ*) comes with its t ~ U[0, 1] and ε ~ N(0, I).
     for batch in minibatches:
+        run.check_same_clips(batch.broken)
         batch = to_device(batch, run.device)
 
         # Lines 4-19. Gradients add up over the passes, and FSDP averages them over the ranks. With
@@ -226,24 +227,9 @@ def compute_gradients(
         align=align_mean,
         flow_by_t=[x / n if n else None for x, n in zip(flow_by_t, count_by_t, strict=True)],
         depth=depth,
-        broken=broken_clips(run, int(num_broken)),
+        broken=int(num_broken) // run.ranks_per_clip,
         tokens=int(num_tokens) // run.ranks_per_clip,  # of all samples
     )
-
-
-def broken_clips(run: Run, found: int) -> int:
-    """How many clips of a step were broken, of which all ranks together found so many.
-
-    Ranks that share clips read them each for itself, and would make a gradient of different ones:
-    raises ValueError if some of them have read what others could not.
-    """
-    if found % run.ranks_per_clip:
-        run.save_progress()
-        raise ValueError(
-            "a clip could be read by some of the ranks that share it, and not by others: see "
-            f"{run.out / 'broken.txt'}, and go on with --resume"
-        )
-    return found // run.ranks_per_clip
 
 
 def to_device(batch: data.Batch, device: torch.device) -> data.Batch:

@@ -780,7 +780,8 @@ def test_a_table_without_captions_is_refused_where_they_are_read(model, tmp_path
     table = TripletDataset(write_table(tmp_path, (9, 64, 64), caption=""))
     with pytest.raises(ValueError, match="no triplet has a caption"):
         batches(model, table, tmp_path)
-    assert batches(model, table, tmp_path, caption_fallback=True).fit(0, step=0).caption == "edit 0"
+    triplet, _ = batches(model, table, tmp_path, caption_fallback=True).next_good(0, step=0)
+    assert triplet.caption == "edit 0"
     plain = dataclasses.replace(model.config, align_weight=0.0)
     options = dict(sizes=[(9, 64, 64)], batch=1, accumulate=1, seed=0, timestep_shift=1.0)
     batch = data.Batches(table, model.encoder, plain, broken_file=tmp_path / "b", **options)[0, 0]
@@ -798,7 +799,8 @@ def test_a_bad_row_is_replaced_and_listed(model, tmp_path: Path, changes: dict):
     file.write_text("\n".join([good, json.dumps(json.loads(bad) | changes)]))
     made = batches(model, TripletDataset(file), tmp_path)
     assert sum(made[step, 0].broken for step in range(2)) == 1
-    assert made.fit(1, step=0).instruction == "edit 0"
+    triplet, broken = made.next_good(1, step=0)
+    assert triplet.instruction == "edit 0" and broken == 1
     lines = (tmp_path / "broken.txt").read_text().splitlines()
     assert len(lines) == 2
     assert all(line.startswith("triplet 2: ") and len(line) < 700 for line in lines)
