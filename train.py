@@ -42,7 +42,6 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
-import functools
 import math
 import re
 import subprocess
@@ -448,6 +447,8 @@ def with_options(
     config: RVEDiTConfig, args: argparse.Namespace, foreign: bool = False
 ) -> RVEDiTConfig:
     """The configuration, with what the options change of it. foreign: see `prepare`."""
+    for size in args.size:
+        data.check_size(config, size)
     # A model that is trained on longer or larger clips knows them afterwards.
     changes: dict[str, Any] = dict(
         max_frames=max(config.max_frames, *(T for T, _, _ in args.size)),
@@ -467,14 +468,21 @@ def load_model(
     mesh: DeviceMesh | None,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
+    triplets: Dataset | None = None,
 ) -> tuple[RVEDiT, WanVAE]:
     """The networks in float32, shared out over the ranks of a mesh and of a group.
 
     They are built on the meta device, sharded, and only then filled, so that no rank ever holds a
-    whole model.
+    whole model. triplets: those to train on. Raises ValueError, before the weights are read, for
+    what `check_clips` finds.
     """
     foreign = args.checkpoint is not None and rvedit.layout(args.checkpoint) != "rvedit"
-    before_loading = functools.partial(prepare, args=args, mesh=mesh, group=group, foreign=foreign)
+
+    def before_loading(model: RVEDiT) -> None:
+        prepare(model, args, mesh, group, foreign)
+        if triplets is not None:
+            check_clips(model.config, triplets, args)
+
     if args.preset == "toy" and args.checkpoint is None:
         model, vae = rvedit.scratch(args.seed, device, before_loading)
     else:
@@ -540,6 +548,16 @@ def open_triplets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     return shapes, training_set(args.seed + 1, size, args.world)
 
 
+def check_clips(config: RVEDiTConfig, triplets: Dataset, args: argparse.Namespace) -> None:
+    """Raise ValueError for tables without captions, and if worker processes would have no room.
+
+    This takes seconds. Reading the weights, which comes next, takes minutes.
+    """
+    if config.align_weight > 0 and not args.caption_fallback:
+        data.require_captions(triplets)
+    check_workers(config, args)
+
+
 def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.Batches:
     return data.Batches(
         triplets,
@@ -555,7 +573,6 @@ def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.
         first_step=run.step,
         first_sample=run.samples,
         broken_file=run.out / "broken.txt",
-        caption_fallback=args.caption_fallback,
         latents=data.Latents(args.latents, run.vae) if args.latents else None,
     )
 
@@ -659,12 +676,13 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
         args.accumulate = parallel.from_first_rank(accumulate)
 
     # The tables come before the networks, because a mistake in them takes seconds to find.
+    triplets = None
     if not args.export:
         triplets, validation = open_triplets(args)
 
     # The networks, sharded over the ranks; the optimiser, and all that a former checkpoint holds.
     mesh = parallel.make_mesh(device, getattr(torch, args.dtype))
-    model, vae = load_model(args, mesh, device, group)
+    model, vae = load_model(args, mesh, device, group, triplets)
     run = make_run(model, vae, device, args)
 
     # Train, and write the model that sample.py takes.
@@ -675,7 +693,6 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
             print(parameter_table(model, vae))
             share = data.caption_share(triplets)
             print(f"captions: {share:.0%} of the {len(triplets):,} triplets have one")
-        check_workers(model.config, args)
         batches = make_batches(triplets, run, args)
         validation = make_batches(validation, run, args)
         # Only now, when no option is refused any more: --resume takes them all up again.
