@@ -473,15 +473,18 @@ def load_model(
     """The networks in float32, shared out over the ranks of a mesh and of a group.
 
     They are built on the meta device, sharded, and only then filled, so that no rank ever holds a
-    whole model. triplets: those to train on. Raises ValueError, before the weights are read, for
-    what `check_clips` finds.
+    whole model. triplets: those to train on. What would be wrong with them raises ValueError before
+    the weights are read, which takes minutes.
     """
     foreign = args.checkpoint is not None and rvedit.layout(args.checkpoint) != "rvedit"
 
     def before_loading(model: RVEDiT) -> None:
         prepare(model, args, mesh, group, foreign)
-        if triplets is not None:
-            check_clips(model.config, triplets, args)
+        if triplets is None:
+            return
+        if model.config.align_weight > 0 and not args.caption_fallback:
+            data.require_captions(triplets)
+        check_workers(model.config, args)
 
     if args.preset == "toy" and args.checkpoint is None:
         model, vae = rvedit.scratch(args.seed, device, before_loading)
@@ -546,16 +549,6 @@ def open_triplets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     size = args.size[0]
     shapes = training_set(args.seed, size, args.world)
     return shapes, training_set(args.seed + 1, size, args.world)
-
-
-def check_clips(config: RVEDiTConfig, triplets: Dataset, args: argparse.Namespace) -> None:
-    """Raise ValueError for tables without captions, and if worker processes would have no room.
-
-    This takes seconds. Reading the weights, which comes next, takes minutes.
-    """
-    if config.align_weight > 0 and not args.caption_fallback:
-        data.require_captions(triplets)
-    check_workers(config, args)
 
 
 def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.Batches:
