@@ -441,6 +441,16 @@ def fingerprint(paths: list[Path]) -> str:
 # --- From clips to the sizes of a step ------------------------------------------------------------
 
 
+def check_size(config: RVEDiTConfig, size: tuple[int, int, int]) -> None:
+    """Raise ValueError for a --size (T, H, W) that no clip of this model has."""
+    T, H, W = size
+    frames, pixels = config.vae.temporal_factor, config.spatial_factor
+    if (T - 1) % frames or H % pixels or W % pixels:
+        raise ValueError(
+            f"--size {T} {H} {W}: take {frames}k + 1 frames with sides in multiples of {pixels}"
+        )
+
+
 def fit_clip(frames: Tensor, num_frames: int, height: int, width: int) -> Tensor:
     """Scale a clip (antialiased bicubic) until it covers height x width, and cut out the centre.
 
@@ -674,8 +684,7 @@ class Batches(Dataset):
 
     With `latents` a batch holds latents in place of clips, which are then read for the MLLM only.
     A triplet that is broken is listed in `broken_file`, and the next one takes its place.
-    Raises ValueError for sizes that do not fit the model and, if the reference branch runs (λ > 0),
-    for a table without captions, unless `caption_fallback` lets it read instructions instead.
+    Raises ValueError for sizes that leave no room for text, and for latents without a table.
     """
 
     triplets: Dataset
@@ -692,20 +701,10 @@ class Batches(Dataset):
     ranks: int = 1
     first_step: int = 0
     first_sample: int = 0
-    caption_fallback: bool = False
     latents: Latents | None = None
 
     def __post_init__(self) -> None:
         config = self.config
-        for T, H, W in self.sizes:
-            factor = config.spatial_factor
-            if (T - 1) % config.vae.temporal_factor or H % factor or W % factor:
-                raise ValueError(
-                    f"--size {T} {H} {W}: this model takes {config.vae.temporal_factor}k + 1 "
-                    f"frames, and sides that are multiples of {factor}"
-                )
-        if config.align_weight > 0 and not self.caption_fallback:
-            require_captions(self.triplets)
         self.keep_aspect = self.batch == 1 and not isinstance(self.triplets, ShapesDataset)
         if self.latents and not self.keep_aspect:
             raise ValueError("--latents works with --data and a --batch of 1")
@@ -769,20 +768,16 @@ class Batches(Dataset):
         return self.sizes[int(choice)]
 
     def read(self, position: int, step: int) -> tuple[Triplet, int]:
-        """The triplet at a position in the endless series of epochs, for a step of training.
-
-        If it is broken, the next one that is not. Also returns how many broken ones that replaces.
-        """
+        """The triplet at a position in the endless series of epochs, as `next_good` gives it."""
         epoch, place = divmod(position, len(self.triplets))
         index = int(data_order(self.seed, epoch, len(self.triplets))[place])
         return self.next_good(index, step)
 
-    def fit(self, index: int, *, step: int) -> Triplet:
-        """The triplet at `index` as a step trains on it, or the next one that is not broken."""
-        return self.next_good(index, step)[0]
-
     def next_good(self, first: int, step: int) -> tuple[Triplet, int]:
-        """The first triplet from an index on that is not broken, and how many it replaces."""
+        """The first triplet from an index on that is not broken, as a step trains on it.
+
+        Also returns how many broken ones it replaces.
+        """
         for broken in range(MAX_BROKEN):
             index = (first + broken) % len(self.triplets)
             try:

@@ -194,6 +194,23 @@ class Run:
             parallel.fail_together(problem)
         return result
 
+    def check_same_clips(self, broken: int) -> None:
+        """End all ranks if some of those that share clips have replaced what others could read.
+
+        broken: how many clips this rank has replaced. To be called before any of them is computed
+        with: ranks with clips of different sizes would wait for each other, or crash.
+        """
+        if self.ranks_per_clip == 1:
+            return
+        counts = parallel.from_all_ranks(broken)
+        for first in range(0, self.ranks, self.ranks_per_clip):
+            if len({*counts[first : first + self.ranks_per_clip]}) > 1:
+                self.save_progress()
+                parallel.fail_together(
+                    "a clip could be read by some of the ranks that share it, and not by others: "
+                    f"see {self.out / 'broken.txt'}, and go on with --resume"
+                )
+
     def export(self) -> None:
         """Write OUT/model, a checkpoint for sample.py."""
         with self.averaged():
@@ -241,7 +258,8 @@ class Run:
         for number in range(clips_per_group):
             index = number * self.groups + self.group
             place = index % len(clips.triplets)
-            triplet = self.read(clips.fit, place, step=self.step)
+            triplet, broken = self.read(clips.next_good, place, self.step)
+            self.check_same_clips(broken)
             with self.averaged():
                 edit = edit_video(self.model, self.vae, triplet.source, triplet.instruction)
                 side_by_side = torch.cat((triplet.source, edit, triplet.target), dim=2)

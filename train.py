@@ -42,7 +42,6 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
-import functools
 import math
 import re
 import subprocess
@@ -177,8 +176,8 @@ def compute_gradients(
     """Algorithm 1, lines 3-19, for one optimiser step: the gradients of all its samples.
 
     minibatches: one for each accumulation step. Leaves the gradients in `.grad`, and returns what
-    is logged about the step, the same on all ranks. Raises ValueError, on all of them, if ranks
-    that share clips have not read the same ones.
+    is logged about the step, the same on all ranks. Ends all of them if ranks that share clips have
+    not read the same ones.
     """
     config = run.model.config
 
@@ -194,6 +193,7 @@ def compute_gradients(
 
     # Line 3: each minibatch (v, ℓ, v*, ℓ*) comes with its t ~ U[0, 1] and ε ~ N(0, I).
     for batch in minibatches:
+        run.check_same_clips(batch.broken)
         batch = to_device(batch, run.device)
 
         # Lines 4-19. Gradients add up over the passes, and FSDP averages them over the ranks. With
@@ -226,24 +226,9 @@ def compute_gradients(
         align=align_mean,
         flow_by_t=[x / n if n else None for x, n in zip(flow_by_t, count_by_t, strict=True)],
         depth=depth,
-        broken=broken_clips(run, int(num_broken)),
+        broken=int(num_broken) // run.ranks_per_clip,
         tokens=int(num_tokens) // run.ranks_per_clip,  # of all samples
     )
-
-
-def broken_clips(run: Run, found: int) -> int:
-    """How many clips of a step were broken, of which all ranks together found so many.
-
-    Ranks that share clips read them each for itself, and would make a gradient of different ones:
-    raises ValueError if some of them have read what others could not.
-    """
-    if found % run.ranks_per_clip:
-        run.save_progress()
-        raise ValueError(
-            "a clip could be read by some of the ranks that share it, and not by others: see "
-            f"{run.out / 'broken.txt'}, and go on with --resume"
-        )
-    return found // run.ranks_per_clip
 
 
 def to_device(batch: data.Batch, device: torch.device) -> data.Batch:
@@ -462,6 +447,8 @@ def with_options(
     config: RVEDiTConfig, args: argparse.Namespace, foreign: bool = False
 ) -> RVEDiTConfig:
     """The configuration, with what the options change of it. foreign: see `prepare`."""
+    for size in args.size:
+        data.check_size(config, size)
     # A model that is trained on longer or larger clips knows them afterwards.
     changes: dict[str, Any] = dict(
         max_frames=max(config.max_frames, *(T for T, _, _ in args.size)),
@@ -481,14 +468,24 @@ def load_model(
     mesh: DeviceMesh | None,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
+    triplets: Dataset | None = None,
 ) -> tuple[RVEDiT, WanVAE]:
     """The networks in float32, shared out over the ranks of a mesh and of a group.
 
     They are built on the meta device, sharded, and only then filled, so that no rank ever holds a
-    whole model.
+    whole model. triplets: those to train on. What would be wrong with them raises ValueError before
+    the weights are read, which takes minutes.
     """
     foreign = args.checkpoint is not None and rvedit.layout(args.checkpoint) != "rvedit"
-    before_loading = functools.partial(prepare, args=args, mesh=mesh, group=group, foreign=foreign)
+
+    def before_loading(model: RVEDiT) -> None:
+        prepare(model, args, mesh, group, foreign)
+        if triplets is None:
+            return
+        if model.config.align_weight > 0 and not args.caption_fallback:
+            data.require_captions(triplets)
+        check_workers(model.config, args)
+
     if args.preset == "toy" and args.checkpoint is None:
         model, vae = rvedit.scratch(args.seed, device, before_loading)
     else:
@@ -569,7 +566,6 @@ def make_batches(triplets: Dataset, run: Run, args: argparse.Namespace) -> data.
         first_step=run.step,
         first_sample=run.samples,
         broken_file=run.out / "broken.txt",
-        caption_fallback=args.caption_fallback,
         latents=data.Latents(args.latents, run.vae) if args.latents else None,
     )
 
@@ -673,12 +669,13 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
         args.accumulate = parallel.from_first_rank(accumulate)
 
     # The tables come before the networks, because a mistake in them takes seconds to find.
+    triplets = None
     if not args.export:
         triplets, validation = open_triplets(args)
 
     # The networks, sharded over the ranks; the optimiser, and all that a former checkpoint holds.
     mesh = parallel.make_mesh(device, getattr(torch, args.dtype))
-    model, vae = load_model(args, mesh, device, group)
+    model, vae = load_model(args, mesh, device, group, triplets)
     run = make_run(model, vae, device, args)
 
     # Train, and write the model that sample.py takes.
@@ -689,7 +686,6 @@ def launch(args: argparse.Namespace, device: torch.device, signals: parallel.Sig
             print(parameter_table(model, vae))
             share = data.caption_share(triplets)
             print(f"captions: {share:.0%} of the {len(triplets):,} triplets have one")
-        check_workers(model.config, args)
         batches = make_batches(triplets, run, args)
         validation = make_batches(validation, run, args)
         # Only now, when no option is refused any more: --resume takes them all up again.

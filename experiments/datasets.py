@@ -58,6 +58,7 @@ from data import (
     COLUMNS,
     Latents,
     TripletDataset,
+    check_size,
     checked_text,
     fit_pair,
     latents_of,
@@ -699,10 +700,13 @@ def encode_table(args: Namespace) -> None:
     sizes = [tuple(size) for size in args.size or [(81, *TRAINING_PIXELS)]]
     dataset = TripletDataset(args.file, args.root, max(size[0] for size in sizes))
     config, vae = rvedit.load_vae(args.checkpoint, args.wan, args.qwen, device)
+    for size in sizes:  # as train.py will
+        check_size(config, size)
     encode(dataset, Latents(args.out, vae, create=True), vae, sizes, config.spatial_factor)
 
 
 @cli.guarded
+@cli.memory_advice("take a smaller --size, or a GPU that nothing else uses")
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.command == "check":

@@ -328,6 +328,8 @@ def report(plan: Plan, num_blocks: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print the plan of a run with these options of train.py, --plan among them."""
     args = train.parse_arguments(argv)
+    if args.plan is None:
+        raise ValueError("--plan RANKS is missing: for how many GPUs?")
     config = train.with_options(rvedit.preset(args.preset), args)
     planned = plan(config, args, args.plan)
     print(report(planned, config.dit.num_blocks))

@@ -166,12 +166,8 @@ def random_networks(
 
 def fit_config(config: RVEDiTConfig, size: Size) -> RVEDiTConfig:
     """The configuration with a window as large as the clip. ValueError if no clip has this size."""
+    data.check_size(config, size)
     T, H, W = size
-    frames, pixels = config.vae.temporal_factor, config.spatial_factor
-    if (T - 1) % frames or H % pixels or W % pixels:
-        raise ValueError(
-            f"--size {T} {H} {W}: take {frames}k + 1 frames with sides in multiples of {pixels}"
-        )
     return dataclasses.replace(config, max_frames=T, max_pixels=H * W)
 
 

@@ -495,6 +495,12 @@ def test_a_plan_with_latents_has_no_vae_at_work(capsys):
     assert "VAE, source" not in capsys.readouterr().out
 
 
+def test_a_plan_for_no_number_of_gpus_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(["--preset", "toy"])
+    assert capsys.readouterr().err == "error: --plan RANKS is missing: for how many GPUs?\n"
+
+
 def test_the_plan_is_printed_as_a_table(capsys):
     """It takes the options of train.py, and ends with the total."""
     plan.main(["--plan", "4", "--size", "1", "32", "32", "--batch", "1"])

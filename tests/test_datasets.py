@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from helpers import write_clip
 
+import rvedit
 from data import TripletDataset
 from experiments import chat, datasets
 
@@ -733,3 +734,36 @@ def test_after_a_kill_no_finished_clip_is_asked_for_again(tmp_path: Path):
     dataset = TripletDataset(out)
     for i in range(16):
         assert dataset.row(i)["caption"] == f"From {10 * i + 10} to {10 * i + 26}."
+
+
+# --- Latents --------------------------------------------------------------------------------------
+
+
+def encode(folder: Path, *size: int) -> None:
+    table = folder / "t.jsonl"
+    table.write_text(json.dumps(dict(src_video="a.mp4", tgt_video="b.mp4", prompt="go")))
+    options = ["--checkpoint", rvedit.TOY, "--out", folder / "latents", "--size", *size]
+    datasets.main(["encode", str(table), *map(str, options)])
+
+
+@pytest.mark.parametrize("size", [(8, 64, 64), (9, 60, 64)])
+def test_a_size_that_training_would_refuse_is_not_encoded(tmp_path: Path, capsys, size):
+    """All that was encoded would be of no use, such as at the paper's 720 lines."""
+    with pytest.raises(SystemExit, match="2"):
+        encode(tmp_path, *size)
+    assert capsys.readouterr().err.startswith(f"error: --size {' '.join(map(str, size))}: take 4k")
+    assert not (tmp_path / "latents").exists()
+
+
+def test_a_gpu_without_room_for_encoding_is_one_line(tmp_path: Path, capsys, monkeypatch):
+    """Such as one that still runs the server which wrote the captions."""
+
+    def run_out(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 5.00 GiB.\nMore advice.")
+
+    monkeypatch.setattr(datasets, "latents_of", run_out)
+    write_clip(tmp_path / "a.mp4", 9, 10, size=(64, 64))
+    write_clip(tmp_path / "b.mp4", 9, 200, size=(64, 64))
+    with pytest.raises(SystemExit, match="2"):
+        encode(tmp_path, 9, 64, 64)
+    assert "error: out of memory: take a smaller --size" in capsys.readouterr().err

@@ -35,6 +35,7 @@ import rvedit
 import sample
 import train
 import video
+import weights
 from experiments import datasets
 from run import finished, saved_options
 from vae import WanVAE
@@ -1104,7 +1105,7 @@ def test_an_option_that_was_refused_is_not_taken_up_again(alone, tmp_path, capsy
     before = (out / "run.json").read_text()
     with pytest.raises(SystemExit) as stop:
         train.main(["--out", str(out), "--resume", "--size", "5", "64", "60"])
-    assert stop.value.code == 2 and "--size 5 64 60: this model takes" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--size 5 64 60: take 4k + 1" in capsys.readouterr().err
     assert (out / "run.json").read_text() == before
 
 
@@ -1156,7 +1157,11 @@ def test_tasks_without_torchrun_are_refused(start, tmp_path, monkeypatch, capsys
 
 
 def test_a_shared_memory_that_is_too_small_is_noticed(start, tmp_path, monkeypatch, capsys):
-    """64 MB, as in Docker, for minibatches of 440 MB and their images for the MLLM."""
+    """64 MB, as in Docker, for minibatches of 440 MB and their images for the MLLM.
+
+    Before the weights are read.
+    """
+    monkeypatch.setattr(weights, "fill", None)
     usage = SimpleNamespace(free=64_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     big = ("--size", 81, 704, 1280, "--workers", 2)
@@ -1349,13 +1354,14 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(start, tmp_path):
 
 
 def test_a_table_without_captions_is_refused_unless_instructions_may_stand_in(
-    start, tmp_path, capsys
+    start, tmp_path, monkeypatch, capsys
 ):
     file = write_triplets(tmp_path / "data", good=1, bad=0)
     file.write_text(file.read_text().replace(",seen", ","))
     more = ("--steps", 1, "--batch", 1, "--accumulate", 2)
     arguments = options(start, tmp_path / "run", "--data", file, *more)
-    with pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        patched.setattr(weights, "fill", None)  # it is found before the weights are read
         train.main(arguments)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and "no triplet has a caption" in error
