@@ -434,11 +434,13 @@ def train_parser(kind: type[Parser] = Parser) -> Parser:
     group = parser.add_argument_group("the loss")
     group.add_argument(
         "--align-weight",
-        type=number(float, 0),
+        type=number(float, 0, 1e6),  # as config.json may have it, see weights.BOUNDS
         help="λ of Eq. 6; default: the model's, which is 0.75, and for the toy 0.005",
     )
     group.add_argument(
-        "--temperature", type=positive, help="τ of Eq. 5; default: the model's, 0.07"
+        "--temperature",
+        type=number(float, 1e-4, 1e4),
+        help="τ of Eq. 5; default: the model's, 0.07",
     )
     group.add_argument(
         "--timestep-shift",

@@ -1415,6 +1415,7 @@ def test_mistakes_get_one_line_and_exit_code_2(start, alone, tmp_path, capsys):
         "neither a checkpoint of ours": options(start, tmp_path / "foreign"),
         "does not exist": options(tmp_path / "nowhere", tmp_path / "empty"),
         "whole number of at least 1": ["--batch", "0"],
+        "'1e-9' is not a number from 0.0001": ["--temperature", "1e-9"],  # nor may config.json
         "must divide the number of processes of a node, which is 1": options(
             start, tmp_path / "empty", "--sequence-parallel", "2"
         ),
