@@ -1670,7 +1670,9 @@ def test_real_clips(tmp_path: Path, name: str, rate: int, with_audio: bool) -> N
     assert written == reference and durations == [Fraction(1, rate)] * count
     for before, after in zip(images, again, strict=True):
         assert np.abs(before.astype(int) - after).mean() < 4
-    audio = packet_list(DATA / name, "audio")
+    end = Fraction(count, rate)  # the sound of the other frames is not theirs
+    tracks = packet_list(DATA / name, "audio")
+    audio = [[packet for packet in track if packet[0] < end] for track in tracks]
     assert packet_list(tmp_path / "out.mp4", "audio") == audio and bool(audio) == with_audio
 
 
