@@ -223,8 +223,8 @@ async def ask(
             return answer
         except (_Again, ValueError, Refused) as error:
             failure = error
-        cut_off = isinstance(failure.__cause__, (httpx2.ConnectError, httpx2.ProxyError))
-        is_absent = cut_off and asked not in _answered  # one that has answered may start anew
+        unreachable = isinstance(failure.__cause__, (httpx2.ConnectError, httpx2.ProxyError))
+        is_absent = unreachable and asked not in _answered  # one that has may start anew
         said = one_line(_hide(f"{address}: {failure}", secret))
         if tries == len(PAUSES):
             _unanswered[asked] += 1
