@@ -165,6 +165,14 @@ def begin() -> None:
             signal.signal(kind, leave)
 
 
+def check_gpu(count: int) -> None:
+    """Raise ValueError if this process has none of the machine's `count` GPUs."""
+    if LOCAL_RANK >= count:
+        raise ValueError(
+            f"this machine has no GPU for its rank {LOCAL_RANK}: give a smaller --nproc_per_node"
+        )
+
+
 # --- Options --------------------------------------------------------------------------------------
 
 

@@ -109,12 +109,8 @@ def processes() -> Iterator[torch.device]:
     device = torch.device("cpu")
     backend = "gloo_on_one_thread"
     if torch.cuda.is_available():
+        cli.check_gpu(torch.cuda.device_count())
         device = torch.device("cuda", cli.LOCAL_RANK)
-        if device.index >= torch.cuda.device_count():
-            raise cli.Stop(
-                f"this machine has no GPU for its rank {device.index}: give a smaller "
-                "--nproc_per_node"
-            )
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
 

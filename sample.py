@@ -567,10 +567,8 @@ def load_model(args: Namespace) -> tuple[RVEDiT, WanVAE]:
 
     Raises ValueError where it does not exist or cannot edit with these options.
     """
-    if args.device.type == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
-        raise ValueError(
-            f"this machine has no GPU for its rank {LOCAL_RANK}: give a smaller --nproc_per_node"
-        )
+    if args.device.type == "cuda":
+        cli.check_gpu(torch.cuda.device_count())
     if args.checkpoint is None and (args.wan or args.qwen):
         raise ValueError(
             "--wan and --qwen alone cannot edit yet, but start a training: add --checkpoint"

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, library
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -71,7 +71,7 @@ def fused_attention() -> Iterator[None]:
         out, _ = flash(q, k, v, dropout_p, is_causal, attn_mask=attn_mask)
         return out
 
-    kernels = torch.library.Library("aten", "IMPL")
+    kernels = library.Library("aten", "IMPL")
     kernels.impl("scaled_dot_product_attention", attend, "AutogradMeta")
     yield
     del kernels  # which takes the kernel back

@@ -645,7 +645,7 @@ def test_too_little_memory_is_one_line(stage, where, checkpoint, tmp_path, capsy
 
 def test_a_rank_without_a_gpu_is_told_so(monkeypatch):
     """As train.py does; PyTorch's word for it is "invalid device ordinal"."""
-    monkeypatch.setattr(sample, "LOCAL_RANK", 2)
+    monkeypatch.setattr(cli, "LOCAL_RANK", 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     args = SimpleNamespace(device=torch.device("cuda", 2), checkpoint=None, wan=None, qwen=None)
     with pytest.raises(ValueError, match="no GPU for its rank 2: give a smaller --nproc_per_node"):
